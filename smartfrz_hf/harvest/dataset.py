@@ -1,0 +1,118 @@
+"""From recorded runs to the rows that a predictor is trained on."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+
+from ..policies import rate_and_rest
+from .labels import settled
+
+FIRST_DECISION = 0.05
+INPUTS = ("snapshots", "start", "mask", "context")
+
+
+@dataclass
+class RecordedRun:
+    """
+    One folder of a harvest.
+
+    Attributes:
+        provenance (`dict`): what was run, with which versions.
+        tensors (`dict[str, torch.Tensor]`): as [`RecordingCallback.result`] gives them.
+    """
+
+    provenance: dict
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.provenance["spec"]["name"]
+
+    @property
+    def family(self) -> str:
+        """The model's family."""
+        return self.provenance["family"]
+
+    @property
+    def task(self) -> str:
+        """The data set."""
+        return self.provenance["spec"]["data"]
+
+
+def read_runs(folder: str | os.PathLike) -> list[RecordedRun]:
+    """
+    All finished runs of a harvest, by name.
+
+    Raises:
+        FileNotFoundError: the folder holds none.
+    """
+    files = sorted(Path(folder).glob("*/run.json"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no recorded run; make some with `smartfrz harvest`.")
+    return [RecordedRun(json.loads(file.read_text()), load_file(file.with_name("run.safetensors"))) for file in files]
+
+
+class HistoryRows(Dataset):
+    """
+    One row a run, freezing stage and unit: what the predictor would have seen there, and whether the unit had settled.
+
+    Args:
+        runs (`list[RecordedRun]`): the runs.
+        window (`int`): snapshots in a history.
+        threshold (`float`): CKA from which a unit counts as settled.
+
+    Attributes:
+        columns (`dict[str, torch.Tensor]`): `snapshots` `(rows, window, samples)`, `start` `(rows, samples)`, `mask`
+            `(rows, window)`, `context` `(rows, 4)`, `labels` `(rows,)`, `run`, `unit` and `step` `(rows,)`.
+    """
+
+    def __init__(self, runs: list[RecordedRun], window: int, threshold: float):
+        self.runs = runs
+        rows: dict[str, list[torch.Tensor]] = {}
+        for index, run in enumerate(runs):
+            for key, value in _rows(run, window, threshold).items():
+                rows.setdefault(key, []).append(value)
+            rows.setdefault("run", []).append(torch.full_like(rows["unit"][-1], index))
+        self.columns = {key: torch.cat(parts) for key, parts in rows.items()}
+
+    def __len__(self) -> int:
+        return len(self.columns["labels"])
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        return {key: self.columns[key][row] for key in (*INPUTS, "labels")}
+
+
+def _rows(run: RecordedRun, window: int, threshold: float) -> dict[str, torch.Tensor]:
+    weights, steps = run.tensors["weights"], run.tensors["steps"]
+    labels = settled(run.tensors["cka"], threshold)
+    rates = run.tensors["learning_rates"].tolist()
+    units, last = weights.shape[1], int(steps[-1])
+    padded = torch.cat([torch.zeros(window, *weights.shape[1:]), weights])
+    parts: dict[str, list[torch.Tensor]] = {key: [] for key in (*INPUTS, "labels", "unit", "step")}
+    for probe, step in enumerate(run.tensors["probe_steps"].tolist()):
+        if not FIRST_DECISION * last <= step < last:
+            continue
+        now = int((steps <= step).sum()) - 1
+        filled = min(window, now + 1)
+        rate, rest = rate_and_rest(rates, now)
+        depth = torch.arange(units) / max(1, units - 1)
+        parts["snapshots"].append(padded[now + 1 : now + 1 + window].transpose(0, 1))
+        parts["start"].append(weights[0])
+        parts["mask"].append((torch.arange(window) >= window - filled).expand(units, -1))
+        parts["context"].append(torch.stack([depth, *(torch.full((units,), x) for x in (step / last, rate, rest))], 1))
+        parts["labels"].append(labels[probe].float())
+        parts["unit"].append(torch.arange(units))
+        parts["step"].append(torch.full((units,), step))
+    return {key: torch.cat(values) for key, values in parts.items()}
+
+
+def split(runs: list[RecordedRun], held_out: Callable[[RecordedRun], bool]) -> tuple[list, list]:
+    """The runs to train on, and those held out."""
+    return [run for run in runs if not held_out(run)], [run for run in runs if held_out(run)]

@@ -1,0 +1,11 @@
+"""Nothing ever freezes: plain training, for comparison."""
+
+from .base import Decision, Observation, Policy
+
+
+class NeverPolicy(Policy):
+    """Keeps the depth as it is."""
+
+    def decide(self, observation: Observation) -> Decision:
+        """Keep the depth."""
+        return Decision(observation.depth, "never")

@@ -1,0 +1,68 @@
+"""The predictor decides: SmartFRZ (ICLR 2023, arXiv 2401.16720)."""
+
+import torch
+from transformers.utils import logging
+
+from ..history import WeightHistory
+from ..predictor import SmartFRZPredictor
+from .base import Decision, Observation, Policy
+
+logger = logging.get_logger(__name__)
+
+LEAST_SNAPSHOTS = 3
+
+
+class SmartFRZPolicy(Policy):
+    """
+    Freezes the front up to the first unit that the predictor does not call converged.
+
+    Args:
+        predictor ([`SmartFRZPredictor`]): scores the units.
+        threshold (`float`): probability from which a unit counts as converged.
+    """
+
+    needs_history = True
+
+    def __init__(self, predictor: SmartFRZPredictor, threshold: float):
+        self.predictor, self.threshold = predictor.eval(), threshold
+
+    def decide(self, observation: Observation) -> Decision:
+        """
+        Score the active units and freeze the converged ones in front.
+
+        A history with NaN or infinity in it means that training has diverged: nothing freezes, and one warning says so.
+        """
+        history, depth = observation.history, observation.depth
+        if history is None or history.filled < LEAST_SNAPSHOTS or depth == observation.units:
+            return Decision(depth, "not enough history")
+        if not torch.isfinite(history.snapshots()[depth:]).all():
+            logger.warning_once("The weight history holds NaN or infinite values: SmartFRZ freezes nothing.")
+            return Decision(depth, "weights are not finite")
+        probabilities = self.score(observation, history)
+        reached = depth
+        while reached < observation.units and (
+            probabilities[reached - depth] >= self.threshold or not observation.trainable[reached]
+        ):
+            reached += 1
+        listed = ", ".join(f"{p:.3f}" for p in probabilities[: max(1, reached - depth)])
+        return Decision(reached, f"probability {listed} against {self.threshold:g}")
+
+    @torch.no_grad()
+    def score(self, observation: Observation, history: WeightHistory) -> list[float]:
+        """Probability, per active unit, that it has converged."""
+        depth, units = observation.depth, observation.units
+        context = torch.tensor(
+            [
+                [unit / max(1, units - 1), observation.progress, observation.learning_rate]
+                + [observation.learning_rate_left]
+                for unit in range(depth, units)
+            ]
+        )
+        device = self.predictor.device
+        output = self.predictor(
+            snapshots=history.snapshots()[depth:].to(device),
+            start=history.start[depth:].to(device),
+            mask=history.mask().expand(units - depth, -1).to(device),
+            context=context.to(device),
+        )
+        return output.probabilities.tolist()

@@ -1,0 +1,28 @@
+"""A fixed prefix, frozen from the start: what people do by hand."""
+
+from .base import Decision, Observation, Policy
+
+
+class StaticPolicy(Policy):
+    """
+    Freezes a fixed number of units before the first step.
+
+    Args:
+        depth (`float`): units to freeze: a fraction of all units below 1, a count from 1 on.
+
+    Raises:
+        ValueError: on `decide`, a count beyond the number of units.
+    """
+
+    def __init__(self, depth: float):
+        self.depth = depth
+
+    def decide(self, observation: Observation) -> Decision:
+        """Freeze to the fixed depth."""
+        depth = int(self.depth * observation.units) if self.depth < 1 else int(self.depth)
+        if depth > observation.units:
+            raise ValueError(
+                f"`static_depth` is {depth}, but the model has {observation.units} units (the stem and "
+                f"{observation.units - 1} blocks); it must be at most {observation.units}."
+            )
+        return Decision(max(depth, observation.depth), "static")

@@ -1,0 +1,43 @@
+"""Showing a run: the freeze timeline as a chart."""
+
+import os
+
+from transformers.utils import is_matplotlib_available
+
+from .accounting import Ledger
+
+ACTIVE, FROZEN = "#e07a3f", "#9db4c0"
+
+
+def plot_timeline(ledger: Ledger, path: str | os.PathLike, title: str = "Freeze timeline") -> None:
+    """
+    Draw when each unit froze: one bar a unit over the steps of the run, front unit at the bottom.
+
+    Args:
+        ledger ([`Ledger`]): of the run.
+        path (`str`): image file; its ending chooses the format.
+        title (`str`, *optional*): of the chart.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    if not is_matplotlib_available():
+        raise ImportError("Drawing the freeze timeline needs matplotlib: `pip install matplotlib`.")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.38 * len(ledger.units)), layout="constrained")
+    axes = figure.subplots()
+    for row, unit in enumerate(ledger.units):
+        frozen_at = ledger.freeze_steps.get(unit, ledger.max_steps)
+        axes.barh(row, frozen_at, color=ACTIVE, label="training" if row == 0 else None)
+        if frozen_at < ledger.max_steps:
+            first = unit == next(iter(ledger.freeze_steps))
+            rest = ledger.max_steps - frozen_at
+            axes.barh(row, rest, left=frozen_at, color=FROZEN, label="frozen" if first else None)
+            axes.annotate(f"step {frozen_at}", (frozen_at, row), (4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(ledger.units)), ledger.units)
+    axes.set_xlim(0, ledger.max_steps)
+    axes.set_xlabel("optimizer step")
+    axes.set_title(f"{title}: {ledger.compute_saved:.0%} of forward and backward compute saved")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,78 @@
+"""`SmartFRZTrainer`: what only a Trainer can do for freezing: logs for every tracker, and honest FLOPs."""
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+
+from .accounting import Ledger
+from .callback import SmartFRZCallback
+from .config import SmartFRZConfig
+from .predictor import SmartFRZPredictor
+
+# A mixin comes before the Trainer it widens; only the type checker has to know which methods it can rely on.
+if TYPE_CHECKING:
+    _Widened = Trainer
+else:
+    _Widened = object
+
+
+class SmartFRZMixin(_Widened):
+    """
+    Turns a subclass of [`~transformers.Trainer`] into one that freezes converged blocks.
+
+    Args:
+        smartfrz ([`SmartFRZConfig`], *optional*): every knob.
+        predictor ([`SmartFRZPredictor`], *optional*): used instead of the one that the configuration names.
+        args, kwargs: passed on to the Trainer.
+
+    Example:
+
+    ```python
+    class FreezingSeq2SeqTrainer(SmartFRZMixin, Seq2SeqTrainer):
+        pass
+    ```
+    """
+
+    def __init__(
+        self, *args, smartfrz: SmartFRZConfig | None = None, predictor: SmartFRZPredictor | None = None, **kwargs
+    ):
+        self.smartfrz = SmartFRZCallback(smartfrz, predictor)
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.smartfrz]
+        super().__init__(*args, **kwargs)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What froze when and why, and what it saved."""
+        return self.smartfrz.ledger
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with `freeze/depth`, `freeze/frozen_fraction` and `freeze/compute_saved` added to training logs."""
+        if "loss" in logs or "train_loss" in logs:
+            logs |= self.ledger.logs()
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """
+        FLOPs of one micro-batch as it really ran: counted, and smaller once a prefix is frozen. `total_flos` is their
+        sum; the base class counts six per weight and token whatever is frozen.
+        """
+        return round(self.smartfrz.meter.end_of_backward().total)
+
+
+class SmartFRZTrainer(SmartFRZMixin, Trainer):
+    """
+    A [`~transformers.Trainer`] that freezes each block from the front once it has converged.
+
+    Args:
+        smartfrz ([`SmartFRZConfig`], *optional*): every knob.
+        predictor ([`SmartFRZPredictor`], *optional*): used instead of the one that the configuration names.
+        args, kwargs: as for [`~transformers.Trainer`].
+
+    Example:
+
+    ```python
+    trainer = SmartFRZTrainer(model, args, train_dataset=train_dataset, smartfrz=SmartFRZConfig())
+    trainer.train()
+    trainer.ledger.freeze_steps
+    ```
+    """

@@ -1,0 +1,226 @@
+"""The callback in a plain Trainer: exact when nothing freezes, and a frozen prefix that stays frozen."""
+
+import logging
+
+import peft
+import pytest
+import torch
+from architectures import ARCHITECTURES, build
+from torch import nn
+from training import Rows, Watcher, predictor_that_says, smartfrz, train
+from transformers import TrainerCallback
+
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks
+
+
+def assert_same_run(first, second):
+    assert [log.get("loss") for log in first.state.log_history] == [
+        log.get("loss") for log in second.state.log_history
+    ]
+    for (key, p), (_, q) in zip(first.model.state_dict().items(), second.model.state_dict().items(), strict=True):
+        assert torch.equal(p, q), key
+    for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        for key, value in first.optimizer.state[p].items():
+            assert torch.equal(value, second.optimizer.state[q][key]), key
+
+
+@pytest.mark.parametrize("name", ["bert", "resnet", "gpt2"])
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 3, "activation_checkpointing": True}])
+def test_a_run_that_freezes_nothing_equals_plain_training(tmp_path, name, settings):
+    if name == "resnet":
+        settings = {key: value for key, value in settings.items() if key != "activation_checkpointing"}
+    data = None
+    if name == "gpt2":
+        data = Rows()
+        for row in data.rows:
+            row["labels"] = row["input_ids"]
+    plain = train(tmp_path, model=build(name), dataset=data, **settings)
+    never = SmartFRZCallback(SmartFRZConfig(policy="never"))
+    assert_same_run(plain, train(tmp_path, [never], build(name), dataset=data, **settings))
+    # The predictor is asked at every stage, and always says no.
+    no = smartfrz(0.1)
+    assert_same_run(plain, train(tmp_path, [no], build(name), dataset=data, **settings))
+    assert no.ledger.decisions > 15 and no.ledger.depth == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "activation_checkpointing": True}])
+def test_frozen_units_stay_as_they_were_to_the_end(tmp_path, settings):
+    callback, watcher = smartfrz(0.9, first_decision=5, decide_every=5, max_depth=3), Watcher()
+    trainer = train(tmp_path, [callback, watcher], **settings)
+    assert callback.ledger.freeze_steps == {"stem": 5, "bert.encoder.layer.0": 5, "bert.encoder.layer.1": 5}
+    prefix = {k for unit in find_blocks(trainer.model).units[:3] for k in unit.named_parameters()}
+    for key in prefix:
+        assert not torch.equal(watcher.weights[3][key], watcher.weights[4][key]), "active to step 5"
+        for weights in watcher.weights[5:]:
+            assert torch.equal(weights[key], watcher.weights[4][key]), key
+    for key in ("bert.encoder.layer.2.output.dense.weight", "classifier.weight"):
+        assert not torch.equal(watcher.weights[-1][key], watcher.weights[-2][key])
+    parameters = dict(trainer.model.named_parameters())
+    assert all(parameters[key] not in trainer.optimizer.state for key in prefix)
+    assert all(parameters[key] in trainer.optimizer.state for key in parameters if key not in prefix)
+    assert all(p.requires_grad for p in trainer.model.parameters()), "flags are restored when training ends"
+
+
+def test_decisions_come_early_and_often(tmp_path):
+    class Spy(TrainerCallback):
+        steps = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if callback.ledger.decisions > len(self.steps) + 1:  # one more is made before the first step
+                self.steps.append(state.global_step)
+
+    callback = smartfrz(0.1)
+    train(tmp_path, [callback, Spy()], max_steps=120)
+    assert Spy.steps == list(range(6, 120, 3)), "first within 5 % of the run, then every 2.5 %"
+
+
+def test_several_units_freeze_in_one_stage_and_later_ones_follow(tmp_path):
+    answers = iter([[0.9, 0.8, 0.2, 0.9, 0.9], [0.9, 0.1, 0.9], [0.9, 0.9], [0.7]])
+    callback = smartfrz(0.5, first_decision=5, decide_every=5)
+    callback.policy.score = lambda observation, snapshots: next(answers)
+    train(tmp_path, [callback])
+    assert [(s.step, s.depth) for s in callback.ledger.stages] == [(5, 2), (10, 3), (15, 5)]
+    assert "0.900, 0.800 against 0.5" in callback.ledger.stages[0].reason
+
+
+def test_static_freezes_before_the_first_step(tmp_path):
+    callback, watcher = SmartFRZCallback(SmartFRZConfig(policy="static", static_depth=2)), Watcher()
+    model = build("bert")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    train(tmp_path, [callback, watcher], model, warmup_steps=0)
+    for unit in find_blocks(model).units[:2]:
+        for key in unit.named_parameters():
+            assert torch.equal(watcher.weights[-1][key], before[key])
+    assert callback.ledger.freeze_steps == {"stem": 0, "bert.encoder.layer.0": 0}
+    half = SmartFRZCallback(SmartFRZConfig(policy="static", static_depth=0.5))
+    train(tmp_path, [half], max_steps=1)
+    assert half.ledger.depth == 2
+
+
+def test_linear_grows_with_the_run(tmp_path):
+    callback = SmartFRZCallback(SmartFRZConfig(policy="linear", linear_start=0.2, linear_depth=1.0, decide_every=1))
+    train(tmp_path, [callback])
+    depths = {stage.step: stage.depth for stage in callback.ledger.stages}
+    assert depths == {8: 1, 11: 2, 14: 3, 17: 4}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_trains_with_the_shipped_predictor_and_with_a_frozen_half(tmp_path, name):
+    model = build(name)
+    data = None
+    if name in ("gpt2", "llama", "qwen2"):
+        data = Rows()
+        for row in data.rows:
+            row["labels"] = row["input_ids"]
+    units = len(find_blocks(model))
+    callbacks = [SmartFRZCallback(), Watcher()]
+    train(tmp_path, callbacks, model, dataset=data, max_steps=8)
+    static = SmartFRZCallback(SmartFRZConfig(policy="static", static_depth=units // 2))
+    train(tmp_path, [static], build(name), dataset=data, max_steps=2)
+    assert static.ledger.depth == units // 2
+    # With one repeated block only the stem is in front, and looking tokens up is no arithmetic.
+    assert static.ledger.compute_saved > 0 or name == "albert"
+
+
+def test_nan_freezes_nothing_and_is_said_once(tmp_path, caplog):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    model.bert.encoder.layer[1].output.dense.weight.fill_(float("nan"))
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.enable_propagation()
+    callback = smartfrz(0.9, first_decision=5, decide_every=1)
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path, [Poison(), callback])
+    transformers_logging.disable_propagation()
+    assert callback.ledger.decisions > 10 and callback.ledger.depth == 0
+    assert sum("NaN" in record.message for record in caplog.records) == 1
+
+
+def test_peft(tmp_path, recwarn):
+    model = peft.get_peft_model(build("bert"), peft.LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS"))
+    flags = {key: p.requires_grad for key, p in model.named_parameters()}
+    callback, watcher = smartfrz(0.9, first_decision=5, max_depth=3), Watcher()
+    train(tmp_path, [callback, watcher], model)
+    assert callback.ledger.depth == 3
+    assert 0 < callback.ledger.frozen_fraction < 1 and callback.ledger.compute_saved > 0
+    frozen = [key for key in flags if "lora" in key and (".layer.0." in key or ".layer.1." in key)]
+    active = [key for key in flags if "lora_B" in key and ".layer.2." in key]
+    assert frozen and active
+    for key in frozen:
+        assert torch.equal(watcher.weights[4][key], watcher.weights[-1][key])
+    assert not any(torch.equal(watcher.weights[4][key], watcher.weights[-1][key]) for key in active)
+    assert flags == {key: p.requires_grad for key, p in model.named_parameters()}
+
+
+test_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")(test_peft)
+
+
+def test_training_twice_starts_anew(tmp_path):
+    callback = smartfrz(0.9, first_decision=5, max_depth=2)
+    trainer = train(tmp_path, [callback])
+    first = callback.ledger
+    trainer.train()
+    assert callback.ledger is not first and callback.ledger.freeze_steps == first.freeze_steps
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in trainer.model.modules())
+
+
+def test_user_flags_survive(tmp_path):
+    model = build("bert")
+    model.bert.embeddings.requires_grad_(False)
+    callback = smartfrz(0.9, max_depth=2)
+    train(tmp_path, [callback], model)
+    assert callback.ledger.depth == 2
+    assert not any(p.requires_grad for p in model.bert.embeddings.parameters())
+    assert all(p.requires_grad for p in model.bert.encoder.parameters())
+
+
+def test_bad_input_is_refused_before_training(tmp_path):
+    def refused(match, callback, model=None, error=ValueError, **changes):
+        model = build("bert") if model is None else model
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(error, match=match):
+            train(tmp_path, [callback], model, **changes)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    class NoBlocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(12, 2)
+
+        def forward(self, input_ids, attention_mask, labels):
+            return {"loss": nn.functional.cross_entropy(self.linear(input_ids.float()), labels)}
+
+    refused("NoBlocks has no repeated blocks", smartfrz(), NoBlocks())
+    refused("encoder.blocks", smartfrz(blocks=["encoder.blocks.*"]))
+    refused("All of 5 units .* are frozen already", smartfrz(), build("bert").requires_grad_(False))
+    refused("must be at most 5", SmartFRZCallback(SmartFRZConfig(policy="static", static_depth=6)))
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    from training import arguments
+
+    args = arguments(tmp_path)
+    args.deepspeed = {"zero_optimization": {"stage": 2}}
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO.*use DDP or"):
+        smartfrz().on_init_end(args, None, None, model=build("bert"))
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    from training import arguments
+
+    args = arguments(tmp_path)
+    monkeypatch.setattr(type(args), "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="this run has 2"):
+        smartfrz().on_init_end(args, None, None, model=build("bert"))
+
+
+def test_predictor_that_does_not_fit_is_refused(tmp_path):
+    for field in ("window", "samples"):
+        with pytest.raises(ValueError, match=f"`{field}` is 7, but the predictor was made for"):
+            SmartFRZCallback(SmartFRZConfig(**{field: 7}), predictor_that_says(0.5))
+    with pytest.raises(OSError, match="lacks config.json"):
+        SmartFRZCallback(SmartFRZConfig(predictor=str(tmp_path)))

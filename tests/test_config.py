@@ -1,0 +1,77 @@
+"""The configuration validates itself, says the remedy, and is a command line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from smartfrz_hf import SmartFRZConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"policy": "magic"}, "'linear', 'never', 'smartfrz', 'static'"),
+        ({"freeze_threshold": 1.2}, r"within \[0, 1\]"),
+        ({"freeze_threshold": -0.1}, r"within \[0, 1\]"),
+        ({"freeze_threshold": float("nan")}, r"within \[0, 1\]"),
+        ({"record_every": 0}, "whole number of steps"),
+        ({"decide_every": 2.5}, "whole number of steps"),
+        ({"first_decision": -1}, "whole number of steps"),
+        ({"static_depth": -1}, "whole number of units"),
+        ({"static_depth": 1.5}, "whole number of units"),
+        ({"linear_start": 1}, "must be below 1"),
+        ({"linear_depth": 2}, r"within \[0, 1\]"),
+        ({"window": 1}, "at least 2"),
+        ({"samples": 0}, "at least 1"),
+        ({"max_depth": -1}, "at least 0"),
+        ({"blocks": []}, "at least one name"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        SmartFRZConfig(**values)
+
+
+def test_steps():
+    config = SmartFRZConfig(record_every=0.005, first_decision=0.05, decide_every=7)
+    assert [config.steps("record_every", n) for n in (10, 200, 1000)] == [1, 1, 5]
+    assert [config.steps("first_decision", n) for n in (10, 99, 100)] == [1, 4, 5]
+    assert config.steps("decide_every", 1000) == 7
+
+
+def test_is_a_command_line_beside_training_arguments(tmp_path):
+    parser = HfArgumentParser((TrainingArguments, SmartFRZConfig))
+    words = ["--output_dir", str(tmp_path), "--policy", "static", "--static_depth", "2", "--blocks", "a.*", "b.*"]
+    config = parser.parse_args_into_dataclasses(words)[1]
+    assert (config.policy, config.static_depth, config.blocks) == ("static", 2.0, ["a.*", "b.*"])
+    assert parser.parse_args_into_dataclasses(["--output_dir", "x"])[1] == SmartFRZConfig()
+    help_text = parser.format_help()
+    assert "Probability, within [0, 1]" in help_text
+
+
+def test_saves_and_loads(tmp_path, caplog):
+    config = SmartFRZConfig(policy="linear", linear_depth=0.25, blocks=["x"])
+    config.save_pretrained(tmp_path)
+    assert SmartFRZConfig.from_pretrained(tmp_path) == config
+    file = tmp_path / "smartfrz_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"of_tomorrow": 1}))
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    assert SmartFRZConfig.from_pretrained(tmp_path) == config
+    logging.disable_propagation()
+    assert sum("of_tomorrow" in record.message for record in caplog.records) == 1
+
+
+def test_needs_no_torch():
+    code = (
+        "import sys, importlib.util, types; "
+        "spec = importlib.util.find_spec('smartfrz_hf'); package = types.ModuleType('smartfrz_hf'); "
+        "package.__path__ = list(spec.submodule_search_locations); sys.modules['smartfrz_hf'] = package; "
+        "sys.modules['torch'] = None; import smartfrz_hf.config as c; c.SmartFRZConfig(); print('fine')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.strip().endswith("fine"), result.stderr
