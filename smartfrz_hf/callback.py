@@ -70,7 +70,7 @@ class SmartFRZCallback(TrainerCallback):
         self.ledger = Ledger(
             units=self._stack.names,
             max_steps=state.max_steps,
-            trainable_parameters=sum(p.numel() for p in self._stack.model.parameters() if p.requires_grad)
+            trainable_parameters=sum(p.numel() for p in self._stack.model.parameters() if p.requires_grad),
         )
         self._record_every = self.config.steps("record_every", state.max_steps)
         self._first_decision = self.config.steps("first_decision", state.max_steps)

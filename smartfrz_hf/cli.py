@@ -1,5 +1,6 @@
 """The command line: `smartfrz harvest` records training runs, `smartfrz fit` makes a predictor of them."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,41 @@ def harvest(
     if failures:
         typer.echo("The other runs are kept; the same command tries the failed ones again.", err=True)
         raise typer.Exit(1)
+
+
+@app.command()
+def fit(
+    runs: Annotated[Path, typer.Argument(help="Folder that `smartfrz harvest` filled.", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option(help="Folder that gets the predictor and its model card.")],
+    hold_out_family: Annotated[
+        list[str] | None, typer.Option(help="Model family kept out of training, such as resnet; may be repeated.")
+    ] = None,
+    hold_out_task: Annotated[
+        list[str] | None, typer.Option(help="Data set kept out of training, such as glue/cola; may be repeated.")
+    ] = None,
+    cka: Annotated[float, typer.Option(min=0, max=1, help="CKA from which a unit counts as settled.")] = 0.995,
+    form: Annotated[str, typer.Option(help="What a snapshot is to the predictor: dynamics or weights.")] = "dynamics",
+    window: Annotated[int, typer.Option(min=2, help="Snapshots in a history.")] = 20,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 30,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and the order of the rows.")] = 0,
+    results: Annotated[Path | None, typer.Option(help="JSON file that gets what was measured.")] = None,
+) -> None:
+    """Fit a predictor to recorded runs, judge it on what was held out, and write it with its model card."""
+    from .harvest.fit import fit_and_judge
+
+    try:
+        summary = fit_and_judge(
+            runs, out, set(hold_out_family or []), set(hold_out_task or []), cka, form, window, epochs, seed
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if results is not None:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text(json.dumps(summary, indent=2) + "\n")
+    for name, part in (("training", summary["training"]), ("held out", summary["held_out"])):
+        typer.echo(f"{name:>9}: {part['rows']} rows, AUC {part['auc']:.3f}, average precision {part['ap']:.3f}")
+    for rule, part in summary["held_out"]["rules"].items():
+        typer.echo(f"{'rule':>9}: AUC {part['auc']:.3f}, average precision {part['ap']:.3f}  {rule}")
 
 
 if __name__ == "__main__":

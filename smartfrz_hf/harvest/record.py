@@ -11,6 +11,8 @@ from ..blocks import BlockStack, find_blocks
 from ..history import WeightSampler
 from .cka import linear_cka
 
+PROBE_ROWS = 256
+
 
 def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """

@@ -31,12 +31,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .record import RecordingCallback
+from .record import PROBE_ROWS, RecordingCallback
 
 logger = logging.get_logger(__name__)
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-PROBE_ROWS = 256
 
 
 @dataclass
@@ -211,7 +210,9 @@ def _prepare_images(spec: RunSpec, parts: list[Dataset]):
         pixels = np.stack([np.asarray(picture, dtype=np.float32) for picture in rows[image]])
         return {"pixel_values": pixels.transpose(0, 3, 1, 2) / 127.5 - 1, "label": rows["label"]}
 
-    parts = [part.map(to_pixels, batched=True, remove_columns=part.column_names).with_format("torch") for part in parts]
+    parts = [
+        part.map(to_pixels, batched=True, remove_columns=part.column_names).with_format("torch") for part in parts
+    ]
     if spec.from_scratch:
         model = AutoModelForImageClassification.from_config(
             AutoConfig.for_model(spec.model, num_labels=labels, **spec.config)
@@ -292,6 +293,7 @@ def harvest(
                 pass
             for name in [name for name, process in running.items() if not process.is_alive()]:
                 process = running.pop(name)
+                bar.n = round(bar.n, 6)  # a run ends on a whole number, which its parts may miss by rounding
                 if process.exitcode and not any(line.startswith(f"{name}:") for line in failures):
                     failures.append(f"{name}: the process ended with exit code {process.exitcode}")
     return failures
