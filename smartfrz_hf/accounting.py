@@ -5,7 +5,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_, **__
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+# The counter of torch knows the fused attention kernels of accelerators, but not those of the CPU.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,7 @@ class ComputeMeter:
             self._counter = None
         self._elements = main_input.numel() if isinstance(main_input, torch.Tensor) else 1
         if self._due:
-            self._counter = FlopCounterMode(display=False)
+            self._counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
             self._counter.__enter__()
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:

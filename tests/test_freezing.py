@@ -9,6 +9,7 @@ from architectures import ARCHITECTURES, build
 from torch.utils.flop_counter import FlopCounterMode
 
 from smartfrz_hf import Freezer, find_blocks
+from smartfrz_hf.accounting import CPU_ATTENTION
 
 CHECKPOINTED = [name for name in ARCHITECTURES if build(name).supports_gradient_checkpointing]
 
@@ -20,7 +21,7 @@ def depths(stack):
 def backward_flops(model, batch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the counter's module tracker cannot follow recomputed modules
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             loss = model(**batch).loss
             forward = counter.get_total_flops()
             loss.backward()

@@ -1,0 +1,221 @@
+"""The whole road of making a predictor, on tiny models and local files."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES, build
+from datasets import Dataset, Features, Image, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training import Watcher, train
+from typer.testing import CliRunner
+
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, load_predictor
+from smartfrz_hf.cli import app
+from smartfrz_hf.harvest.cka import linear_cka
+from smartfrz_hf.harvest.dataset import HistoryRows, read_runs
+from smartfrz_hf.harvest.labels import settled
+from smartfrz_hf.harvest.record import RecordingCallback, pool
+from smartfrz_hf.harvest.runs import read_specs
+from smartfrz_hf.policies import SmartFRZPolicy
+
+
+def test_cka_by_its_definition():
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 7).double(), torch.randn(40, 5).double()
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    by_features = (yc.T @ xc).norm() ** 2 / ((xc.T @ xc).norm() * (yc.T @ yc).norm())
+    assert linear_cka(x, y) == pytest.approx(float(by_features), abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), scale=st.floats(0.01, 100))
+def test_cka_knows_no_rotation_scale_or_shift(seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(20, 6, generator=generator), torch.randn(20, 6, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    assert linear_cka(x, x @ rotation * scale + 3) == pytest.approx(1, abs=1e-4)
+    assert linear_cka(x, y) == pytest.approx(linear_cka(y, x), abs=1e-9)
+    assert 0 <= linear_cka(x, y) <= 1
+
+
+def test_cka_of_constants():
+    constant, x = torch.ones(5, 3), torch.randn(5, 3)
+    assert linear_cka(constant, constant) == 1 and linear_cka(constant, x) == 0
+
+
+def test_settled_means_from_here_to_the_end():
+    cka = torch.tensor([[1.0, 0.5], [0.9, 0.99], [0.995, 0.999], [1.0, 1.0]])
+    assert settled(cka, 0.99).tolist() == [[False, False], [False, True], [True, True], [True, True]]
+
+
+def test_pool_ignores_padding():
+    hidden = torch.arange(12.0).reshape(1, 4, 3)
+    assert pool(hidden, torch.tensor([[1, 1, 0, 0]])).tolist() == [[1.5, 2.5, 3.5]]
+    assert pool(torch.ones(2, 3, 4, 4)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "resnet", "swin"])
+def test_recording_changes_nothing_and_records_all(tmp_path, name):
+    data = None
+    if name == "gpt2":
+        from training import Rows
+
+        data = Rows()
+        for row in data.rows:
+            row["labels"] = row["input_ids"]
+    batch = {key: value for key, value in ARCHITECTURES[name].batch(build(name)).items() if key != "labels"}
+    recorder = RecordingCallback([batch], samples=64, probes=10)
+    plain, recorded = Watcher(), Watcher()
+    train(tmp_path, [plain], build(name), dataset=data)
+    train(tmp_path, [recorder, recorded], build(name), dataset=data)
+    for a, b in zip(plain.weights, recorded.weights, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    result = recorder.result()
+    units = ARCHITECTURES[name].count + 1
+    assert result["weights"].shape == (21, units, 64) and result["steps"].tolist() == list(range(21))
+    assert result["probe_steps"].tolist() == list(range(0, 21, 2)) and result["cka"].shape == (11, units)
+    torch.testing.assert_close(result["cka"][-1], torch.ones(units))
+    assert result["cka"][0].min() < result["cka"][-2].min() <= 1
+    assert result["learning_rates"].max() == result["learning_rates"][2]
+
+
+@pytest.fixture(scope="module")
+def harvested(tmp_path_factory):
+    """Two tiny families, trained from scratch on images in a local parquet file through the command line."""
+    folder = tmp_path_factory.mktemp("harvest")
+    generator = np.random.default_rng(0)
+    pictures = generator.integers(0, 255, (96, 32, 32, 3), dtype=np.uint8)
+    rows = Dataset.from_dict({"img": list(pictures), "label": [int(p.mean() > 127) for p in pictures]})
+    rows = Dataset.from_dict(
+        {"img": [{"bytes": _png(p), "path": None} for p in pictures], "label": rows["label"]},
+        features=Features({"img": Image(), "label": Value("int64")}),
+    )
+    (folder / "data" / "cifar10").mkdir(parents=True)
+    rows.to_parquet(folder / "data" / "cifar10" / "train.parquet")
+    rows.to_parquet(folder / "data" / "cifar10" / "test.parquet")
+    vit = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    resnet = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    common = {"data": "cifar10", "from_scratch": True, "train_rows": 64, "epochs": 10, "batch_size": 16}
+    specs = [
+        {"name": "vit-0", "model": "vit", "config": vit | {"image_size": 32, "patch_size": 8}, **common},
+        {"name": "resnet-0", "model": "resnet", "config": resnet, **common},
+        {"name": "broken", "model": "resnet", "config": {"layer_type": "nonsense"}, **common},
+    ]
+    (folder / "runs.json").write_text(json.dumps([s | {"learning_rate": 3e-3} for s in specs]))
+    words = ["harvest", "runs.json", "--out", "out", "--data-dir", "data", "--processes", "2"]
+    words = [
+        word if word.startswith("--") or "." not in word and word not in ("out", "data") else str(folder / word)
+        for word in words
+    ]
+    return folder, words, CliRunner().invoke(app, words)
+
+
+def _png(pixels):
+    import io
+
+    from PIL import Image as Pillow
+
+    buffer = io.BytesIO()
+    Pillow.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_one_failed_run_does_not_lose_the_rest(harvested):
+    folder, _, result = harvested
+    assert result.exit_code == 1
+    assert "failed: broken: " in result.output and "nonsense" in result.output
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["resnet-0", "vit-0"]
+    provenance = json.loads((folder / "out" / "vit-0" / "run.json").read_text())
+    assert provenance["spec"]["learning_rate"] == 3e-3 and provenance["versions"]["torch"] == torch.__version__
+    assert provenance["units"] == ["stem", "vit.layers.0", "vit.layers.1"]
+
+
+def test_harvest_resumes(harvested):
+    folder, words, _ = harvested
+    finished = folder / "out" / "vit-0" / "run.json"
+    before = finished.stat().st_mtime_ns
+    specs = json.loads((folder / "runs.json").read_text())
+    (folder / "runs.json").write_text(json.dumps(specs[:2]))
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert finished.stat().st_mtime_ns == before
+
+
+def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path):
+    """The row cut from a recorded run equals the input that the callback builds in the same run."""
+    runs = read_runs(harvested[0] / "out")
+    rows = HistoryRows(runs, window=20, threshold=0.9)
+    assert {"run", "unit", "step", "labels", "snapshots", "start", "mask", "context"} == set(rows.columns)
+    steps = rows.columns["step"][rows.columns["run"] == 0].unique()
+    assert steps.min() >= 2 and steps.max() < 40
+    batch = {key: value for key, value in ARCHITECTURES["bert"].batch(build("bert")).items() if key != "labels"}
+    recorder, callback = RecordingCallback([batch], samples=1024), SmartFRZCallback(SmartFRZConfig(sampling_seed=42))
+    inputs = []
+    score = SmartFRZPolicy.score
+
+    def spy(self, observation, history):
+        handle = self.predictor.register_forward_pre_hook(
+            lambda module, args, kwargs: inputs.append((observation.step, kwargs)), with_kwargs=True
+        )
+        try:
+            score(self, observation, history)
+        finally:
+            handle.remove()
+        return [0.0] * observation.units
+
+    callback.policy.score = spy.__get__(callback.policy)
+    train(tmp_path, [recorder, callback], max_steps=40)
+    from smartfrz_hf.harvest.dataset import RecordedRun
+
+    run = RecordedRun({"spec": {"name": "x", "data": "y"}, "family": "z"}, recorder.result())
+    columns = HistoryRows([run], window=20, threshold=0.9).columns
+    compared = 0
+    for step, kwargs in inputs:
+        at = columns["step"] == step
+        if at.any():
+            for key in ("snapshots", "start", "mask", "context"):
+                torch.testing.assert_close(kwargs[key], columns[key][at], msg=f"{key} at step {step}")
+            compared += 1
+    assert compared > 25
+    assert all(a[0] < b[0] for a, b in pairwise(inputs))
+
+
+def test_fit_writes_a_predictor_and_its_card(harvested, tmp_path):
+    out, results = tmp_path / "mine", tmp_path / "results.json"
+    words = ["fit", str(harvested[0] / "out"), "--out", str(out), "--hold-out-family", "resnet", "--cka", "0.9"]
+    result = CliRunner().invoke(app, [*words, "--epochs", "2", "--results", str(results)])
+    assert result.exit_code == 0, result.output
+    predictor = load_predictor(out)
+    assert predictor.config.window == 20 and predictor.config.samples == 1024
+    assert predictor.feature_std.min() > 0 and predictor.feature_mean.abs().max() > 0
+    summary = json.loads(results.read_text())
+    assert summary["training"]["rows"] > 0 and 0 <= summary["held_out"]["auc"] <= 1
+    assert {run["name"]: run["used_for"] for run in summary["runs"]} == {"resnet-0": "held out", "vit-0": "training"}
+    card = (out / "README.md").read_text()
+    assert f"| held out | {summary['held_out']['rows']} |" in card and "Held out were all runs of resnet." in card
+    callback = SmartFRZCallback(SmartFRZConfig(predictor=str(out)))
+    train(tmp_path, [callback], max_steps=10)
+    assert callback.ledger.decisions > 5
+
+
+def test_bad_input_of_the_commands(harvested, tmp_path):
+    runs = str(harvested[0] / "out")
+    for words, message in (
+        (["fit", str(tmp_path), "--out", "x"], "holds no recorded run"),
+        (["fit", runs, "--out", "x"], "0 are held out"),
+        (["fit", runs, "--out", "x", "--hold-out-task", "cifar10"], "hold out some, but not all"),
+        (["harvest", str(tmp_path / "none.json"), "--out", "x"], "does not exist"),
+    ):
+        result = CliRunner().invoke(app, words, env={"COLUMNS": "300", "TERM": "dumb"})
+        assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
+    file = tmp_path / "runs.json"
+    file.write_text(json.dumps([{"name": "a", "model": "vit", "data": "cifar10"}] * 2))
+    with pytest.raises(ValueError, match=r"share a name: \['a'\]"):
+        read_specs(file)
+    file.write_text(json.dumps([{"name": "a", "model": "vit", "data": "cifar10", "colour": 1}]))
+    with pytest.raises(ValueError, match="colour"):
+        read_specs(file)
