@@ -12,16 +12,19 @@ export TOKENIZERS_PARALLELISM := false
 .NOTPARALLEL:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test bench-demo check format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Fine-tune a small model with and without freezing, on the CPU
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run all tests; PYTEST_ARGS="-m 'not slow'" for the fast ones
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench-demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Repeat the demo over three seeds, into benchmarks/results
+	$(BIN)/python benchmarks/demo.py
 
 check: $(VENV)/.stamp-dev ## Check format, lint and types
 	$(BIN)/ruff format --check

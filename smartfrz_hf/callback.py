@@ -10,7 +10,7 @@ from .blocks import BlockStack, find_blocks
 from .config import SmartFRZConfig
 from .freezing import Freezer
 from .history import WeightHistory, WeightSampler
-from .policies import Observation, SmartFRZPolicy, make_policy, planned_rates, rate_and_rest
+from .policies import Observation, make_policy, planned_rates, rate_and_rest
 from .predictor import SmartFRZPredictor
 
 logger = logging.get_logger(__name__)
@@ -61,8 +61,8 @@ class SmartFRZCallback(TrainerCallback):
         **kwargs,
     ):
         """Find the units, take the first snapshot, and let the policy freeze what is frozen from the start."""
+        self._release()  # what an interrupted run has left frozen
         self._stack = self._check(args, model)
-        self._release()
         self._trainable = [unit.trainable for unit in self._stack.units]
         self._running = True
         self._freezer = Freezer(self._stack, optimizer)
@@ -77,11 +77,11 @@ class SmartFRZCallback(TrainerCallback):
         self._decide_every = self.config.steps("decide_every", state.max_steps)
         self._rates = planned_rates(kwargs.get("lr_scheduler"), state.max_steps)
         self._history: WeightHistory | None = None
-        if isinstance(self.policy, SmartFRZPolicy):
-            made_for = self.policy.predictor.config
-            self._sampler = WeightSampler(self._stack.units, made_for.samples, self.config.sampling_seed)
-            device = next(iter(self._stack.stem.named_parameters().values())).device
-            self._history = WeightHistory(len(self._stack), made_for.window, made_for.samples, device)
+        if self.policy.history_size is not None:
+            window, samples = self.policy.history_size
+            self._sampler = WeightSampler(self._stack.units, samples, self.config.sampling_seed)
+            device = next(self._stack.backbone.parameters()).device
+            self._history = WeightHistory(len(self._stack), window, samples, device)
             self._history.record(self._sampler, state.global_step)
         self._decide(state)
 

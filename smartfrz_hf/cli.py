@@ -47,7 +47,10 @@ def fit(
     hold_out_task: Annotated[
         list[str] | None, typer.Option(help="Data set kept out of training, such as glue/cola; may be repeated.")
     ] = None,
-    cka: Annotated[float, typer.Option(min=0, max=1, help="CKA from which a unit counts as settled.")] = 0.995,
+    cka: Annotated[float, typer.Option(min=0, max=1, help="CKA from which a unit has settled in any case.")] = 0.9998,
+    change_left: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of its change that a settled unit may still have to come.")
+    ] = 0.01,
     form: Annotated[str, typer.Option(help="What a snapshot is to the predictor: dynamics or weights.")] = "dynamics",
     window: Annotated[int, typer.Option(min=2, help="Snapshots in a history.")] = 20,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 30,
@@ -59,7 +62,16 @@ def fit(
 
     try:
         summary = fit_and_judge(
-            runs, out, set(hold_out_family or []), set(hold_out_task or []), cka, form, window, epochs, seed
+            runs,
+            out,
+            set(hold_out_family or []),
+            set(hold_out_task or []),
+            cka,
+            change_left,
+            form,
+            window,
+            epochs,
+            seed,
         )
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error

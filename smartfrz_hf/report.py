@@ -34,7 +34,11 @@ def plot_timeline(ledger: Ledger, path: str | os.PathLike, title: str = "Freeze 
             first = unit == next(iter(ledger.freeze_steps))
             rest = ledger.max_steps - frozen_at
             axes.barh(row, rest, left=frozen_at, color=FROZEN, label="frozen" if first else None)
-            axes.annotate(f"step {frozen_at}", (frozen_at, row), (4, 0), textcoords="offset points", va="center")
+            inside = frozen_at < 0.9 * ledger.max_steps  # a label behind a late freeze would leave the chart
+            offset, side = ((4, 0), "left") if inside else ((-4, 0), "right")
+            axes.annotate(
+                f"step {frozen_at}", (frozen_at, row), offset, textcoords="offset points", va="center", ha=side
+            )
     axes.set_yticks(range(len(ledger.units)), ledger.units)
     axes.set_xlim(0, ledger.max_steps)
     axes.set_xlabel("optimizer step")

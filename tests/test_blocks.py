@@ -84,6 +84,11 @@ def test_wrapped_models_are_unwrapped():
     names = find_blocks(model).names
     assert find_blocks(torch.compile(model)).names == names
     assert find_blocks(nn.DataParallel(model)).names == names
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert find_blocks(nn.parallel.DistributedDataParallel(model)).names == names
+    finally:
+        torch.distributed.destroy_process_group()
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "value"], modules_to_save=None))
     stack = find_blocks(adapted)
     assert stack.names == names

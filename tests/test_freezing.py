@@ -18,14 +18,25 @@ def depths(stack):
     return range(1, len(stack) + 1) if len(stack) < 8 else (1, 3, len(stack))
 
 
-def backward_flops(model, batch):
+def count_backward(model, batch):
+    """FLOPs of the backward pass, and the names of the modules in which any were counted."""
+
+    def by_module():
+        return {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the counter's module tracker cannot follow recomputed modules
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             loss = model(**batch).loss
-            forward = counter.get_total_flops()
+            forward, before = counter.get_total_flops(), by_module()
             loss.backward()
-    return counter.get_total_flops() - forward
+    root = f"{type(model).__name__}."
+    grown = {name.removeprefix(root) for name, flops in by_module().items() if flops > before.get(name, 0)}
+    return counter.get_total_flops() - forward, grown
+
+
+def backward_flops(model, batch):
+    return count_backward(model, batch)[0]
 
 
 def step(model, batch, optimizer):
@@ -67,7 +78,7 @@ def test_prefix_stays_bit_for_bit_and_leaves_the_optimizer(name):
 
 
 def reached(model, stack, batch):
-    """Names of the units in which any backward work ran, and the counted backward FLOPs."""
+    """Names of the units in which any backward work ran, by autograd and by the FLOP counter, and the FLOPs."""
     units = set()
     hooks = []
     for unit in stack.units:
@@ -78,10 +89,16 @@ def reached(model, stack, batch):
                         lambda m, _, out, unit=unit: _watch(out, units, unit.name) if torch.is_grad_enabled() else None
                     )
                 )
-    flops = backward_flops(model, batch)
+    flops, modules = count_backward(model, batch)
     for hook in hooks:
         hook.remove()
-    return units, flops
+    counted = {
+        unit.name
+        for unit in stack.units
+        for name in unit.modules
+        if any(module == name or module.startswith(f"{name}.") for module in modules)
+    }
+    return units, counted, flops
 
 
 def _watch(output, units, name):
@@ -111,15 +128,17 @@ def test_no_backward_work_in_the_prefix(name, checkpointing):
             backward_flops(model, batch)
         freezer.freeze_to(1)
         model.zero_grad()
-    units, full = reached(model, stack, batch)
+    units, counted, full = reached(model, stack, batch)
     assert units == set(stack.names[freezer.depth :]), "backward reaches every active unit"
+    assert counted >= set(stack.names[1:]), "and every block's work is counted"
     last = full
     for depth in depths(stack):
         freezer.freeze_to(depth)
         model.train()
         model.zero_grad()
-        units, flops = reached(model, stack, batch)
+        units, counted, flops = reached(model, stack, batch)
         assert units == set(stack.names[depth:])
+        assert not counted & set(stack.names[:depth])
         assert flops < last or depth == 1, "each block of the prefix saves its part"
         last = flops
         got = {key for key, p in model.named_parameters() if p.grad is not None}

@@ -49,7 +49,12 @@ def test_cka_of_constants():
 
 def test_settled_means_from_here_to_the_end():
     cka = torch.tensor([[1.0, 0.5], [0.9, 0.99], [0.995, 0.999], [1.0, 1.0]])
-    assert settled(cka, 0.99).tolist() == [[False, False], [False, True], [True, True], [True, True]]
+    assert settled(cka, 0.99, 0).tolist() == [[False, False], [False, True], [True, True], [True, True]]
+
+
+def test_settled_is_relative_to_the_whole_change():
+    cka = torch.tensor([[0.98, 0.2, 0.9999], [0.99, 0.9, 0.9998], [0.998, 0.93, 0.9999], [1.0, 1.0, 1.0]])
+    assert settled(cka, 0.9995, 0.1).int().T.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
 
 
 def test_pool_ignores_padding():
@@ -148,7 +153,7 @@ def test_harvest_resumes(harvested):
 def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path):
     """The row cut from a recorded run equals the input that the callback builds in the same run."""
     runs = read_runs(harvested[0] / "out")
-    rows = HistoryRows(runs, window=20, threshold=0.9)
+    rows = HistoryRows(runs, window=20)
     assert {"run", "unit", "step", "labels", "snapshots", "start", "mask", "context"} == set(rows.columns)
     steps = rows.columns["step"][rows.columns["run"] == 0].unique()
     assert steps.min() >= 2 and steps.max() < 40
@@ -172,7 +177,7 @@ def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path):
     from smartfrz_hf.harvest.dataset import RecordedRun
 
     run = RecordedRun({"spec": {"name": "x", "data": "y"}, "family": "z"}, recorder.result())
-    columns = HistoryRows([run], window=20, threshold=0.9).columns
+    columns = HistoryRows([run], window=20).columns
     compared = 0
     for step, kwargs in inputs:
         at = columns["step"] == step
@@ -186,8 +191,8 @@ def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path):
 
 def test_fit_writes_a_predictor_and_its_card(harvested, tmp_path):
     out, results = tmp_path / "mine", tmp_path / "results.json"
-    words = ["fit", str(harvested[0] / "out"), "--out", str(out), "--hold-out-family", "resnet", "--cka", "0.9"]
-    result = CliRunner().invoke(app, [*words, "--epochs", "2", "--results", str(results)])
+    words = ["fit", str(harvested[0] / "out"), "--out", str(out), "--hold-out-family", "resnet"]
+    result = CliRunner().invoke(app, [*words, "--change-left", "0.3", "--epochs", "2", "--results", str(results)])
     assert result.exit_code == 0, result.output
     predictor = load_predictor(out)
     assert predictor.config.window == 20 and predictor.config.samples == 1024

@@ -27,8 +27,9 @@ trainer = Trainer(..., callbacks=[SmartFRZCallback(SmartFRZConfig(predictor="{na
 
 ## Training data
 
-{run_count} full training runs, recorded by `smartfrz harvest`. A unit counts as settled from the moment on which the linear
-CKA of its output on {probe_rows} held-out rows to the end of its own run is, and stays, at least {cka}.
+{run_count} full training runs, recorded by `smartfrz harvest`. The label comes from the linear CKA of a unit's output on
+{probe_rows} held-out rows to the same unit at the end of its own run: a unit counts as settled from the moment on which at most
+{change_left:.0%} of its change over the run is, and stays, still to come, or the CKA is at least {cka}.
 
 | run | family | data | from scratch | steps | units | used for |
 |---|---|---|---|---|---|---|
@@ -36,7 +37,8 @@ CKA of its output on {probe_rows} held-out rows to the end of its own run is, an
 
 ## Evaluation
 
-One row is one unit at one freezing stage. {held_out}
+One row is one unit at one freezing stage. {held_out} The label and the network's sizes were chosen with these held-out runs in
+view, so their scores are those of a validation set.
 
 | | rows | settled | ROC AUC | average precision | Brier score |
 |---|---|---|---|---|---|
@@ -100,6 +102,7 @@ def write_card(name: str, summary: dict[str, Any]) -> str:
         run_count=len(summary["runs"]),
         probe_rows=summary["probe_rows"],
         cka=summary["cka"],
+        change_left=summary["change_left"],
         runs=runs,
         held_out=summary["held_out_rule"],
         scores=scores,

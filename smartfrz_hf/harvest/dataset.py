@@ -66,18 +66,18 @@ class HistoryRows(Dataset):
     Args:
         runs (`list[RecordedRun]`): the runs.
         window (`int`): snapshots in a history.
-        threshold (`float`): CKA from which a unit counts as settled.
+        cka_threshold (`float`), change_left (`float`): as for [`~harvest.labels.settled`].
 
     Attributes:
         columns (`dict[str, torch.Tensor]`): `snapshots` `(rows, window, samples)`, `start` `(rows, samples)`, `mask`
             `(rows, window)`, `context` `(rows, 4)`, `labels` `(rows,)`, `run`, `unit` and `step` `(rows,)`.
     """
 
-    def __init__(self, runs: list[RecordedRun], window: int, threshold: float):
+    def __init__(self, runs: list[RecordedRun], window: int, cka_threshold: float = 0.9998, change_left: float = 0.01):
         self.runs = runs
         rows: dict[str, list[torch.Tensor]] = {}
         for index, run in enumerate(runs):
-            for key, value in _rows(run, window, threshold).items():
+            for key, value in _rows(run, window, settled(run.tensors["cka"], cka_threshold, change_left)).items():
                 rows.setdefault(key, []).append(value)
             rows.setdefault("run", []).append(torch.full_like(rows["unit"][-1], index))
         self.columns = {key: torch.cat(parts) for key, parts in rows.items()}
@@ -89,9 +89,8 @@ class HistoryRows(Dataset):
         return {key: self.columns[key][row] for key in (*INPUTS, "labels")}
 
 
-def _rows(run: RecordedRun, window: int, threshold: float) -> dict[str, torch.Tensor]:
+def _rows(run: RecordedRun, window: int, labels: torch.Tensor) -> dict[str, torch.Tensor]:
     weights, steps = run.tensors["weights"], run.tensors["steps"]
-    labels = settled(run.tensors["cka"], threshold)
     rates = run.tensors["learning_rates"].tolist()
     units, last = weights.shape[1], int(steps[-1])
     padded = torch.cat([torch.zeros(window, *weights.shape[1:]), weights])

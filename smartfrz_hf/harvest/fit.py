@@ -83,6 +83,7 @@ def fit_and_judge(
     families: set[str],
     tasks: set[str],
     cka: float,
+    change_left: float,
     form: str,
     window: int,
     epochs: int,
@@ -96,7 +97,8 @@ def fit_and_judge(
         out (`str`): folder that gets `config.json`, `model.safetensors` and `README.md`.
         families (`set[str]`): model families held out.
         tasks (`set[str]`): data sets held out.
-        cka (`float`): from which a unit counts as settled.
+        cka (`float`): similarity from which a unit has settled in any case.
+        change_left (`float`): share of its change that a settled unit may still have to come.
         form (`str`): of the predictor.
         window (`int`): snapshots in a history.
         epochs (`int`): passes over the rows.
@@ -117,13 +119,17 @@ def fit_and_judge(
             f"Of {len(runs)} runs, {len(held_out)} are held out: hold out some, but not all. There are {known}."
         )
     held_out_names = {run.name for run in held_out}
-    train_rows, held_out_rows = HistoryRows(train, window, cka), HistoryRows(held_out, window, cka)
+    train_rows, held_out_rows = (
+        HistoryRows(train, window, cka, change_left),
+        HistoryRows(held_out, window, cka, change_left),
+    )
     config = SmartFRZPredictorConfig(form=form, window=window, samples=train_rows.columns["start"].shape[-1])
     predictor = fit(train_rows, config, epochs=epochs, seed=seed)
     summary = {
         "config": {key: getattr(config, key) for key in ("form", "window", "samples")},
         "parameters": predictor.num_parameters(),
         "cka": cka,
+        "change_left": change_left,
         "probe_rows": PROBE_ROWS,
         "epochs": epochs,
         "seed": seed,

@@ -3,16 +3,24 @@
 import torch
 
 
-def settled(cka: torch.Tensor, threshold: float) -> torch.Tensor:
-    """
-    Whether each unit's output is, and from then on stays, as similar to its own end as `threshold` says.
+def settled(cka: torch.Tensor, cka_threshold: float = 0.9998, change_left: float = 0.01) -> torch.Tensor:
+    r"""
+    Whether each unit's output is, and from then on stays, what it will be at the end of the run.
+
+    With \\(c_t\\) the linear CKA of the output at probe \\(t\\) to the output at the end, a unit has settled where
+    \\(1 - c_t \le \max(1 - \text{threshold},\; \text{change left} \cdot (1 - c_0))\\) from \\(t\\) on. A fixed similarity
+    alone would say of the first blocks of a pretrained model that they never have anything to learn, since fine-tuning
+    changes what they put out by a percent or two, and that is where freezing early costs accuracy.
 
     Args:
-        cka (`torch.Tensor` of shape `(probes, units)`): linear CKA to the end of the run.
-        threshold (`float`): CKA from which a representation counts as final.
+        cka (`torch.Tensor` of shape `(probes, units)`): from the start of the run to its end.
+        cka_threshold (`float`, *optional*, defaults to `0.9998`): similarity from which an output is final in any case.
+        change_left (`float`, *optional*, defaults to `0.01`): share of the run's whole change in similarity that may
+            still be to come.
 
     Returns:
         `torch.Tensor` of shape `(probes, units)`, `bool`.
     """
-    lowest_to_come = cka.flip(0).cummin(0).values.flip(0)
-    return lowest_to_come >= threshold
+    left = 1 - cka
+    most_to_come = left.flip(0).cummax(0).values.flip(0)
+    return most_to_come <= (change_left * left[0]).clamp(min=1 - cka_threshold)

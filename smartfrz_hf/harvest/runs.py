@@ -50,8 +50,14 @@ class RunSpec:
         from_scratch (`bool`): whether the model starts from random weights.
         config (`dict`): overrides of the model's configuration.
         train_rows (`int`): rows of the training set, drawn with the seed.
-        epochs (`int`), batch_size (`int`), learning_rate (`float`), schedule (`str`), warmup (`float`),
-            weight_decay (`float`), max_length (`int`), seed (`int`): as in [`~transformers.TrainingArguments`].
+        epochs (`int`): passes over them.
+        batch_size (`int`): rows a step.
+        learning_rate (`float`): its peak.
+        schedule (`str`): `lr_scheduler_type` of [`~transformers.TrainingArguments`].
+        warmup (`float`): fraction of the run, or steps.
+        weight_decay (`float`): of AdamW.
+        max_length (`int`): most tokens a row.
+        seed (`int`): of the rows drawn, their order, new weights and dropout.
     """
 
     name: str
@@ -68,11 +74,6 @@ class RunSpec:
     weight_decay: float = 0.01
     max_length: int = 64
     seed: int = 0
-
-    @property
-    def family(self) -> str:
-        """What stands for the model family in a leave-one-family-out split."""
-        return "bert" if self.model == MINILM else self.model
 
 
 def read_specs(path: str | os.PathLike) -> list[RunSpec]:
@@ -168,7 +169,7 @@ def run(spec: RunSpec, data_dir: str | None = None, progress: Callable[[float], 
         eval_loss = trainer.evaluate(held_out)["eval_loss"]
     provenance = {
         "spec": asdict(spec),
-        "family": spec.family,
+        "family": model.config.model_type,
         "units": recorder.names,
         "train_loss": train_loss,
         "eval_loss": eval_loss,

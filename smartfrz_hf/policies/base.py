@@ -57,9 +57,15 @@ class Decision:
 
 
 class Policy(ABC):
-    """Decides how deep to freeze. `needs_history` says whether weight histories must be recorded for it."""
+    """
+    Decides how deep to freeze.
 
-    needs_history = False
+    Attributes:
+        history_size (`tuple[int, int]`, *optional*): snapshots a history, and weights a snapshot, to be recorded for
+            it. Nothing is recorded for a policy that does not ask.
+    """
+
+    history_size: tuple[int, int] | None = None
 
     @abstractmethod
     def decide(self, observation: Observation) -> Decision:

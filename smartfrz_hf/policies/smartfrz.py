@@ -21,10 +21,10 @@ class SmartFRZPolicy(Policy):
         threshold (`float`): probability from which a unit counts as converged.
     """
 
-    needs_history = True
-
     def __init__(self, predictor: SmartFRZPredictor, threshold: float):
         self.predictor, self.threshold = predictor.eval(), threshold
+        self.history_size = (predictor.config.window, predictor.config.samples)
+        self._warned = False
 
     def decide(self, observation: Observation) -> Decision:
         """
@@ -36,7 +36,9 @@ class SmartFRZPolicy(Policy):
         if history is None or history.filled < LEAST_SNAPSHOTS or depth == observation.units:
             return Decision(depth, "not enough history")
         if not torch.isfinite(history.snapshots()[depth:]).all():
-            logger.warning_once("The weight history holds NaN or infinite values: SmartFRZ freezes nothing.")
+            if not self._warned:
+                self._warned = True
+                logger.warning("The weight history holds NaN or infinite values: SmartFRZ freezes nothing.")
             return Decision(depth, "weights are not finite")
         probabilities = self.score(observation, history)
         reached = depth

@@ -18,8 +18,8 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             samples, together with where in the run and in the model the unit stands.
         window (`int`, *optional*, defaults to `20`): snapshots in a history.
         samples (`int`, *optional*, defaults to `1024`): sampled weights in a snapshot.
-        encoder_size (`int`, *optional*, defaults to `16`): width of the hidden layers of the query, key and value MLPs.
-        attention_size (`int`, *optional*, defaults to `8`): size of queries, keys and values.
+        encoder_size (`int`, *optional*, defaults to `8`): width of the hidden layers of the query, key and value MLPs.
+        attention_size (`int`, *optional*, defaults to `4`): size of queries, keys and values.
         head_size (`int`, *optional*, defaults to `8`): width of the hidden layers of the head.
 
     Raises:
@@ -31,8 +31,8 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
     form: str = "dynamics"
     window: int = 20
     samples: int = 1024
-    encoder_size: int = 16
-    attention_size: int = 8
+    encoder_size: int = 8
+    attention_size: int = 4
     head_size: int = 8
 
     def __post_init__(self, **kwargs):
