@@ -1,7 +1,9 @@
 """The command line: `smartfrz harvest` records training runs, `smartfrz fit` makes a predictor of them."""
 
 import json
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -14,6 +16,15 @@ def main() -> None:
     """Keep the commands named even while there are few of them."""
 
 
+def _open(room: str) -> ModuleType:
+    """A module of `harvest/`, whose packages the rest does without."""
+    try:
+        return import_module(f".harvest.{room}", __package__)
+    except ModuleNotFoundError as error:
+        typer.echo(f"This command needs the package {error.name}: pip install 'smartfrz_hf[harvest]'", err=True)
+        raise typer.Exit(1) from error
+
+
 @app.command()
 def harvest(
     runs: Annotated[Path, typer.Argument(help="JSON list of the runs.", exists=True, dir_okay=False)],
@@ -24,10 +35,9 @@ def harvest(
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
 ) -> None:
     """Record full training runs: weight snapshots, learning rates, and each unit's CKA to its own end."""
-    from .harvest.runs import harvest, read_specs
-
+    room = _open("runs")
     try:
-        failures = harvest(read_specs(runs), out, data_dir, processes)
+        failures = room.harvest(room.read_specs(runs), out, data_dir, processes)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     for line in failures:
@@ -58,10 +68,8 @@ def fit(
     results: Annotated[Path | None, typer.Option(help="JSON file that gets what was measured.")] = None,
 ) -> None:
     """Fit a predictor to recorded runs, judge it on what was held out, and write it with its model card."""
-    from .harvest.fit import fit_and_judge
-
     try:
-        summary = fit_and_judge(
+        summary = _open("fit").fit_and_judge(
             runs,
             out,
             set(hold_out_family or []),

@@ -22,8 +22,10 @@ no language or vision model of its own.
 from transformers import Trainer
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
 
-trainer = Trainer(..., callbacks=[SmartFRZCallback(SmartFRZConfig(predictor="{name}"))])
+trainer = Trainer(..., callbacks=[SmartFRZCallback(SmartFRZConfig(predictor="…/{name}"))])
 ```
+
+`predictor` is the Hub id or the folder of this repository; `smartfrz-base` is the one that is used when none is named.
 
 ## Training data
 
@@ -37,8 +39,8 @@ trainer = Trainer(..., callbacks=[SmartFRZCallback(SmartFRZConfig(predictor="{na
 
 ## Evaluation
 
-One row is one unit at one freezing stage. {held_out} The label and the network's sizes were chosen with these held-out runs in
-view, so their scores are those of a validation set.
+One row is one unit at one freezing stage. {held_out}
+The label and the network's sizes were chosen with these runs in view, so their scores are those of a validation set.
 
 | | rows | settled | ROC AUC | average precision | Brier score |
 |---|---|---|---|---|---|

@@ -15,8 +15,9 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Image, load_dataset
+from datasets import Dataset, DatasetDict, Image, disable_progress_bars, load_dataset
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import (
@@ -206,8 +207,6 @@ def _prepare_images(spec: RunSpec, parts: list[Dataset]):
     labels = len(set(parts[0]["label"]))
 
     def to_pixels(rows):
-        import numpy as np
-
         pixels = np.stack([np.asarray(picture, dtype=np.float32) for picture in rows[image]])
         return {"pixel_values": pixels.transpose(0, 3, 1, 2) / 127.5 - 1, "label": rows["label"]}
 
@@ -235,9 +234,7 @@ def _work(spec: RunSpec, out: Path, data_dir: str | None, threads: int, queue) -
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    import datasets
-
-    datasets.disable_progress_bars()
+    disable_progress_bars()
     try:
         result = run(spec, data_dir, progress=queue.put)
         partial = out / f".{spec.name}.partial"
