@@ -21,8 +21,8 @@ from smartfrz_hf.policies import (
 )
 
 
-def seen(step=50, depth=0, units=5, history=None, trainable=None):
-    return Observation(step, 100, depth, trainable or [True] * units, history)
+def seen(step=50, depth=0, units=5, history=None, trainable=None, learning_rate=1.0):
+    return Observation(step, 100, depth, trainable or [True] * units, history, learning_rate)
 
 
 def filled_history(units=5, records=4):
@@ -75,6 +75,13 @@ def test_smartfrz_waits_for_history():
     policy = SmartFRZPolicy(predictor_that_says(0.9), 0.5)
     assert policy.decide(seen(history=filled_history(records=2))).depth == 0
     assert policy.decide(seen(history=filled_history(records=3))).depth == 5
+
+
+def test_nothing_freezes_early_near_the_peak_of_the_learning_rate():
+    policy = SmartFRZPolicy(predictor_that_says(0.9), 0.5)
+    for step, learning_rate, depth in ((5, 1.0, 0), (19, 0.8, 0), (5, 0.5, 5), (20, 1.0, 5), (60, 0.4, 5)):
+        history = filled_history()
+        assert policy.decide(seen(step, history=history, learning_rate=learning_rate)).depth == depth
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

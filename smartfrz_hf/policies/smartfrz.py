@@ -10,11 +10,16 @@ from .base import Decision, Observation, Policy
 logger = logging.get_logger(__name__)
 
 LEAST_SNAPSHOTS = 3
+EARLY, PEAK = 0.2, 0.8
 
 
 class SmartFRZPolicy(Policy):
     """
     Freezes the front up to the first unit that the predictor does not call converged.
+
+    In the first fifth of a run nothing freezes while the learning rate is near its peak. The weights of the front move
+    most there, and are worse to keep than those before and after; and a schedule that starts at its peak is one on which
+    the predictor has not been trained.
 
     Args:
         predictor ([`SmartFRZPredictor`]): scores the units.
@@ -35,6 +40,8 @@ class SmartFRZPolicy(Policy):
         history, depth = observation.history, observation.depth
         if history is None or history.filled < LEAST_SNAPSHOTS or depth == observation.units:
             return Decision(depth, "not enough history")
+        if observation.progress < EARLY and observation.learning_rate >= PEAK:
+            return Decision(depth, "early in the run and near the peak of the learning rate")
         if not torch.isfinite(history.snapshots()[depth:]).all():
             if not self._warned:
                 self._warned = True
