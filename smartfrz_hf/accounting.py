@@ -1,5 +1,6 @@
 """What a run costs and what freezing saved: counted FLOPs, and the ledger of the freezing stages."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -65,23 +66,25 @@ class ComputeMeter:
         self._per_element = self._full_per_element = Flops()
         self._elements = 0
         self._counter: FlopCounterMode | None = None
-        self._forward = 0.0
-        self._due, self._frozen = True, False
+        self._forward = self._in_frozen = 0.0
+        self._due = True
+        self._frozen: list[nn.Module] = []
+        self._watches: list[torch.utils.hooks.RemovableHandle] = []
         self._main_input = getattr(model, "main_input_name", "input_ids")
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
         ]
 
-    def recount(self, frozen: bool) -> None:
+    def recount(self, frozen: Iterable[nn.Module]) -> None:
         """
         Count the next micro-batch anew.
 
         Args:
-            frozen (`bool`): whether anything is frozen then. If so before anything was counted, the full backward
-                pass, which never ran, is taken as twice the forward pass.
+            frozen (`Iterable[torch.nn.Module]`): outermost modules that are frozen then. If there are some before
+                anything was counted, their backward pass, which never ran, is taken as twice their forward pass.
         """
-        self._due, self._frozen = True, frozen
+        self._due, self._frozen = True, list(frozen)
 
     def end_of_backward(self) -> Flops:
         """To be called after the backward pass of each micro-batch; gives its FLOPs."""
@@ -92,10 +95,11 @@ class ComputeMeter:
                 cost = Flops(self._forward, counter.get_total_flops() - self._forward) * (1 / self._elements)
                 self._due = False
                 self._per_element = cost
-                if not self._frozen:
-                    self._full_per_element = cost
-                elif not self._full_per_element.total:
-                    self._full_per_element = Flops(cost.forward, 2 * cost.forward)
+                if not self._full_per_element.total:
+                    self._full_per_element = cost + Flops(0, 2 * self._in_frozen / self._elements)
+            for watch in self._watches:
+                watch.remove()
+            self._watches = []
         cost = self._per_element * self._elements
         self.spent += cost
         self.full += self._full_per_element * self._elements
@@ -119,8 +123,24 @@ class ComputeMeter:
             self._counter = None
         self._elements = main_input.numel() if isinstance(main_input, torch.Tensor) else 1
         if self._due:
+            self._in_frozen = 0.0
             self._counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
             self._counter.__enter__()
+            for frozen in self._frozen:
+                self._watch(frozen, self._counter)
+
+    def _watch(self, module: nn.Module, counter: FlopCounterMode) -> None:
+        """Sum up the forward FLOPs of a frozen module while counting."""
+        begun = 0
+
+        def begin(module: nn.Module, args: tuple) -> None:
+            nonlocal begun
+            begun = counter.get_total_flops()
+
+        def end(module: nn.Module, args: tuple, output: Any) -> None:
+            self._in_frozen += counter.get_total_flops() - begun
+
+        self._watches += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._counter is not None:

@@ -124,7 +124,7 @@ class SmartFRZCallback(TrainerCallback):
         if depth <= self._freezer.depth:
             return
         new = self._freezer.freeze_to(depth)
-        self.meter.recount(frozen=True)
+        self.meter.recount(module for unit in self._stack.units[:depth] for module in unit.modules.values())
         self.ledger.stages.append(Stage(state.global_step, depth, [unit.name for unit in new], decision.reason))
         self.ledger.frozen_parameters = self._freezer.frozen_parameters
         logger.info(
