@@ -27,3 +27,7 @@ def test_model_card_is_that_of_the_results_file():
     summary = json.loads((ROOT / "benchmarks" / "results" / "first_predictor.json").read_text())
     card = (ROOT / "predictor_weights" / "smartfrz-base" / "README.md").read_text()
     assert write_card("smartfrz-base", summary) == card
+    held_out = summary["held_out"]
+    rule, best = max(held_out["rules"].items(), key=lambda item: item[1]["ap"])
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"an average precision of {held_out['ap']:.3f}, the best simple rule (*{rule}*) {best['ap']:.3f}" in readme

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, build
+from architectures import build
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from training import Rows, arguments, predictor_that_says, train
@@ -103,10 +103,8 @@ def test_evaluation_is_not_counted(tmp_path):
     assert busy.state.total_flos == quiet.state.total_flos
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["bert", "deberta-v2", "albert", "vit", "swin", "resnet"])
 def test_save_and_load_after_freezing(tmp_path, name):
-    if name in ("gpt2", "llama", "qwen2"):
-        pytest.skip("causal language models need their own rows; saving does not depend on the architecture there")
     trainer = smartfrz_trainer(tmp_path, build(name), max_steps=6)
     trainer.save_model(tmp_path / "saved")
     again = type(trainer.model).from_pretrained(tmp_path / "saved")
