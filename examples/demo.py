@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks
 from smartfrz_hf.accounting import ComputeMeter
 from smartfrz_hf.report import plot_timeline
 
@@ -34,7 +34,10 @@ class MeterCallback(TrainerCallback):
     """Counts the compute of a plain run."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.meter = ComputeMeter(model)
+        self.meter = ComputeMeter(model, find_blocks(model))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.meter.start_of_step()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.meter.end_of_backward()

@@ -1,12 +1,20 @@
-"""What a run costs and what freezing saved: counted FLOPs, and the ledger of the freezing stages."""
+"""What a run costs, counted on real batches: the FLOPs of each unit's forward and backward pass and of its update."""
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from .blocks import BlockStack
+from .ledger import Flops
+
+HEAD = "head"
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
@@ -26,196 +34,256 @@ CPU_ATTENTION = {
 }
 
 
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations of forward and backward passes."""
+class _UnitTracker:
+    """
+    Tells a [`FlopCounterMode`] which unit's forward or backward pass is running.
 
-    forward: float = 0.0
-    backward: float = 0.0
+    It takes the place of torch's module tracker, which loses the backward pass of a module that runs several times
+    (ALBERT's shared layer), and sees no end of it where hidden states are handed over by keyword. Here, backward work
+    belongs to the unit whose forward pass made the autograd node that runs, known by the node's number: nodes are
+    numbered in the order in which they are made. What activation checkpointing computes again counts as backward.
+    """
+
+    def __init__(self, stack: BlockStack):
+        self._stack, self._head = stack, len(stack)
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._running: list[int] = []
+        # From each of these node numbers on, nodes belong to this unit.
+        self._numbers, self._units = [0], [self._head]
+        self._backward: int | None = None
+        self._last = self._head
+
+    def __enter__(self) -> "_UnitTracker":
+        for index, unit in enumerate(self._stack.units):
+            for module in unit.modules.values():
+                self._hooks.append(module.register_forward_pre_hook(partial(self._begin, index)))
+                self._hooks.append(module.register_forward_hook(self._end, always_call=True))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @staticmethod
+    def key(phase: str, unit: int) -> str:
+        """Under which name FLOPs are counted; `phase` is `"forward"` or `"backward"`."""
+        return f"{phase} {unit}"
 
     @property
-    def total(self) -> float:
-        """Forward and backward."""
-        return self.forward + self.backward
+    def parents(self) -> set[str]:
+        """Names under which an operation that runs now is counted."""
+        backward = torch._C._current_graph_task_id()
+        if backward < 0:
+            return {"Global", self.key("forward", self._running[-1] if self._running else self._head)}
+        if self._backward is None:
+            self._backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+        # Reentrant checkpointing runs a backward pass inside this one, of the unit that it has just computed again.
+        if backward == self._backward:
+            self._last = self._running[-1] if self._running else self._unit_of_node()
+        return {"Global", self.key("backward", self._last)}
 
-    def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.forward + other.forward, self.backward + other.backward)
+    def _unit_of_node(self) -> int:
+        node = torch._C._current_autograd_node()
+        return self._units[bisect_right(self._numbers, node._sequence_nr()) - 1]
 
-    def __mul__(self, factor: float) -> "Flops":
-        return Flops(self.forward * factor, self.backward * factor)
+    def _end_of_backward(self) -> None:
+        self._backward = None
+
+    def _begin(self, unit: int, module: nn.Module, args: tuple) -> None:
+        self._running.append(unit)
+        self._mark()
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        del self._running[-1:]  # none is there where another hook has failed before `_begin`
+        self._mark()
+
+    def _mark(self) -> None:
+        if torch._C._current_graph_task_id() < 0:
+            self._numbers.append(torch.autograd._get_sequence_nr())
+            self._units.append(self._running[-1] if self._running else self._head)
 
 
 class ComputeMeter:
     """
-    Counts the FLOPs of a training run.
+    Counts the FLOPs of a training run, by unit.
 
-    One real micro-batch is counted with [`torch.utils.flop_counter.FlopCounterMode`] at the start and after each
-    change that `recount` announces; every other one is scaled by the number of elements (tokens, pixels) of its main
-    input. Counting changes no result and draws no random number. Evaluation is not counted.
+    Forward and backward: one real micro-batch is counted with [`torch.utils.flop_counter.FlopCounterMode`] at the
+    start and after each change that `recount` announces; every other one is scaled by the number of elements (tokens,
+    pixels) of its main input. Counting changes no result and draws no random number. Evaluation is not counted. A
+    compiled model runs uncompiled while it is counted.
+
+    Optimizer: the counter does not see elementwise work, so a convention stands in for it. In each optimizer step, an
+    element of a parameter that has a gradient costs 2 FLOPs for the plain update, and 5 for each tensor of the
+    parameter's shape in the optimizer's state: 2 for SGD, 7 with momentum, 12 for AdamW.
 
     Args:
         model ([`~torch.nn.Module`]): the model that the training loop calls.
+        stack ([`BlockStack`]): its units, before any is frozen.
+        optimizer (`torch.optim.Optimizer`, *optional*): without it the optimizer's FLOPs are left out.
 
     Attributes:
-        spent ([`Flops`]): of all training micro-batches so far.
-        full ([`Flops`]): what they had cost with nothing frozen.
+        spent ([`Flops`]): of the training so far.
+        full ([`Flops`]): what it had cost with nothing frozen and no activation cache.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, stack: BlockStack, optimizer: Optimizer | None = None):
         self.spent = self.full = Flops()
-        self._per_element = self._full_per_element = Flops()
-        self._elements = 0
+        self._stack, self._optimizer = stack, optimizer
+        self._depth = 0
+        self._elements = self._latest = 0
+        self._skipped = 0.0
         self._counter: FlopCounterMode | None = None
-        self._forward = self._in_frozen = 0.0
-        self._due = True
-        self._frozen: list[nn.Module] = []
-        self._watches: list[torch.utils.hooks.RemovableHandle] = []
+        self._pass_due = self._step_due = True
+        # Forward and backward of one element, and the update of one step, by unit; the head is last.
+        self._pass, self._step = self._nothing(), self._nothing()
+        self._full_pass: list[Flops] | None = None
+        self._full_step: list[Flops] | None = None
+        self._passes = self._steps = self._all_elements = 0
+        self._units: dict[nn.Parameter, int] = {}
+        for index, unit in reversed([*enumerate(stack.units)]):  # a shared parameter belongs to its first unit
+            self._units |= dict.fromkeys(unit.named_parameters().values(), index)
+        self._trainable = [parameter for parameter in self._units if parameter.requires_grad]
         self._main_input = getattr(model, "main_input_name", "input_ids")
-        self._hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, always_call=True),
-        ]
+        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
-    def recount(self, frozen: Iterable[nn.Module]) -> None:
+    @property
+    def counting(self) -> bool:
+        """Whether the current or next training micro-batch is counted. Its forward pass has to run as a whole."""
+        return self._pass_due
+
+    @property
+    def unit_flops(self) -> dict[str, Flops]:
+        """FLOPs of one average micro-batch, by unit and `"head"` (everything else), as far as it is frozen now."""
+        return self._average(self._pass, self._step)
+
+    @property
+    def full_unit_flops(self) -> dict[str, Flops]:
+        """The same with nothing frozen."""
+        return self._average(self._full_pass or self._pass, self._full_step or self._step)
+
+    def recount(self, depth: int) -> None:
         """
-        Count the next micro-batch anew.
+        Count the next micro-batch and the next optimizer step anew.
 
         Args:
-            frozen (`Iterable[torch.nn.Module]`): outermost modules that are frozen then. If there are some before
-                anything was counted, their backward pass, which never ran, is taken as twice their forward pass.
+            depth (`int`): units of the front that are frozen then. If there are some before anything was counted,
+                their backward pass, which never ran, is taken as twice their forward pass, and the update of their
+                elements as that of an average one.
         """
-        self._due, self._frozen = True, list(frozen)
+        self._pass_due = self._step_due = True
+        self._depth = depth
+
+    def skip(self, fractions: Sequence[float]) -> None:
+        """
+        Subtract what an activation cache leaves out of the present forward pass of a training micro-batch. Does
+        nothing outside one (evaluation).
+
+        Args:
+            fractions (`Sequence[float]`): for each unit from the front, the share of the batch's rows for which it did
+                not run. Below `0` where it ran for more rows than there are; units at the end may be left out.
+        """
+        if self._elements:
+            forward = sum(share * unit.forward for share, unit in zip(fractions, self._pass, strict=False))
+            self._skipped += forward * self._latest
+
+    def start_of_step(self) -> None:
+        """To be called before the first micro-batch of each optimizer step."""
+        if self._counter is not None:  # the last micro-batch was given up before its end
+            self._stop()
+        self._elements, self._skipped = 0, 0.0
+        if self._pass_due:
+            # Not from a hook of the model: what `torch.compile` runs would escape a counter that starts in there.
+            self._counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+            self._counter.mod_tracker = _UnitTracker(self._stack)  # type: ignore[assignment]
+            self._counter.__enter__()
 
     def end_of_backward(self) -> Flops:
-        """To be called after the backward pass of each micro-batch; gives its FLOPs."""
+        """To be called after the backward pass of each micro-batch; gives its FLOPs (forward and backward)."""
         if self._counter is not None:
-            counter, self._counter = self._counter, None
-            counter.__exit__(None, None, None)
-            if self._elements:
-                cost = Flops(self._forward, counter.get_total_flops() - self._forward) * (1 / self._elements)
-                self._due = False
-                self._per_element = cost
-                if not self._full_per_element.total:
-                    self._full_per_element = cost + Flops(0, 2 * self._in_frozen / self._elements)
-            for watch in self._watches:
-                watch.remove()
-            self._watches = []
-        cost = self._per_element * self._elements
+            self._take(self._stop())
+        cost = sum(self._pass, Flops()) * self._elements + Flops(forward=-self._skipped)
         self.spent += cost
-        self.full += self._full_per_element * self._elements
-        self._elements = 0
+        self.full += sum(self._full_pass or self._pass, Flops()) * self._elements
+        self._passes += self._elements > 0
+        self._all_elements += self._elements
+        self._elements, self._skipped = 0, 0.0
         return cost
+
+    def end_of_step(self) -> None:
+        """To be called after each optimizer step, before its gradients are cleared."""
+        if self._optimizer is None:
+            return
+        if isinstance(self._optimizer, AcceleratedOptimizer) and self._optimizer.step_was_skipped:
+            return  # the gradients of a mixed-precision run have overflowed
+        if self._step_due:
+            self._count_step(self._optimizer)
+            self._step_due = False
+        self.spent += sum(self._step, Flops())
+        self.full += sum(self._full_step or self._step, Flops())
+        self._steps += 1
 
     def close(self) -> None:
         """Take the hooks off the model."""
         if self._counter is not None:
-            self.end_of_backward()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+            self._stop()
+        self._hook.remove()
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
         main_input = kwargs.get(self._main_input, args[0] if args else None)
-        if self._counter is not None:  # the last pass was given up before its end
-            self._counter.__exit__(None, None, None)
-            self._counter = None
-        self._elements = main_input.numel() if isinstance(main_input, torch.Tensor) else 1
-        if self._due:
-            self._in_frozen = 0.0
-            self._counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-            self._counter.__enter__()
-            for frozen in self._frozen:
-                self._watch(frozen, self._counter)
+        self._latest = main_input.numel() if isinstance(main_input, torch.Tensor) else 1
+        self._elements += self._latest  # a loss may need several passes
 
-    def _watch(self, module: nn.Module, counter: FlopCounterMode) -> None:
-        """Sum up the forward FLOPs of a frozen module while counting."""
-        begun = 0
+    def _stop(self) -> FlopCounterMode:
+        """End counting."""
+        assert self._counter is not None
+        counter, self._counter = self._counter, None
+        counter.__exit__(None, None, None)
+        return counter
 
-        def begin(module: nn.Module, args: tuple) -> None:
-            nonlocal begun
-            begun = counter.get_total_flops()
+    def _take(self, counter: FlopCounterMode) -> None:
+        """Read off what a counted pass has cost."""
+        if not self._elements:
+            return
 
-        def end(module: nn.Module, args: tuple, output: Any) -> None:
-            self._in_frozen += counter.get_total_flops() - begun
+        def flops(phase: str, unit: int) -> float:
+            return sum(counter.flop_counts[_UnitTracker.key(phase, unit)].values()) / self._elements
 
-        self._watches += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+        units = range(len(self._stack) + 1)
+        self._pass = [Flops(flops("forward", unit), flops("backward", unit)) for unit in units]
+        self._pass_due = False
+        if self._full_pass is None:
+            self._full_pass = [
+                cost + Flops(backward=2 * cost.forward) if unit < self._depth else cost
+                for unit, cost in enumerate(self._pass)
+            ]
 
-    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._counter is not None:
-            self._forward = self._counter.get_total_flops()
+    def _count_step(self, optimizer: Optimizer) -> None:
+        """Work out what an optimizer step costs."""
+        elements = 0
+        step = [0.0] * (len(self._stack) + 1)
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            state = optimizer.state.get(parameter, {}).values()
+            tensors = sum(isinstance(value, torch.Tensor) and value.shape == parameter.shape for value in state)
+            step[self._units.get(parameter, len(self._stack))] += (2 + 5 * tensors) * parameter.numel()
+            elements += parameter.numel()
+        self._step = [Flops(optimizer=cost) for cost in step]
+        if self._full_step is None:
+            rate = sum(step) / elements if elements else 0.0
+            for parameter in self._trainable:
+                if self._units[parameter] < self._depth:
+                    step[self._units[parameter]] += rate * parameter.numel()
+            self._full_step = [Flops(optimizer=cost) for cost in step]
 
+    def _nothing(self) -> list[Flops]:
+        return [Flops()] * (len(self._stack) + 1)
 
-@dataclass
-class Stage:
-    """
-    One freezing stage that changed the depth.
-
-    Attributes:
-        step (`int`): optimizer steps done.
-        depth (`int`): frozen units from then on.
-        units (`list[str]`): names of the units that froze.
-        reason (`str`): why, in the policy's words.
-    """
-
-    step: int
-    depth: int
-    units: list[str]
-    reason: str
-
-
-@dataclass
-class Ledger:
-    """
-    What froze when and why, and what it saved.
-
-    Attributes:
-        units (`list[str]`): names of all units, front first.
-        max_steps (`int`): optimizer steps of the run.
-        stages (`list[Stage]`): the freezing stages that changed the depth.
-        decisions (`int`): how often the policy was asked.
-        spent, full ([`Flops`]): of the training passes, and what they had cost with nothing frozen.
-        frozen_parameters, trainable_parameters (`int`): frozen now, and trainable at the start.
-    """
-
-    units: list[str] = field(default_factory=list)
-    max_steps: int = 0
-    stages: list[Stage] = field(default_factory=list)
-    decisions: int = 0
-    spent: Flops = field(default_factory=Flops)
-    full: Flops = field(default_factory=Flops)
-    frozen_parameters: int = 0
-    trainable_parameters: int = 0
-
-    @property
-    def depth(self) -> int:
-        """Frozen units now."""
-        return self.stages[-1].depth if self.stages else 0
-
-    @property
-    def freeze_steps(self) -> dict[str, int]:
-        """The step at which each frozen unit froze, by the unit's name."""
-        return {unit: stage.step for stage in self.stages for unit in stage.units}
-
-    @property
-    def frozen_fraction(self) -> float:
-        """Share of the parameters trainable at the start that are frozen now."""
-        return self.frozen_parameters / self.trainable_parameters if self.trainable_parameters else 0.0
-
-    @property
-    def compute_saved(self) -> float:
-        """Share of the forward and backward FLOPs so far that freezing has saved."""
-        return 1 - self.spent.total / self.full.total if self.full.total else 0.0
-
-    def logs(self) -> dict[str, float]:
-        """The three figures that go to `log_history` and the trackers."""
+    def _average(self, per_element: list[Flops], per_step: list[Flops]) -> dict[str, Flops]:
+        """FLOPs of one average micro-batch, by name of the unit."""
+        passes = max(self._passes, 1)
         return {
-            "freeze/depth": self.depth,
-            "freeze/frozen_fraction": self.frozen_fraction,
-            "freeze/compute_saved": self.compute_saved,
+            name: one * (self._all_elements / passes) + step * (self._steps / passes)
+            for name, one, step in zip([*self._stack.names, HEAD], per_element, per_step, strict=True)
         }
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
-        return asdict(self) | {"freeze_steps": self.freeze_steps, **self.logs()}

@@ -1,7 +1,8 @@
 """Finding the units of a model: the stem and the blocks, in the order in which they run."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -95,6 +96,19 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     """The model inside DDP, FSDP, `torch.compile` and PEFT."""
     inner: Any = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False, recursive=True)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Run without gradients in evaluation mode, draw no random number, and leave every module in the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def find_blocks(model: nn.Module, blocks: Sequence[str] | None = None) -> BlockStack:
@@ -241,11 +255,9 @@ def _trace(backbone: nn.Module) -> tuple[dict[nn.Module, int], set[nn.Module]]:
     if not isinstance(backbone, PreTrainedModel):
         return {}, set()
     starts: list[nn.Module] = []
-    modes = {module: module.training for module in backbone.modules()}
-    hooks = [module.register_forward_pre_hook(lambda module, _: starts.append(module)) for module in modes]
+    hooks = [m.register_forward_pre_hook(lambda module, _: starts.append(module)) for m in backbone.modules()]
     try:
-        backbone.eval()
-        with torch.no_grad(), torch.random.fork_rng():
+        with evaluation_mode(backbone):
             backbone(**_dummy_batch(backbone))
     except Exception as error:  # the model's own code runs here, on a batch it may not expect
         logger.debug(f"{type(backbone).__name__} did not run on a dummy batch, order of registration is used: {error}")
@@ -253,8 +265,6 @@ def _trace(backbone: nn.Module) -> tuple[dict[nn.Module, int], set[nn.Module]]:
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     counts = Counter(starts)
     return {module: rank for rank, module in enumerate(counts)}, {m for m, count in counts.items() if count == 1}
 

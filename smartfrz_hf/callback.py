@@ -5,11 +5,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .accounting import ComputeMeter, Ledger, Stage
+from .accounting import ComputeMeter
+from .activation_cache import make_cache
 from .blocks import BlockStack, find_blocks
 from .config import SmartFRZConfig
 from .freezing import Freezer
 from .history import WeightHistory, WeightSampler
+from .ledger import Ledger, Stage
 from .policies import Observation, make_policy, planned_rates, rate_and_rest
 from .predictor import SmartFRZPredictor
 
@@ -66,7 +68,7 @@ class SmartFRZCallback(TrainerCallback):
         self._trainable = [unit.trainable for unit in self._stack.units]
         self._running = True
         self._freezer = Freezer(self._stack, optimizer)
-        self.meter = ComputeMeter(model)
+        self.meter = ComputeMeter(model, self._stack, optimizer)
         self.ledger = Ledger(
             units=self._stack.names,
             max_steps=state.max_steps,
@@ -75,6 +77,9 @@ class SmartFRZCallback(TrainerCallback):
         self._record_every = self.config.steps("record_every", state.max_steps)
         self._first_decision = self.config.steps("first_decision", state.max_steps)
         self._decide_every = self.config.steps("decide_every", state.max_steps)
+        self._cache = make_cache(self.config, self._stack, self.meter, args, state)
+        if self._cache is not None:
+            self.ledger.cache = self._cache.savings
         self._rates = planned_rates(kwargs.get("lr_scheduler"), state.max_steps)
         self._history: WeightHistory | None = None
         if self.policy.history_size is not None:
@@ -85,6 +90,15 @@ class SmartFRZCallback(TrainerCallback):
             self._history.record(self._sampler, state.global_step)
         self._decide(state)
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Say when no training row comes again."""
+        if self._cache is not None:
+            self._cache.last_epoch = state.epoch is not None and state.epoch + 1 >= state.num_train_epochs
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Open the account of a step."""
+        self.meter.start_of_step()
+
     def on_substep_end(self, args, state, control, **kwargs):
         """Close the account of a micro-batch."""
         self.meter.end_of_backward()
@@ -92,7 +106,12 @@ class SmartFRZCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Close the account of the last micro-batch of a step."""
         self.meter.end_of_backward()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """Close the account of a step."""
+        self.meter.end_of_step()
         self.ledger.spent, self.ledger.full = self.meter.spent, self.meter.full
+        self.ledger.unit_flops, self.ledger.full_unit_flops = self.meter.unit_flops, self.meter.full_unit_flops
 
     def on_step_end(self, args, state, control, **kwargs):
         """Take a snapshot and hold a freezing stage where they are due."""
@@ -124,7 +143,9 @@ class SmartFRZCallback(TrainerCallback):
         if depth <= self._freezer.depth:
             return
         new = self._freezer.freeze_to(depth)
-        self.meter.recount(module for unit in self._stack.units[:depth] for module in unit.modules.values())
+        self.meter.recount(depth)
+        if self._cache is not None:
+            self._cache.freeze_to(depth)
         self.ledger.stages.append(Stage(state.global_step, depth, [unit.name for unit in new], decision.reason))
         self.ledger.frozen_parameters = self._freezer.frozen_parameters
         logger.info(
@@ -154,6 +175,8 @@ class SmartFRZCallback(TrainerCallback):
 
     def _release(self) -> None:
         if self._running:
+            if self._cache is not None:
+                self._cache.close()
             self._freezer.unfreeze_to(0)
             self.meter.close()
             self._running = False

@@ -10,6 +10,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 POLICIES = ("linear", "never", "smartfrz", "static")
+CACHE_DTYPES = ("exact", "float16", "bfloat16", "int8")
 CONFIG_NAME = "smartfrz_config.json"
 
 
@@ -50,6 +51,21 @@ class SmartFRZConfig:
             Time of the first freezing stage.
         decide_every (`float`, *optional*, defaults to `0.025`):
             Time between freezing stages.
+
+    Parameters that control the activation cache:
+        activation_cache (`bool`, *optional*, defaults to `False`):
+            Whether what crosses the frozen front is kept, so that the front need not run again for a row seen before.
+        cache_memory (`float`, *optional*, defaults to `0.25`):
+            Memory it may take: below `1` a fraction of the memory free when training starts, from `1` on bytes.
+        cache_disk (`float`, *optional*, defaults to `0`):
+            Disk it may take once memory is spent: below `1` a fraction of the free disk, from `1` on bytes.
+        cache_folder (`str`, *optional*):
+            Folder for the part on disk, which is removed at the end. Defaults to that for temporary files.
+        cache_dtype (`str`, *optional*, defaults to `"exact"`):
+            Format of what is kept: `"exact"`, or, smaller and rounded, `"float16"`, `"bfloat16"` or `"int8"`.
+        cache_exact (`bool`, *optional*, defaults to `True`):
+            Whether an activation is used again only where computing it anew would give the same bits. Without it,
+            results may differ by rounding, as they do between batch sizes, and more rows are found.
 
     Parameters of the other policies:
         static_depth (`float`, *optional*, defaults to `0.5`):
@@ -100,6 +116,25 @@ class SmartFRZConfig:
     decide_every: float = field(
         default=0.025, metadata={"help": "Time between freezing stages: below 1 a fraction of the run, else steps."}
     )
+    activation_cache: bool = field(
+        default=False, metadata={"help": "Keep what crosses the frozen front, so that it need not run again."}
+    )
+    cache_memory: float = field(
+        default=0.25, metadata={"help": "Memory of the cache: below 1 a fraction of what is free, else bytes."}
+    )
+    cache_disk: float = field(
+        default=0.0, metadata={"help": "Disk of the cache: below 1 a fraction of what is free, else bytes."}
+    )
+    cache_folder: str | None = field(
+        default=None, metadata={"help": "Folder for the cache on disk. Default: that for temporary files."}
+    )
+    cache_dtype: str = field(
+        default="exact",
+        metadata={"help": "Format of what the cache keeps; all but `exact` round.", "choices": list(CACHE_DTYPES)},
+    )
+    cache_exact: bool = field(
+        default=True, metadata={"help": "Use an activation again only where computing it would give the same bits."}
+    )
     static_depth: float = field(
         default=0.5, metadata={"help": "Units the policy `static` freezes: below 1 a fraction, else a count."}
     )
@@ -117,6 +152,15 @@ class SmartFRZConfig:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"`policy` is {self.policy!r}; it must be one of {', '.join(map(repr, POLICIES))}.")
+        if self.cache_dtype not in CACHE_DTYPES:
+            legal = ", ".join(map(repr, CACHE_DTYPES))
+            raise ValueError(f"`cache_dtype` is {self.cache_dtype!r}; it must be one of {legal}.")
+        for name in ("cache_memory", "cache_disk"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(
+                    f"`{name}` is {value}; it must be a fraction from 0 to below 1, or a number of bytes."
+                )
         for name in ("freeze_threshold", "linear_start", "linear_depth"):
             value = getattr(self, name)
             if not 0 <= value <= 1:

@@ -4,7 +4,7 @@ import os
 
 from transformers.utils import is_matplotlib_available
 
-from .accounting import Ledger
+from .ledger import Ledger
 
 ACTIVE, FROZEN = "#e07a3f", "#9db4c0"
 
@@ -42,6 +42,6 @@ def plot_timeline(ledger: Ledger, path: str | os.PathLike, title: str = "Freeze 
     axes.set_yticks(range(len(ledger.units)), ledger.units)
     axes.set_xlim(0, ledger.max_steps)
     axes.set_xlabel("optimizer step")
-    axes.set_title(f"{title}: {ledger.compute_saved:.0%} of forward and backward compute saved")
+    axes.set_title(f"{title}: {ledger.compute_saved:.0%} of the training compute saved")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     figure.savefig(path, dpi=130)

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
-from .accounting import Ledger
 from .callback import SmartFRZCallback
 from .config import SmartFRZConfig
+from .ledger import Ledger
 from .predictor import SmartFRZPredictor
 
 # A mixin comes before the Trainer it widens; only the type checker has to know which methods it can rely on.
@@ -46,15 +46,15 @@ class SmartFRZMixin(_Widened):
         return self.smartfrz.ledger
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with `freeze/depth`, `freeze/frozen_fraction` and `freeze/compute_saved` added to training logs."""
+        """Log, with the figures of [`Ledger.logs`] (`freeze/depth` and others) added to training logs."""
         if "loss" in logs or "train_loss" in logs:
             logs |= self.ledger.logs()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """
-        FLOPs of one micro-batch as it really ran: counted, and smaller once a prefix is frozen. `total_flos` is their
-        sum; the base class counts six per weight and token whatever is frozen.
+        FLOPs of one micro-batch's forward and backward pass as they really ran: counted, and smaller once a prefix is
+        frozen. `total_flos` is their sum; the base class counts six per weight and token whatever is frozen.
         """
         return round(self.smartfrz.meter.end_of_backward().total)
 

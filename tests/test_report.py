@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from smartfrz_hf.accounting import Flops, Ledger, Stage
+from smartfrz_hf.ledger import Flops, Ledger, Stage
 from smartfrz_hf.report import ACTIVE, FROZEN, plot_timeline
 
 

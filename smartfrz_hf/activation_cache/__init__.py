@@ -1,0 +1,38 @@
+"""What crosses the frozen front of a model, kept by the content of each row."""
+
+import shutil
+import tempfile
+
+import psutil
+from transformers import TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ..accounting import ComputeMeter
+from ..blocks import BlockStack
+from ..config import SmartFRZConfig
+from .cache import ActivationCache
+from .store import ActivationStore
+
+__all__ = ["ActivationCache", "ActivationStore", "make_cache"]
+
+logger = logging.get_logger(__name__)
+
+
+def make_cache(
+    config: SmartFRZConfig, stack: BlockStack, meter: ComputeMeter, args: TrainingArguments, state: TrainerState
+) -> ActivationCache | None:
+    """The cache that a configuration asks for, or `None` if it asks for none or leaves it no room."""
+    if not config.activation_cache or not (config.cache_memory or config.cache_disk):
+        return None
+    if args.torch_compile:
+        logger.warning("The activation cache is off: it does not work with `torch_compile`.")
+        return None
+    memory, disk = config.cache_memory, config.cache_disk
+    if memory < 1:
+        memory *= psutil.virtual_memory().available
+    if 0 < disk < 1:
+        disk *= shutil.disk_usage(config.cache_folder or tempfile.gettempdir()).free
+    store = ActivationStore(int(memory), int(disk), config.cache_folder, config.cache_dtype)
+    steps = state.max_steps / state.num_train_epochs if state.num_train_epochs else 0
+    rows = round(steps * args.gradient_accumulation_steps * args.train_batch_size)
+    return ActivationCache(stack, store, meter, config.cache_exact, rows or None)

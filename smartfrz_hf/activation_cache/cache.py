@@ -1,0 +1,364 @@
+"""The activation cache: what crosses the boundary is computed once per row, and then looked up."""
+
+import hashlib
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..accounting import ComputeMeter
+from ..blocks import BlockStack
+from ..ledger import CacheSavings
+from .calls import Call, fingerprints, read_call
+from .prefix import Prefix, Unservable
+from .store import ActivationStore
+
+logger = logging.get_logger(__name__)
+
+# A row's attention sums over its keys in steps of one vector register; whether a key lies in the last, incomplete step
+# changes the order of the sum. 64 bytes is the widest register of any CPU.
+REGISTER = 64
+# The stem alone costs about as much as a lookup.
+LEAST_DEPTH = 2
+
+
+class ActivationCache:
+    """
+    Leaves out the forward pass of a frozen front for rows that it has seen.
+
+    Rows are known by the content that the front reads, so any dataset, sampler, order and padding will do, and
+    evaluation batches are served too. With `exact`, an activation is used again only where computing it anew would
+    give the same bits: the first batch at each depth shows how few rows may be computed by themselves without changing
+    a bit, and whether more padding changes one.
+
+    Args:
+        stack ([`BlockStack`]): the units of the model.
+        store ([`ActivationStore`]): where activations are kept; closed with the cache.
+        meter ([`ComputeMeter`], *optional*): told what did not run.
+        exact (`bool`, *optional*, defaults to `True`): whether an activation is used again only where it has the bits
+            that computing it anew would give, not merely the same value up to rounding.
+        rows_per_epoch (`int`, *optional*): training rows in one pass over the data, if known.
+
+    Attributes:
+        savings ([`CacheSavings`]): what it has saved so far.
+        last_epoch (`bool`): whether no training row comes again, so that none is kept.
+    """
+
+    def __init__(
+        self,
+        stack: BlockStack,
+        store: ActivationStore,
+        meter: ComputeMeter | None = None,
+        exact: bool = True,
+        rows_per_epoch: int | None = None,
+    ):
+        self.stack, self.store, self.meter, self.exact = stack, store, meter, exact
+        self.rows_per_epoch, self.last_epoch = rows_per_epoch, False
+        self.savings = CacheSavings()
+        self._prefix: Prefix | None = Prefix(stack, self._forward)
+        self._proved: set[tuple] = set()
+        self._least: dict[tuple, int | None] = {}
+        self._padding: dict[tuple, bool] = {}
+        self._row_seconds: float | None = None
+        self._cold = self._seen = self._hits = 0
+        self._balance = 0.0
+        self._weights: list[tuple[int, int]] = []
+
+    @property
+    def depth(self) -> int:
+        """Units that are left out on a hit."""
+        return self._prefix.depth if self._prefix is not None else 0
+
+    def freeze_to(self, depth: int) -> None:
+        """Follow the freezing of all units in front of `depth`. Activations kept so far move on when they come again."""
+        if self._prefix is None:
+            return
+        self._forget_if_changed()
+        self._prefix.grow(depth)
+        self._proved.clear()
+        self._least.clear()
+        self._row_seconds = None
+        self._start_window()
+        self._weights = self._weight_versions()
+
+    def close(self) -> None:
+        """Give the model its forward pass back and free what is kept."""
+        if self._prefix is not None:
+            self._note_size()
+            self._prefix.close()
+            self._prefix = None
+            self.store.close()
+
+    def _forward(self, *args, **kwargs) -> Any:
+        """Stands in for the backbone's forward pass."""
+        prefix = self._prefix
+        assert prefix is not None
+        training = self.stack.model.training
+        if prefix.busy or self.depth < LEAST_DEPTH or (training and self.meter is not None and self.meter.counting):
+            return prefix.plain(*args, **kwargs)
+        if training and self.last_epoch and not len(self.store):
+            return prefix.plain(*args, **kwargs)
+        call = read_call(prefix.signature, args, kwargs, getattr(self.stack.backbone, "config", None))
+        if call is None:
+            return prefix.plain(*args, **kwargs)
+        self._forget_if_changed()
+        try:
+            self._prove(call)
+            output = self._answer(call, keep=not (training and self.last_epoch))
+        except Unservable as error:
+            return self._turn_off(f"{type(self.stack.model).__name__} cannot be served, since {error}", args, kwargs)
+        reason = self._why_not()
+        if reason is not None:
+            self._turn_off(reason)
+        return output
+
+    def _answer(self, call: Call, keep: bool) -> Any:
+        prefix, store, began = self._prefix, self.store, perf_counter()
+        assert prefix is not None
+        names, ends = fingerprints(call)
+        keys = self._classify(call, names, ends)
+        found = [entry if end else None for entry, end in zip(store.get(keys), ends, strict=True)]
+        depths = [None if entry is None else entry[0] for entry in found]
+        hits = call.rows - depths.count(None)
+        groups = self._plan(call, depths)
+        if self.stack.model.training:
+            self._seen, self._hits = self._seen + call.rows, self._hits + hits
+        self.savings.rows += call.rows
+        self.savings.hits += hits
+        if groups is None:
+            missing = [row for row, depth in enumerate(depths) if depth != self.depth]
+            lookup = perf_counter() - began
+            return self._compute(call, names, ends, missing if keep else [], lookup)
+        self.savings.bytes_read += sum(entry[1].nbytes for entry in found if entry is not None)
+        hidden = self._assemble(call, found, groups)
+        if keep:
+            moved = [row for rows in groups.values() for row in rows]
+            self._keep(keys, ends, hidden, moved)
+        if self._row_seconds is not None:
+            self._count(call.rows * self._row_seconds - (perf_counter() - began))
+        self._tell_meter(call, groups)
+        return prefix.serve(call, hidden)
+
+    def _compute(self, call: Call, names: list[bytes], ends: list[int], keep: list[int], lookup: float) -> Any:
+        """Run all units for all rows, as without a cache, and keep what crosses the boundary."""
+        prefix, began, boundary = self._prefix, perf_counter(), []
+        assert prefix is not None
+
+        def cross(hidden: torch.Tensor) -> None:
+            if hidden.device.type != "cpu":
+                torch.accelerator.synchronize(hidden.device)
+            taken = perf_counter() - began
+            last, self._row_seconds = self._row_seconds, taken / call.rows
+            if last is not None:
+                self._row_seconds = 0.8 * last + 0.2 * self._row_seconds
+            if self._uncalibrated(call):
+                boundary.append(hidden.clone())
+            else:
+                self._keep(self._classify(call, names, ends), ends, hidden, keep)
+                self._count(-lookup - (perf_counter() - began - taken))
+
+        output = prefix.watch(call, cross)
+        if boundary:
+            self._calibrate(call, ends, boundary[0])
+            self._keep(self._classify(call, names, ends), ends, boundary[0], keep)
+        return output
+
+    def _plan(self, call: Call, depths: list[int | None]) -> dict[int, list[int]] | None:
+        """Which rows to compute from which depth, or `None` if all rows have to be computed from the start."""
+        groups: dict[int, list[int]] = {}
+        for row, depth in enumerate(depths):
+            if depth != self.depth:
+                groups.setdefault(depth or 0, []).append(row)
+        least = self._least_rows(call)
+        cost = sum(max(len(rows), least) * (self.depth - start) for start, rows in groups.items())
+        return None if cost >= call.rows * self.depth else groups
+
+    def _assemble(
+        self,
+        call: Call,
+        found: Sequence[tuple[int, torch.Tensor] | None],
+        groups: dict[int, list[int]],
+    ) -> torch.Tensor:
+        """What crosses the boundary: activations at hand, and what has to be computed from where it was left."""
+        prefix, least = self._prefix, self._least_rows(call)
+        assert prefix is not None
+        at_hand = {row: entry for row, entry in enumerate(found) if entry is not None}
+        parts: dict[int, torch.Tensor] = {}
+        for start, rows in groups.items():
+            chosen = [rows[i % len(rows)] for i in range(max(len(rows), least))]
+            enters = self._stack_rows(call, [at_hand[row][1] for row in chosen]) if start else None
+            parts[start] = prefix.run(call, chosen, start, enters)
+        ready = {row: activation for row, (depth, activation) in at_hand.items() if depth == self.depth}
+        if not ready and len(parts) == 1:
+            return next(iter(parts.values()))
+        like = next(iter(ready.values())) if ready else next(iter(parts.values()))[0]
+        hidden = self._stack_rows(call, list(ready.values()), list(ready), like)
+        for start, computed in parts.items():
+            hidden[groups[start]] = computed[: len(groups[start])]
+        return hidden
+
+    def _stack_rows(
+        self,
+        call: Call,
+        rows: Sequence[torch.Tensor],
+        places: Sequence[int] | None = None,
+        like: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Put rows into one batch on the model's device, with zeros for padding."""
+        like = rows[0] if like is None else like
+        count = len(rows) if places is None else call.rows
+        shape = like.shape if call.length is None else (call.length, *like.shape[1:])
+        batch = torch.zeros((count, *shape), dtype=like.dtype)
+        for place, row in zip(range(count) if places is None else places, rows, strict=True):
+            batch[place, : len(row)] = row
+        return batch.to(call.device)
+
+    def _keep(self, keys: list[bytes], ends: list[int], hidden: torch.Tensor, rows: list[int]) -> None:
+        rows = [row for row in rows if ends[row]]  # a row that is all padding reads its padding
+        if rows:
+            values = [hidden[row, : ends[row]] if ends[row] > 0 else hidden[row] for row in rows]
+            self.store.put([keys[row] for row in rows], self.depth, values)
+            self._note_size()
+
+    def _classify(self, call: Call, names: list[bytes], ends: list[int]) -> list[bytes]:
+        """Add to each row's name what its bits depend on besides its content: shapes, where kernels heed them."""
+        if not self.exact:
+            return names
+        least = self._least.get(call.context)
+        if least is None or call.rows * (call.length or 1) < least:
+            shape: tuple[Any, ...] = (call.rows, call.length)
+            return [_derive(name, shape) for name in names]
+        if call.length is None:
+            return names
+        size = next((v.element_size() for v in self.stack.backbone.parameters()), 4)
+        step = REGISTER // (2 if torch.is_autocast_enabled(call.device.type) else size)
+        whole = call.length // step * step if self._padding[call.context] else 0
+        return [name if end <= whole else _derive(name, (call.length,)) for name, end in zip(names, ends, strict=True)]
+
+    def _least_rows(self, call: Call) -> int:
+        """Fewest rows of this batch's length that may be computed by themselves."""
+        if not self.exact:
+            return 1
+        least = self._least.get(call.context)
+        return call.rows if least is None else min(call.rows, -(-least // (call.length or 1)))
+
+    def _uncalibrated(self, call: Call) -> bool:
+        return self.exact and call.context not in self._least
+
+    def _calibrate(self, call: Call, ends: list[int], hidden: torch.Tensor) -> None:
+        """Find out how few rows, and which padding, leave the bits of `hidden` as they are."""
+        prefix = self._prefix
+        assert prefix is not None
+        least, size = None, 1 << max(0, (call.rows // 2).bit_length() - 1)
+        while size and call.rows > 1:
+            rows = [row * call.rows // size for row in range(size)]
+            if not _same_bits(prefix.run(call, rows), hidden[rows], [ends[row] for row in rows]):
+                break
+            least, size = size, size // 2
+        self._least[call.context] = None if least is None else least * (call.length or 1)
+        self._padding[call.context] = least is not None and self._padding_is_free(call, ends, hidden, least)
+
+    def _padding_is_free(self, call: Call, ends: list[int], hidden: torch.Tensor, least: int) -> bool:
+        prefix, length = self._prefix, call.length
+        assert prefix is not None
+        if length is None:
+            return True
+        rows = list(range(max(2, least)))
+        kept = [ends[row] for row in rows]
+        base = call.padded(-length % REGISTER)
+        try:
+            first = prefix.run(base, rows)
+            others = [prefix.run(base.padded(columns), rows) for columns in (1, REGISTER // 4, REGISTER // 4 + 7)]
+        except Unservable:
+            raise
+        except Exception as error:  # longer than the model's positions reach
+            logger.debug(f"Padding could not be tried: {error}")
+            return False
+        for row, end in enumerate(kept):
+            scale = hidden[row, :end].abs().amax() if end else 0
+            if end and (first[row, :end] - hidden[row, :end]).abs().amax() > 0.01 * scale:
+                raise Unservable("its frozen blocks read positions that the attention mask hides")
+        return all(_same_bits(other, first, kept) for other in others)
+
+    def _prove(self, call: Call) -> None:
+        """Try once for each kind of call whether the front can be left out."""
+        kind = (call.context, call.mask is not None and not bool(call.mask.all()))
+        if kind not in self._proved:
+            assert self._prefix is not None
+            self._prefix.prove(call)
+            self._proved.add(kind)
+
+    def _weight_versions(self) -> list[tuple[int, int]]:
+        return [
+            (tensor.data_ptr(), tensor._version)
+            for unit in self.stack.units[: self.depth]
+            for module in unit.modules.values()
+            for tensor in (*module.parameters(), *module.buffers())
+        ]
+
+    def _forget_if_changed(self) -> None:
+        """Empty the store when frozen weights are others than they were."""
+        if self._weights != (versions := self._weight_versions()):
+            self.store.clear()
+            self._weights = versions
+
+    def _tell_meter(self, call: Call, groups: dict[int, list[int]]) -> None:
+        if self.meter is not None and self.stack.model.training:
+            least = self._least_rows(call)
+            ran = [
+                sum(max(len(rows), least) for start, rows in groups.items() if start <= unit)
+                for unit in range(self.depth)
+            ]
+            self.meter.skip([1 - rows / call.rows for rows in ran])
+
+    def _start_window(self) -> None:
+        self._cold, self._seen, self._hits, self._balance = self.rows_per_epoch or 0, 0, 0, 0.0
+
+    def _count(self, seconds: float) -> None:
+        self.savings.seconds_saved += seconds
+        self._balance += seconds
+
+    def _why_not(self) -> str | None:
+        """Why the cache does not pay, judged by each half of an epoch after the first pass over the data."""
+        if self.rows_per_epoch is None:
+            return None
+        if self._cold:
+            if self._seen >= self._cold:
+                self._cold = self._seen = self._hits = 0
+                self._balance = 0.0
+            return None
+        if self._seen < self.rows_per_epoch / 2:
+            return None
+        seen, hits, balance = self._seen, self._hits, self._balance
+        self._seen = self._hits = 0
+        self._balance = 0.0
+        if balance >= 0:
+            return None
+        if hits < seen / 2:
+            return f"only {hits} of {seen} rows came again unchanged"
+        return "looking activations up takes longer than computing them"
+
+    def _note_size(self) -> None:
+        self.savings.bytes_memory, self.savings.bytes_disk = self.store.memory_used, self.store.disk_used
+
+    def _turn_off(self, reason: str, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Say why in one line, and give way to the model's own forward pass."""
+        prefix = self._prefix
+        assert prefix is not None
+        logger.warning(f"The activation cache is off: {reason}. Training goes on without it.")
+        self.savings.off = reason
+        self.close()
+        return None if kwargs is None else prefix.plain(*args, **kwargs)
+
+
+def _derive(name: bytes, shape: tuple[Any, ...]) -> bytes:
+    return hashlib.blake2b(name + repr(shape).encode(), digest_size=16).digest()
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor, ends: list[int]) -> bool:
+    """Whether two batches of activations agree to the last bit, but for padding."""
+    if any(end >= 0 for end in ends):
+        return all(torch.equal(a[row, :end], b[row, :end]) for row, end in enumerate(ends))
+    return torch.equal(a, b)

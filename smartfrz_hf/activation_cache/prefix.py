@@ -1,0 +1,372 @@
+"""Running the front of a model by itself, or leaving it out."""
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate.utils import recursively_apply
+from torch import nn
+
+from ..blocks import BlockStack, evaluation_mode
+from .calls import Call, bind, take_rows, unpadded
+
+
+class Unservable(Exception):
+    """The front of this model cannot be left out; the message says why."""
+
+
+class _Boundary(Exception):
+    """Ends a pass that has reached the boundary."""
+
+
+@dataclass
+class _Pass:
+    """
+    One pass through the backbone.
+
+    Attributes:
+        layout (`tuple`): what shapes inside the model depend on, but for the number of rows.
+        rows (`int`): how many there are.
+        skip (`int`): units of the front that do not run.
+        enters (`torch.Tensor`, *optional*): what enters unit `skip` in their place.
+        stop (`bool`): whether the pass ends at the boundary.
+        on_boundary (`Callable`, *optional*): told what crosses the boundary.
+        hidden (`torch.Tensor`, *optional*): what has crossed it.
+        starts (`Counter`): how often each module of the front, and the block behind it, has started.
+        outputs (`dict`, *optional*): filled with what the front's modules gave, as shapes.
+    """
+
+    layout: tuple
+    rows: int
+    skip: int = 0
+    enters: torch.Tensor | None = None
+    stop: bool = False
+    on_boundary: Callable[[torch.Tensor], None] | None = None
+    hidden: torch.Tensor | None = None
+    starts: Counter = field(default_factory=Counter)
+    outputs: dict[nn.Module, list["_Shape"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is known of a tensor that nobody reads."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "_Shape":
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device)
+
+    def blank(self, rows: int | None) -> torch.Tensor:
+        """A tensor that holds no number and next to no memory, with another number of rows if given."""
+        nothing = torch.full((), float("nan") if self.dtype.is_floating_point else 0, dtype=self.dtype).to(self.device)
+        return nothing.expand(self.shape if rows is None else (rows, *self.shape[1:]))
+
+
+class _StandIn:
+    """Stands in for a module's forward pass. A deep copy of the module gets its own forward pass back."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]):
+        self.module, self.original, self.forward = module, module.forward, forward
+        self.found = module.__dict__.get("forward")
+        functools.update_wrapper(self, self.original)  # signatures are looked at
+        module.__dict__["forward"] = self
+
+    def __call__(self, *args, **kwargs):
+        return self.forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.found is not None:
+            return copy.deepcopy(self.found, memo)
+        return MethodType(type(self.module).forward, memo[id(self.module)])
+
+    def remove(self) -> None:
+        del self.module.__dict__["forward"]
+        if self.found is not None:
+            self.module.__dict__["forward"] = self.found
+
+
+def _leaves(value: Any, kind: type = torch.Tensor) -> list[Any]:
+    """All tensors, or all of another type, in nested tuples, lists and mappings."""
+    found: list[Any] = []
+    recursively_apply(found.append, value, test_type=lambda leaf: isinstance(leaf, kind))
+    return found
+
+
+def _find_hidden(args: tuple, kwargs: dict[str, Any]) -> int | str | None:
+    """Where the hidden states are among the arguments of a block."""
+    if isinstance(kwargs.get("hidden_states"), torch.Tensor):
+        return "hidden_states"
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return next((place for place, value in places if isinstance(value, torch.Tensor)), None)
+
+
+class Prefix:
+    """
+    The frozen front of a model, whose units can run up to the boundary for some rows, or be left out.
+
+    Modules that are left out give back tensors of the right shape, type and device that hold NaN, and what enters the
+    next block is replaced. That nothing else reads what they give back is not assumed but tried, by [`Prefix.prove`].
+
+    Args:
+        stack ([`BlockStack`]): the units of the model.
+        forward (`Callable`): stands in for the forward pass of the backbone.
+
+    Attributes:
+        depth (`int`): units in the front. The boundary is what enters unit `depth`, or leaves the last block.
+        signature (`inspect.Signature`): of the backbone's forward pass.
+    """
+
+    def __init__(self, stack: BlockStack, forward: Callable[..., Any]):
+        self.stack, self.depth = stack, 0
+        self.signature = inspect.signature(stack.backbone.forward)
+        self._passing: _Pass | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._idle: set[nn.Module] = set()
+        self._batched: dict[nn.Module, list[bool]] = {}
+        self._shapes: dict[tuple[nn.Module, tuple], Any] = {}
+        self._outer: dict[str, Any] | None = None
+        self._backbone = _StandIn(stack.backbone, forward)
+        self._stand_ins = [self._backbone]
+        if stack.model is not stack.backbone:
+            outer = _StandIn(stack.model, self._call_model)
+            self._model, self._outer_signature = outer, inspect.signature(outer.original)
+            self._stand_ins.append(outer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Prefix":
+        return self  # hooks of a copied model find no pass of theirs here, and do nothing
+
+    @property
+    def busy(self) -> bool:
+        """Whether a pass is under way."""
+        return self._passing is not None
+
+    def grow(self, depth: int) -> None:
+        """Take in all units in front of `depth`."""
+        for index in range(self.depth, depth):
+            for module in self.stack.units[index].modules.values():
+                stand_in = _StandIn(module, lambda *args, **kwargs: None)
+                stand_in.forward = functools.partial(self._run_or_skip, index, stand_in)
+                self._stand_ins.append(stand_in)
+                if index:
+                    self._idle.add(module)
+            if index + 1 < len(self.stack):
+                enter = functools.partial(self._enter, index + 1)
+                block = self.stack.blocks[index]
+                # In front of the hook that cuts the graph, which may have to mark what enters.
+                self._hooks.append(block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+        self.depth = depth
+
+    def close(self) -> None:
+        """Give all modules their own forward pass back."""
+        for hook in self._hooks:
+            hook.remove()
+        for stand_in in reversed(self._stand_ins):
+            stand_in.remove()
+        self._hooks, self._stand_ins = [], []
+
+    def plain(self, *args, **kwargs) -> Any:
+        """The backbone's own forward pass."""
+        return self._backbone.original(*args, **kwargs)
+
+    def run(
+        self, call: Call, rows: Sequence[int] | None = None, skip: int = 0, enters: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        What crosses the boundary for some rows of a batch.
+
+        Args:
+            call ([`Call`]): the batch.
+            rows (`list[int]`, *optional*): which rows; all when it is not given.
+            skip (`int`, *optional*, defaults to `0`): units of the front to leave out.
+            enters (`torch.Tensor`, *optional*): what enters unit `skip` in their place, `(rows, ...)`.
+
+        Returns:
+            `torch.Tensor`: of shape `(rows, ...)`.
+
+        Raises:
+            Unservable: the pass did not come to the boundary.
+        """
+        if skip:
+            self._learn_shapes(call)
+        one = _Pass(call.layout, call.rows if rows is None else len(rows), skip, enters, stop=True)
+        with torch.no_grad(), contextlib.suppress(_Boundary), self._under_way(one):
+            self.plain(**call.arguments(rows))
+        if one.hidden is None:
+            raise Unservable("its blocks do not run one after the other")
+        return one.hidden
+
+    def watch(self, call: Call, on_boundary: Callable[[torch.Tensor], None]) -> Any:
+        """The backbone's output, all units run; `on_boundary` is told what crosses the boundary."""
+        with self._under_way(_Pass(call.layout, call.rows, on_boundary=on_boundary)):
+            return self.plain(**call.arguments())
+
+    def serve(self, call: Call, hidden: torch.Tensor) -> Any:
+        """The backbone's output with `hidden` in the place of what crosses the boundary, and no unit run for it."""
+        self._learn_shapes(call)
+        with self._under_way(_Pass(call.layout, call.rows, self.depth, hidden)):
+            return self.plain(**call.arguments())
+
+    def prove(self, call: Call) -> None:
+        """
+        Try on two rows, in evaluation mode, whether the front can be left out.
+
+        The outputs of the whole model, its loss included, have to be the same to the last bit when the front's modules
+        give back NaN and zeros take the place of padding. Modules of the stem that the active blocks read otherwise
+        (rotary tables, a position bias) are found on the way, and go on running.
+
+        Raises:
+            Unservable: they are not the same, or the blocks do not run one after the other.
+        """
+        rows = [0, call.rows - 1]
+        if call.mask is not None:  # the row with the most padding, since it is there that zeros take its place
+            rows[0] = int(call.mask.ne(0).sum(1).argmin())
+        try:
+            with evaluation_mode(self.stack.model):
+                self._prove(call, rows)
+        except Unservable:
+            raise
+        except Exception as error:  # the model's own code runs here, with tensors that it may not expect
+            raise Unservable(f"it does not run without them ({type(error).__name__}: {error})") from error
+
+    def _prove(self, call: Call, rows: list[int]) -> None:
+        first, whole = self._try(call, rows)
+        once = all(first.starts[block] == 1 for block in self.stack.blocks[: self.depth])
+        if first.hidden is None or len(first.hidden) != 2 or not once:
+            raise Unservable("its blocks do not run one after the other, each once, with one entry per row")
+        ends, hidden = [-1, -1], first.hidden
+        if call.mask is not None:
+            if hidden.ndim != 3 or hidden.shape[1] != call.length:
+                raise Unservable("its hidden states do not follow the attention mask")
+            inside = unpadded(call.mask[rows])
+            ends, hidden = inside.sum(1).tolist(), hidden * inside[:, :, None]
+        third = _Pass(call.layout, 3, stop=True)
+        with contextlib.suppress(_Boundary), self._under_way(third):
+            self.plain(**call.arguments([*rows, rows[0]]))
+        for module, shapes in first.outputs.items():
+            others = third.outputs[module]
+            self._batched[module] = [a.shape[:1] != b.shape[:1] for a, b in zip(shapes, others, strict=True)]
+
+        def same(idle: set[nn.Module]) -> bool:
+            self._idle = idle
+            _, served = self._try(call, rows, self.depth, hidden)
+            pairs = zip(_leaves(whole), _leaves(served), strict=True)
+            return all(_equal(a, b, call.length, ends) for a, b in pairs)
+
+        stem = [module for module in self.stack.stem.modules.values() if first.starts[module] == 1]
+        blocks = self._idle.difference(self.stack.stem.modules.values())
+        if not same(blocks | set(stem)):
+            needless = {module for module in stem if same(blocks | {module})}
+            if not same(blocks | needless):
+                raise Unservable("what runs behind the boundary reads more of the front than what crosses it")
+
+    def _try(self, call: Call, rows: list[int], skip: int = 0, enters: torch.Tensor | None = None):
+        """A pass through the whole model if it is at hand, else through the backbone."""
+        one = _Pass(call.layout, len(rows), skip, enters)
+        outer = self._outer
+        with self._under_way(one):
+            if outer is None or any(len(value) != call.rows for value in _leaves(outer) if value.ndim):
+                return one, self.plain(**call.arguments(rows))
+            outer = take_rows(outer, rows, call.rows)
+            if "use_cache" in self._outer_signature.parameters:
+                outer["use_cache"] = False
+            return one, self._model.original(**outer)
+
+    def _learn_shapes(self, call: Call) -> None:
+        if any((module, call.layout) not in self._shapes for module in self._idle):
+            self.run(call, [0])
+
+    @contextlib.contextmanager
+    def _under_way(self, one: _Pass):
+        self._passing = one
+        try:
+            yield
+        finally:
+            self._passing = None
+
+    def _call_model(self, *args, **kwargs) -> Any:
+        if not self.busy:
+            self._outer = bind(self._outer_signature, args, kwargs)
+        try:
+            return self._model.original(*args, **kwargs)
+        finally:
+            self._outer = None
+
+    def _run_or_skip(self, index: int, stand_in: _StandIn, *args, **kwargs) -> Any:
+        """The forward pass of a module of unit `index`."""
+        one, module = self._passing, stand_in.module
+        if one is None:
+            with torch.no_grad():
+                return stand_in.original(*args, **kwargs)
+        one.starts[module] += 1
+        is_end = index + 1 == self.depth == len(self.stack) and module is self.stack.blocks[-1]
+        if index < one.skip and module in self._idle:
+            output = self._blank(module, one)
+            return _replace_first(output, one.enters) if is_end else output
+        with torch.no_grad():
+            output = stand_in.original(*args, **kwargs)
+        shapes = recursively_apply(_Shape.of, output)
+        one.outputs[module] = _leaves(shapes, _Shape)
+        self._shapes[module, one.layout] = shapes
+        if is_end:
+            self._cross(one, _leaves(output)[0])
+        return output
+
+    def _enter(self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        """Before the block of unit `index` runs."""
+        one = self._passing
+        if one is None or index not in (one.skip, self.depth):
+            return None
+        place = _find_hidden(args, kwargs)
+        if place is None:
+            raise Unservable("a block is given no hidden states")
+        if index == self.depth:
+            one.starts[module] += 1
+        if index == one.skip and one.enters is not None:
+            if isinstance(place, int):
+                args = (*args[:place], one.enters, *args[place + 1 :])
+            else:
+                kwargs = {**kwargs, place: one.enters}
+        if index == self.depth:
+            self._cross(one, args[place] if isinstance(place, int) else kwargs[place])
+        return args, kwargs
+
+    def _cross(self, one: _Pass, hidden: torch.Tensor) -> None:
+        one.hidden = hidden.detach()
+        if one.on_boundary is not None:
+            one.on_boundary(one.hidden)
+        if one.stop:
+            raise _Boundary
+
+    def _blank(self, module: nn.Module, one: _Pass) -> Any:
+        """What a module that is left out gives back."""
+        batched = iter(self._batched[module])
+        return recursively_apply(
+            lambda shape: shape.blank(one.rows if next(batched) else None),
+            self._shapes[module, one.layout],
+            test_type=lambda leaf: isinstance(leaf, _Shape),
+        )
+
+
+def _replace_first(output: Any, hidden: torch.Tensor | None) -> Any:
+    """Put hidden states in the place of the first tensor."""
+    first = iter([hidden])
+    return recursively_apply(lambda tensor: next(first, tensor), output)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor, length: int | None, ends: list[int]) -> bool:
+    """Whether two outputs agree to the last bit, but for padding."""
+    if a.shape != b.shape:
+        return False
+    if length is not None and a.shape[:2] == (len(ends), length):
+        return all(torch.equal(a[row, :end], b[row, :end]) for row, end in enumerate(ends))
+    return torch.equal(a, b)

@@ -1,0 +1,137 @@
+"""The ledger of a run: what froze when and why, what it cost and what it saved."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of forward passes, of backward passes, and of the optimizer."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All three."""
+        return self.forward + self.backward + self.optimizer
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.optimizer + other.optimizer)
+
+    def __mul__(self, factor: float) -> "Flops":
+        return Flops(self.forward * factor, self.backward * factor, self.optimizer * factor)
+
+
+@dataclass
+class Stage:
+    """
+    One freezing stage that changed the depth.
+
+    Attributes:
+        step (`int`): optimizer steps done.
+        depth (`int`): frozen units from then on.
+        units (`list[str]`): names of the units that froze.
+        reason (`str`): why, in the policy's words.
+    """
+
+    step: int
+    depth: int
+    units: list[str]
+    reason: str
+
+
+@dataclass
+class CacheSavings:
+    """
+    What the activation cache did for the forward passes of the frozen front.
+
+    Attributes:
+        rows (`int`): rows that were looked up.
+        hits (`int`): rows among them that were found.
+        seconds_saved (`float`): seconds of forward passes that were not run, less what the cache itself took.
+        bytes_memory, bytes_disk (`int`): bytes held now, in memory and on disk.
+        bytes_read (`int`): bytes read from it so far.
+        off (`str`, *optional*): why it was turned off; `None` while it is on.
+    """
+
+    rows: int = 0
+    hits: int = 0
+    seconds_saved: float = 0.0
+    bytes_memory: int = 0
+    bytes_disk: int = 0
+    bytes_read: int = 0
+    off: str | None = None
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the rows looked up that were found."""
+        return self.hits / self.rows if self.rows else 0.0
+
+
+@dataclass
+class Ledger:
+    """
+    What froze when and why, and what it saved.
+
+    Attributes:
+        units (`list[str]`): names of all units, front first.
+        max_steps (`int`): optimizer steps of the run.
+        stages (`list[Stage]`): the freezing stages that changed the depth.
+        decisions (`int`): how often the policy was asked.
+        spent, full ([`Flops`]): of the training so far, and what it had cost with nothing frozen and no cache.
+        unit_flops, full_unit_flops (`dict[str, Flops]`): of one average micro-batch, by unit and `"head"` (everything
+            else), as far as it is frozen now, and with nothing frozen. What a cache leaves out is not subtracted.
+        frozen_parameters, trainable_parameters (`int`): frozen now, and trainable at the start.
+        cache ([`CacheSavings`], *optional*): what the activation cache saved; `None` without one.
+    """
+
+    units: list[str] = field(default_factory=list)
+    max_steps: int = 0
+    stages: list[Stage] = field(default_factory=list)
+    decisions: int = 0
+    spent: Flops = field(default_factory=Flops)
+    full: Flops = field(default_factory=Flops)
+    unit_flops: dict[str, Flops] = field(default_factory=dict)
+    full_unit_flops: dict[str, Flops] = field(default_factory=dict)
+    frozen_parameters: int = 0
+    trainable_parameters: int = 0
+    cache: CacheSavings | None = None
+
+    @property
+    def depth(self) -> int:
+        """Frozen units now."""
+        return self.stages[-1].depth if self.stages else 0
+
+    @property
+    def freeze_steps(self) -> dict[str, int]:
+        """The step at which each frozen unit froze, by the unit's name."""
+        return {unit: stage.step for stage in self.stages for unit in stage.units}
+
+    @property
+    def frozen_fraction(self) -> float:
+        """Share of the parameters trainable at the start that are frozen now."""
+        return self.frozen_parameters / self.trainable_parameters if self.trainable_parameters else 0.0
+
+    @property
+    def compute_saved(self) -> float:
+        """Share of the FLOPs so far (forward, backward and optimizer) that freezing and the cache have saved."""
+        return 1 - self.spent.total / self.full.total if self.full.total else 0.0
+
+    def logs(self) -> dict[str, float]:
+        """What goes to `log_history` and the trackers: three figures, and three more of the cache if there is one."""
+        logs = {
+            "freeze/depth": self.depth,
+            "freeze/frozen_fraction": self.frozen_fraction,
+            "freeze/compute_saved": self.compute_saved,
+        }
+        if self.cache is not None:
+            logs["freeze/cache_hit_rate"] = self.cache.hit_rate
+            logs["freeze/cache_bytes"] = self.cache.bytes_memory + self.cache.bytes_disk
+            logs["freeze/cache_seconds_saved"] = self.cache.seconds_saved
+        return logs
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        return asdict(self) | {"freeze_steps": self.freeze_steps, **self.logs()}
