@@ -6,7 +6,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from .accounting import ComputeMeter
-from .activation_cache import make_cache
+from .activation_cache import ActivationCache, make_cache
 from .blocks import BlockStack, find_blocks
 from .config import SmartFRZConfig
 from .freezing import Freezer
@@ -47,6 +47,7 @@ class SmartFRZCallback(TrainerCallback):
         self.config = config or SmartFRZConfig()
         self.policy = make_policy(self.config, predictor)
         self.ledger = Ledger()
+        self._cache: ActivationCache | None = None
         self._running = False
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
@@ -66,9 +67,10 @@ class SmartFRZCallback(TrainerCallback):
         self._release()  # what an interrupted run has left frozen
         self._stack = self._check(args, model)
         self._trainable = [unit.trainable for unit in self._stack.units]
-        self._running = True
+        self._cache = None
         self._freezer = Freezer(self._stack, optimizer)
         self.meter = ComputeMeter(model, self._stack, optimizer)
+        self._running = True
         self.ledger = Ledger(
             units=self._stack.names,
             max_steps=state.max_steps,

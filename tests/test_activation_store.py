@@ -2,7 +2,6 @@
 
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -278,21 +277,6 @@ def test_unusable_folder_costs_the_disk_only(tmp_path, kind):
     assert store.full
     store.clear()
     store.close()
-
-
-@pytest.fixture(params=["small disk", "file size limit"])
-def half_a_megabyte(request, tmp_path):
-    """Path of a folder in which no file can grow beyond 512 KiB, by the one or the other means."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", tmp_path]
-    # Only root may mount; whoever runs the tests, the kernel refuses the same write.
-    if request.param == "small disk" and subprocess.run(mount, capture_output=True).returncode == 0:
-        yield tmp_path
-        subprocess.run(["umount", "--lazy", tmp_path], check=True)
-        return
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, limits[1]))
-    yield tmp_path
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk_costs_nothing_but_room(half_a_megabyte, caplog):

@@ -31,7 +31,11 @@ def make_cache(
     if memory < 1:
         memory *= psutil.virtual_memory().available
     if 0 < disk < 1:
-        disk *= shutil.disk_usage(config.cache_folder or tempfile.gettempdir()).free
+        try:
+            disk *= shutil.disk_usage(config.cache_folder or tempfile.gettempdir()).free
+        except OSError as error:
+            logger.warning(f"The activation cache stays in memory, as its folder cannot be used: {error}")
+            disk = 0
     store = ActivationStore(int(memory), int(disk), config.cache_folder, config.cache_dtype)
     steps = state.max_steps / state.num_train_epochs if state.num_train_epochs else 0
     rows = round(steps * args.gradient_accumulation_steps * args.train_batch_size)

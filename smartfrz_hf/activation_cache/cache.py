@@ -1,7 +1,7 @@
 """The activation cache: what crosses the boundary is computed once per row, and then looked up."""
 
-import hashlib
 from collections.abc import Sequence
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -12,14 +12,12 @@ from ..accounting import ComputeMeter
 from ..blocks import BlockStack
 from ..ledger import CacheSavings
 from .calls import Call, fingerprints, read_call
+from .exactness import Exactness
 from .prefix import Prefix, Unservable
 from .store import ActivationStore
 
 logger = logging.get_logger(__name__)
 
-# A row's attention sums over its keys in steps of one vector register; whether a key lies in the last, incomplete step
-# changes the order of the sum. 64 bytes is the widest register of any CPU.
-REGISTER = 64
 # The stem alone costs about as much as a lookup.
 LEAST_DEPTH = 2
 
@@ -54,16 +52,16 @@ class ActivationCache:
         exact: bool = True,
         rows_per_epoch: int | None = None,
     ):
-        self.stack, self.store, self.meter, self.exact = stack, store, meter, exact
+        self.stack, self.store, self.meter = stack, store, meter
         self.rows_per_epoch, self.last_epoch = rows_per_epoch, False
         self.savings = CacheSavings()
         self._prefix: Prefix | None = Prefix(stack, self._forward)
+        self._exactness = Exactness(self._prefix, exact)
         self._proved: set[tuple] = set()
-        self._least: dict[tuple, int | None] = {}
-        self._padding: dict[tuple, bool] = {}
         self._row_seconds: float | None = None
         self._cold = self._seen = self._hits = 0
-        self._balance = 0.0
+        self._gains: list[float] = []
+        self._losses = 0
         self._weights: list[tuple[int, int]] = []
 
     @property
@@ -78,7 +76,7 @@ class ActivationCache:
         self._forget_if_changed()
         self._prefix.grow(depth)
         self._proved.clear()
-        self._least.clear()
+        self._exactness.forget()
         self._row_seconds = None
         self._start_window()
         self._weights = self._weight_versions()
@@ -108,7 +106,8 @@ class ActivationCache:
             self._prove(call)
             output = self._answer(call, keep=not (training and self.last_epoch))
         except Unservable as error:
-            return self._turn_off(f"{type(self.stack.model).__name__} cannot be served, since {error}", args, kwargs)
+            self._turn_off(f"{type(self.stack.model).__name__} cannot be served, since {error}")
+            return prefix.plain(*args, **kwargs)
         reason = self._why_not()
         if reason is not None:
             self._turn_off(reason)
@@ -118,11 +117,16 @@ class ActivationCache:
         prefix, store, began = self._prefix, self.store, perf_counter()
         assert prefix is not None
         names, ends = fingerprints(call)
-        keys = self._classify(call, names, ends)
-        found = [entry if end else None for entry, end in zip(store.get(keys), ends, strict=True)]
-        depths = [None if entry is None else entry[0] for entry in found]
-        hits = call.rows - depths.count(None)
+        keys = self._exactness.classify(call, names, ends)
+        depths = self.store.depths(keys)
         groups = self._plan(call, depths)
+        found: list[tuple[int, torch.Tensor] | None] = []
+        if groups is not None:
+            found = store.get(keys)
+            depths_found = [None if entry is None else entry[0] for entry in found]
+            if depths_found != depths:  # damaged on disk
+                depths, groups = depths_found, self._plan(call, depths_found)
+        hits = call.rows - depths.count(None)
         if self.stack.model.training:
             self._seen, self._hits = self._seen + call.rows, self._hits + hits
         self.savings.rows += call.rows
@@ -153,25 +157,30 @@ class ActivationCache:
             last, self._row_seconds = self._row_seconds, taken / call.rows
             if last is not None:
                 self._row_seconds = 0.8 * last + 0.2 * self._row_seconds
-            if self._uncalibrated(call):
+            if self._exactness.is_due(call):
                 boundary.append(hidden.clone())
             else:
-                self._keep(self._classify(call, names, ends), ends, hidden, keep)
+                self._keep(self._exactness.classify(call, names, ends), ends, hidden, keep)
                 self._count(-lookup - (perf_counter() - began - taken))
 
         output = prefix.watch(call, cross)
         if boundary:
-            self._calibrate(call, ends, boundary[0])
-            self._keep(self._classify(call, names, ends), ends, boundary[0], keep)
+            began = perf_counter()
+            if self._exactness.calibrate(call, boundary[0]):
+                self.store.clear()
+            self._keep(self._exactness.classify(call, names, ends), ends, boundary[0], keep)
+            self.savings.seconds_saved -= perf_counter() - began
         return output
 
     def _plan(self, call: Call, depths: list[int | None]) -> dict[int, list[int]] | None:
         """Which rows to compute from which depth, or `None` if all rows have to be computed from the start."""
+        if self._exactness.is_due(call):
+            return None
         groups: dict[int, list[int]] = {}
         for row, depth in enumerate(depths):
             if depth != self.depth:
                 groups.setdefault(depth or 0, []).append(row)
-        least = self._least_rows(call)
+        least = self._exactness.least_rows(call)
         cost = sum(max(len(rows), least) * (self.depth - start) for start, rows in groups.items())
         return None if cost >= call.rows * self.depth else groups
 
@@ -182,7 +191,7 @@ class ActivationCache:
         groups: dict[int, list[int]],
     ) -> torch.Tensor:
         """What crosses the boundary: activations at hand, and what has to be computed from where it was left."""
-        prefix, least = self._prefix, self._least_rows(call)
+        prefix, least = self._prefix, self._exactness.least_rows(call)
         assert prefix is not None
         at_hand = {row: entry for row, entry in enumerate(found) if entry is not None}
         parts: dict[int, torch.Tensor] = {}
@@ -222,73 +231,15 @@ class ActivationCache:
             self.store.put([keys[row] for row in rows], self.depth, values)
             self._note_size()
 
-    def _classify(self, call: Call, names: list[bytes], ends: list[int]) -> list[bytes]:
-        """Add to each row's name what its bits depend on besides its content: shapes, where kernels heed them."""
-        if not self.exact:
-            return names
-        least = self._least.get(call.context)
-        if least is None or call.rows * (call.length or 1) < least:
-            shape: tuple[Any, ...] = (call.rows, call.length)
-            return [_derive(name, shape) for name in names]
-        if call.length is None:
-            return names
-        size = next((v.element_size() for v in self.stack.backbone.parameters()), 4)
-        step = REGISTER // (2 if torch.is_autocast_enabled(call.device.type) else size)
-        whole = call.length // step * step if self._padding[call.context] else 0
-        return [name if end <= whole else _derive(name, (call.length,)) for name, end in zip(names, ends, strict=True)]
-
-    def _least_rows(self, call: Call) -> int:
-        """Fewest rows of this batch's length that may be computed by themselves."""
-        if not self.exact:
-            return 1
-        least = self._least.get(call.context)
-        return call.rows if least is None else min(call.rows, -(-least // (call.length or 1)))
-
-    def _uncalibrated(self, call: Call) -> bool:
-        return self.exact and call.context not in self._least
-
-    def _calibrate(self, call: Call, ends: list[int], hidden: torch.Tensor) -> None:
-        """Find out how few rows, and which padding, leave the bits of `hidden` as they are."""
-        prefix = self._prefix
-        assert prefix is not None
-        least, size = None, 1 << max(0, (call.rows // 2).bit_length() - 1)
-        while size and call.rows > 1:
-            rows = [row * call.rows // size for row in range(size)]
-            if not _same_bits(prefix.run(call, rows), hidden[rows], [ends[row] for row in rows]):
-                break
-            least, size = size, size // 2
-        self._least[call.context] = None if least is None else least * (call.length or 1)
-        self._padding[call.context] = least is not None and self._padding_is_free(call, ends, hidden, least)
-
-    def _padding_is_free(self, call: Call, ends: list[int], hidden: torch.Tensor, least: int) -> bool:
-        prefix, length = self._prefix, call.length
-        assert prefix is not None
-        if length is None:
-            return True
-        rows = list(range(max(2, least)))
-        kept = [ends[row] for row in rows]
-        base = call.padded(-length % REGISTER)
-        try:
-            first = prefix.run(base, rows)
-            others = [prefix.run(base.padded(columns), rows) for columns in (1, REGISTER // 4, REGISTER // 4 + 7)]
-        except Unservable:
-            raise
-        except Exception as error:  # longer than the model's positions reach
-            logger.debug(f"Padding could not be tried: {error}")
-            return False
-        for row, end in enumerate(kept):
-            scale = hidden[row, :end].abs().amax() if end else 0
-            if end and (first[row, :end] - hidden[row, :end]).abs().amax() > 0.01 * scale:
-                raise Unservable("its frozen blocks read positions that the attention mask hides")
-        return all(_same_bits(other, first, kept) for other in others)
-
     def _prove(self, call: Call) -> None:
         """Try once for each kind of call whether the front can be left out."""
         kind = (call.context, call.mask is not None and not bool(call.mask.all()))
         if kind not in self._proved:
             assert self._prefix is not None
+            began = perf_counter()
             self._prefix.prove(call)
             self._proved.add(kind)
+            self.savings.seconds_saved -= perf_counter() - began
 
     def _weight_versions(self) -> list[tuple[int, int]]:
         return [
@@ -306,7 +257,7 @@ class ActivationCache:
 
     def _tell_meter(self, call: Call, groups: dict[int, list[int]]) -> None:
         if self.meter is not None and self.stack.model.training:
-            least = self._least_rows(call)
+            least = self._exactness.least_rows(call)
             ran = [
                 sum(max(len(rows), least) for start, rows in groups.items() if start <= unit)
                 for unit in range(self.depth)
@@ -314,27 +265,33 @@ class ActivationCache:
             self.meter.skip([1 - rows / call.rows for rows in ran])
 
     def _start_window(self) -> None:
-        self._cold, self._seen, self._hits, self._balance = self.rows_per_epoch or 0, 0, 0, 0.0
+        self._cold, self._losses = self.rows_per_epoch or 0, 0
+        self._open_window()
+
+    def _open_window(self) -> None:
+        self._seen, self._hits, self._gains = 0, 0, []
 
     def _count(self, seconds: float) -> None:
         self.savings.seconds_saved += seconds
-        self._balance += seconds
+        self._gains.append(seconds)
 
     def _why_not(self) -> str | None:
-        """Why the cache does not pay, judged by each half of an epoch after the first pass over the data."""
-        if self.rows_per_epoch is None:
+        """
+        Why the cache does not pay, after two halves of an epoch in a row in which it did not.
+
+        The first pass over the data is not judged. One slow moment of a busy machine must not decide, so both the sum
+        and the median of the batches' gains have to be negative.
+        """
+        if self.rows_per_epoch is None or self._seen < (self._cold or self.rows_per_epoch / 2):
             return None
-        if self._cold:
-            if self._seen >= self._cold:
-                self._cold = self._seen = self._hits = 0
-                self._balance = 0.0
+        seen, hits, gains, cold = self._seen, self._hits, self._gains, self._cold
+        self._cold = 0
+        self._open_window()
+        if cold:
             return None
-        if self._seen < self.rows_per_epoch / 2:
-            return None
-        seen, hits, balance = self._seen, self._hits, self._balance
-        self._seen = self._hits = 0
-        self._balance = 0.0
-        if balance >= 0:
+        lost = bool(gains) and sum(gains) < 0 and median(gains) < 0
+        self._losses = self._losses + 1 if lost else 0
+        if self._losses < 2:
             return None
         if hits < seen / 2:
             return f"only {hits} of {seen} rows came again unchanged"
@@ -343,22 +300,8 @@ class ActivationCache:
     def _note_size(self) -> None:
         self.savings.bytes_memory, self.savings.bytes_disk = self.store.memory_used, self.store.disk_used
 
-    def _turn_off(self, reason: str, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Say why in one line, and give way to the model's own forward pass."""
-        prefix = self._prefix
-        assert prefix is not None
+    def _turn_off(self, reason: str) -> None:
+        """Say why in one line, and give the model its own forward pass back."""
         logger.warning(f"The activation cache is off: {reason}. Training goes on without it.")
         self.savings.off = reason
         self.close()
-        return None if kwargs is None else prefix.plain(*args, **kwargs)
-
-
-def _derive(name: bytes, shape: tuple[Any, ...]) -> bytes:
-    return hashlib.blake2b(name + repr(shape).encode(), digest_size=16).digest()
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor, ends: list[int]) -> bool:
-    """Whether two batches of activations agree to the last bit, but for padding."""
-    if any(end >= 0 for end in ends):
-        return all(torch.equal(a[row, :end], b[row, :end]) for row, end in enumerate(ends))
-    return torch.equal(a, b)

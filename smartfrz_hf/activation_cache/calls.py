@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -56,18 +56,31 @@ class Call:
             return self.tensors | self.others
         return take_rows(self.tensors | self.others, rows, self.rows)
 
-    def padded(self, columns: int) -> "Call":
-        """The same rows with more padding behind them; all of it holds what the first column holds."""
+    def cut(self, length: int, content: int | None = None) -> "Call":
+        """
+        The first positions of the rows, where there is a mask.
+
+        Args:
+            length (`int`): how many; at most those there are, as more may be more than the model has positions for.
+            content (`int`, *optional*): from which one on there is padding, whatever was there.
+
+        Returns:
+            [`Call`]: padding in it holds what the first position holds.
+        """
         if self.mask is None:
             return self
-        inside = unpadded(self.mask)
+        mask = self.mask[:, :length].clone()
+        mask[:, content if content is not None else length :] = 0
+        inside = unpadded(mask)
         tensors = dict(self.tensors)
         for name, value in tensors.items():
-            if self.is_aligned(value):
-                first = torch.zeros_like(value[:, :1]) if value is self.mask else value[:, :1]
-                value = torch.where(inside.view(*inside.shape, *[1] * (value.ndim - 2)), value, first)
-                tensors[name] = torch.cat([value, first.expand(-1, columns, *value.shape[2:])], 1)
-        return Call(tensors, self.others, self.rows, tensors["attention_mask"], self.context)
+            if value is self.mask:
+                tensors[name] = mask
+            elif self.is_aligned(value):
+                value = value[:, :length]
+                here = inside.view(*inside.shape, *[1] * (value.ndim - 2))
+                tensors[name] = torch.where(here, value, value[:, :1])
+        return replace(self, tensors=tensors, mask=mask)
 
     def is_aligned(self, value: torch.Tensor) -> bool:
         """Whether a tensor has one entry per position of the mask."""

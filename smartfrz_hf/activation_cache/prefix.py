@@ -1,13 +1,11 @@
 """Running the front of a model by itself, or leaving it out."""
 
 import contextlib
-import copy
 import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import nn
 
 from ..blocks import BlockStack, evaluation_mode
 from .calls import Call, bind, take_rows, unpadded
+from .stand_in import Shape, StandIn
 
 
 class Unservable(Exception):
@@ -34,6 +33,7 @@ class _Pass:
     Attributes:
         layout (`tuple`): what shapes inside the model depend on, but for the number of rows.
         rows (`int`): how many there are.
+        end (`int`): units in front of the boundary.
         skip (`int`): units of the front that do not run.
         enters (`torch.Tensor`, *optional*): what enters unit `skip` in their place.
         stop (`bool`): whether the pass ends at the boundary.
@@ -45,54 +45,14 @@ class _Pass:
 
     layout: tuple
     rows: int
+    end: int
     skip: int = 0
     enters: torch.Tensor | None = None
     stop: bool = False
     on_boundary: Callable[[torch.Tensor], None] | None = None
     hidden: torch.Tensor | None = None
     starts: Counter = field(default_factory=Counter)
-    outputs: dict[nn.Module, list["_Shape"]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What is known of a tensor that nobody reads."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "_Shape":
-        return cls(tuple(tensor.shape), tensor.dtype, tensor.device)
-
-    def blank(self, rows: int | None) -> torch.Tensor:
-        """A tensor that holds no number and next to no memory, with another number of rows if given."""
-        nothing = torch.full((), float("nan") if self.dtype.is_floating_point else 0, dtype=self.dtype).to(self.device)
-        return nothing.expand(self.shape if rows is None else (rows, *self.shape[1:]))
-
-
-class _StandIn:
-    """Stands in for a module's forward pass. A deep copy of the module gets its own forward pass back."""
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]):
-        self.module, self.original, self.forward = module, module.forward, forward
-        self.found = module.__dict__.get("forward")
-        functools.update_wrapper(self, self.original)  # signatures are looked at
-        module.__dict__["forward"] = self
-
-    def __call__(self, *args, **kwargs):
-        return self.forward(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if self.found is not None:
-            return copy.deepcopy(self.found, memo)
-        return MethodType(type(self.module).forward, memo[id(self.module)])
-
-    def remove(self) -> None:
-        del self.module.__dict__["forward"]
-        if self.found is not None:
-            self.module.__dict__["forward"] = self.found
+    outputs: dict[nn.Module, list["Shape"]] = field(default_factory=dict)
 
 
 def _leaves(value: Any, kind: type = torch.Tensor) -> list[Any]:
@@ -134,11 +94,12 @@ class Prefix:
         self._idle: set[nn.Module] = set()
         self._batched: dict[nn.Module, list[bool]] = {}
         self._shapes: dict[tuple[nn.Module, tuple], Any] = {}
+        self._learned: set[tuple] = set()
         self._outer: dict[str, Any] | None = None
-        self._backbone = _StandIn(stack.backbone, forward)
+        self._backbone = StandIn(stack.backbone, forward)
         self._stand_ins = [self._backbone]
         if stack.model is not stack.backbone:
-            outer = _StandIn(stack.model, self._call_model)
+            outer = StandIn(stack.model, self._call_model)
             self._model, self._outer_signature = outer, inspect.signature(outer.original)
             self._stand_ins.append(outer)
 
@@ -154,17 +115,16 @@ class Prefix:
         """Take in all units in front of `depth`."""
         for index in range(self.depth, depth):
             for module in self.stack.units[index].modules.values():
-                stand_in = _StandIn(module, lambda *args, **kwargs: None)
+                stand_in = StandIn(module, lambda *args, **kwargs: None)
                 stand_in.forward = functools.partial(self._run_or_skip, index, stand_in)
                 self._stand_ins.append(stand_in)
-                if index:
-                    self._idle.add(module)
             if index + 1 < len(self.stack):
                 enter = functools.partial(self._enter, index + 1)
                 block = self.stack.blocks[index]
                 # In front of the hook that cuts the graph, which may have to mark what enters.
                 self._hooks.append(block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
         self.depth = depth
+        self._learned.clear()
 
     def close(self) -> None:
         """Give all modules their own forward pass back."""
@@ -179,7 +139,12 @@ class Prefix:
         return self._backbone.original(*args, **kwargs)
 
     def run(
-        self, call: Call, rows: Sequence[int] | None = None, skip: int = 0, enters: torch.Tensor | None = None
+        self,
+        call: Call,
+        rows: Sequence[int] | None = None,
+        skip: int = 0,
+        enters: torch.Tensor | None = None,
+        end: int | None = None,
     ) -> torch.Tensor:
         """
         What crosses the boundary for some rows of a batch.
@@ -189,6 +154,7 @@ class Prefix:
             rows (`list[int]`, *optional*): which rows; all when it is not given.
             skip (`int`, *optional*, defaults to `0`): units of the front to leave out.
             enters (`torch.Tensor`, *optional*): what enters unit `skip` in their place, `(rows, ...)`.
+            end (`int`, *optional*): units in front of another boundary, further ahead.
 
         Returns:
             `torch.Tensor`: of shape `(rows, ...)`.
@@ -198,22 +164,27 @@ class Prefix:
         """
         if skip:
             self._learn_shapes(call)
-        one = _Pass(call.layout, call.rows if rows is None else len(rows), skip, enters, stop=True)
+        end = self.depth if end is None else end
+        one = _Pass(call.layout, call.rows if rows is None else len(rows), end, skip, enters, stop=True)
         with torch.no_grad(), contextlib.suppress(_Boundary), self._under_way(one):
             self.plain(**call.arguments(rows))
         if one.hidden is None:
             raise Unservable("its blocks do not run one after the other")
+        if not skip and end == self.depth:
+            self._learned.add(call.layout)
         return one.hidden
 
     def watch(self, call: Call, on_boundary: Callable[[torch.Tensor], None]) -> Any:
         """The backbone's output, all units run; `on_boundary` is told what crosses the boundary."""
-        with self._under_way(_Pass(call.layout, call.rows, on_boundary=on_boundary)):
-            return self.plain(**call.arguments())
+        with self._under_way(_Pass(call.layout, call.rows, self.depth, on_boundary=on_boundary)):
+            output = self.plain(**call.arguments())
+        self._learned.add(call.layout)
+        return output
 
     def serve(self, call: Call, hidden: torch.Tensor) -> Any:
         """The backbone's output with `hidden` in the place of what crosses the boundary, and no unit run for it."""
         self._learn_shapes(call)
-        with self._under_way(_Pass(call.layout, call.rows, self.depth, hidden)):
+        with self._under_way(_Pass(call.layout, call.rows, self.depth, self.depth, hidden)):
             return self.plain(**call.arguments())
 
     def prove(self, call: Call) -> None:
@@ -247,9 +218,11 @@ class Prefix:
         if call.mask is not None:
             if hidden.ndim != 3 or hidden.shape[1] != call.length:
                 raise Unservable("its hidden states do not follow the attention mask")
+            self._prove_padding(call, rows, hidden)
             inside = unpadded(call.mask[rows])
+            inside[~inside.any(1)] = True  # with nothing else to read, a row reads its padding, and is not kept
             ends, hidden = inside.sum(1).tolist(), hidden * inside[:, :, None]
-        third = _Pass(call.layout, 3, stop=True)
+        third = _Pass(call.layout, 3, self.depth, stop=True)
         with contextlib.suppress(_Boundary), self._under_way(third):
             self.plain(**call.arguments([*rows, rows[0]]))
         for module, shapes in first.outputs.items():
@@ -263,15 +236,27 @@ class Prefix:
             return all(_equal(a, b, call.length, ends) for a, b in pairs)
 
         stem = [module for module in self.stack.stem.modules.values() if first.starts[module] == 1]
-        blocks = self._idle.difference(self.stack.stem.modules.values())
+        front = [module for unit in self.stack.units[1 : self.depth] for module in unit.modules.values()]
+        blocks = {module for module in front if first.starts[module]}
         if not same(blocks | set(stem)):
             needless = {module for module in stem if same(blocks | {module})}
             if not same(blocks | needless):
                 raise Unservable("what runs behind the boundary reads more of the front than what crosses it")
 
+    def _prove_padding(self, call: Call, rows: list[int], hidden: torch.Tensor) -> None:
+        """Rows are known without the padding behind them, so nothing may depend on it but rounding."""
+        assert call.mask is not None and call.length is not None
+        end = int(unpadded(call.mask[rows[:1]]).sum())
+        if not 0 < end < call.length:
+            return
+        for length in (call.length, end):
+            other = self.run(call.cut(length), rows)
+            if (hidden[0, :end] - other[0, :end]).abs().amax() > 0.01 * hidden[0, :end].abs().amax():
+                raise Unservable("its frozen blocks read positions that the attention mask hides")
+
     def _try(self, call: Call, rows: list[int], skip: int = 0, enters: torch.Tensor | None = None):
         """A pass through the whole model if it is at hand, else through the backbone."""
-        one = _Pass(call.layout, len(rows), skip, enters)
+        one = _Pass(call.layout, len(rows), self.depth, skip, enters)
         outer = self._outer
         with self._under_way(one):
             if outer is None or any(len(value) != call.rows for value in _leaves(outer) if value.ndim):
@@ -282,7 +267,7 @@ class Prefix:
             return one, self._model.original(**outer)
 
     def _learn_shapes(self, call: Call) -> None:
-        if any((module, call.layout) not in self._shapes for module in self._idle):
+        if call.layout not in self._learned:
             self.run(call, [0])
 
     @contextlib.contextmanager
@@ -301,21 +286,21 @@ class Prefix:
         finally:
             self._outer = None
 
-    def _run_or_skip(self, index: int, stand_in: _StandIn, *args, **kwargs) -> Any:
+    def _run_or_skip(self, index: int, stand_in: StandIn, *args, **kwargs) -> Any:
         """The forward pass of a module of unit `index`."""
         one, module = self._passing, stand_in.module
         if one is None:
             with torch.no_grad():
                 return stand_in.original(*args, **kwargs)
         one.starts[module] += 1
-        is_end = index + 1 == self.depth == len(self.stack) and module is self.stack.blocks[-1]
+        is_end = index + 1 == one.end == len(self.stack) and module is self.stack.blocks[-1]
         if index < one.skip and module in self._idle:
             output = self._blank(module, one)
             return _replace_first(output, one.enters) if is_end else output
         with torch.no_grad():
             output = stand_in.original(*args, **kwargs)
-        shapes = recursively_apply(_Shape.of, output)
-        one.outputs[module] = _leaves(shapes, _Shape)
+        shapes = recursively_apply(Shape.of, output)
+        one.outputs[module] = _leaves(shapes, Shape)
         self._shapes[module, one.layout] = shapes
         if is_end:
             self._cross(one, _leaves(output)[0])
@@ -324,19 +309,19 @@ class Prefix:
     def _enter(self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Before the block of unit `index` runs."""
         one = self._passing
-        if one is None or index not in (one.skip, self.depth):
+        if one is None or index not in (one.skip, one.end):
             return None
         place = _find_hidden(args, kwargs)
         if place is None:
             raise Unservable("a block is given no hidden states")
-        if index == self.depth:
+        if index == one.end:
             one.starts[module] += 1
         if index == one.skip and one.enters is not None:
             if isinstance(place, int):
                 args = (*args[:place], one.enters, *args[place + 1 :])
             else:
                 kwargs = {**kwargs, place: one.enters}
-        if index == self.depth:
+        if index == one.end:
             self._cross(one, args[place] if isinstance(place, int) else kwargs[place])
         return args, kwargs
 
@@ -353,7 +338,7 @@ class Prefix:
         return recursively_apply(
             lambda shape: shape.blank(one.rows if next(batched) else None),
             self._shapes[module, one.layout],
-            test_type=lambda leaf: isinstance(leaf, _Shape),
+            test_type=lambda leaf: isinstance(leaf, Shape),
         )
 
 
