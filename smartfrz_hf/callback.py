@@ -1,5 +1,6 @@
 """The callback: observes, asks the policy, tells the Freezer."""
 
+import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -68,7 +69,8 @@ class SmartFRZCallback(TrainerCallback):
         self._stack = self._check(args, model)
         self._trainable = [unit.trainable for unit in self._stack.units]
         self._cache = None
-        self._freezer = Freezer(self._stack, optimizer)
+        dtype = getattr(torch, self.config.frozen_dtype) if self.config.frozen_dtype else None
+        self._freezer = Freezer(self._stack, optimizer, dtype)
         self.meter = ComputeMeter(model, self._stack, optimizer)
         self._running = True
         self.ledger = Ledger(
@@ -79,7 +81,7 @@ class SmartFRZCallback(TrainerCallback):
         self._record_every = self.config.steps("record_every", state.max_steps)
         self._first_decision = self.config.steps("first_decision", state.max_steps)
         self._decide_every = self.config.steps("decide_every", state.max_steps)
-        self._cache = make_cache(self.config, self._stack, self.meter, args, state)
+        self._cache = make_cache(self.config, self._freezer, self.meter, args, state)
         if self._cache is not None:
             self.ledger.cache = self._cache.savings
         self._rates = planned_rates(kwargs.get("lr_scheduler"), state.max_steps)

@@ -10,6 +10,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 POLICIES = ("linear", "never", "smartfrz", "static")
+FROZEN_DTYPES = ("float16", "bfloat16")
 CACHE_DTYPES = ("exact", "float16", "bfloat16", "int8")
 CONFIG_NAME = "smartfrz_config.json"
 
@@ -66,6 +67,14 @@ class SmartFRZConfig:
         cache_exact (`bool`, *optional*, defaults to `True`):
             Whether an activation is used again only where computing it anew would give the same bits. Without it,
             results may differ by rounding, as they do between batch sizes, and more rows are found.
+
+    Parameters that control the frozen front:
+        frozen_dtype (`str`, *optional*):
+            Precision in which linear and convolution layers of frozen blocks compute, `"bfloat16"` or `"float16"`;
+            their weights are kept, and saved, as they are. That of the model when it is not given.
+        offload_frozen (`bool`, *optional*, defaults to `False`):
+            Whether weights of a front that the activation cache stands in for are moved to host memory until they are
+            needed. Copying the model meanwhile copies no weights; `state_dict` gives them.
 
     Parameters of the other policies:
         static_depth (`float`, *optional*, defaults to `0.5`):
@@ -135,6 +144,16 @@ class SmartFRZConfig:
     cache_exact: bool = field(
         default=True, metadata={"help": "Use an activation again only where computing it would give the same bits."}
     )
+    frozen_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision in which frozen blocks compute. Default: the model's.",
+            "choices": list(FROZEN_DTYPES),
+        },
+    )
+    offload_frozen: bool = field(
+        default=False, metadata={"help": "Move the weights of a front that is fully cached to host memory."}
+    )
     static_depth: float = field(
         default=0.5, metadata={"help": "Units the policy `static` freezes: below 1 a fraction, else a count."}
     )
@@ -152,6 +171,11 @@ class SmartFRZConfig:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"`policy` is {self.policy!r}; it must be one of {', '.join(map(repr, POLICIES))}.")
+        if self.frozen_dtype not in (None, *FROZEN_DTYPES):
+            legal = ", ".join(map(repr, FROZEN_DTYPES))
+            raise ValueError(f"`frozen_dtype` is {self.frozen_dtype!r}; it must be one of {legal}, or not given.")
+        if self.offload_frozen and not self.activation_cache:
+            raise ValueError("`offload_frozen` needs `activation_cache`: without it the front runs in every step.")
         if self.cache_dtype not in CACHE_DTYPES:
             legal = ", ".join(map(repr, CACHE_DTYPES))
             raise ValueError(f"`cache_dtype` is {self.cache_dtype!r}; it must be one of {legal}.")

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from .blocks import BlockStack, Unit
+from .frozen_weights import FrozenWeights
 
 logger = logging.get_logger(__name__)
 
@@ -64,10 +65,15 @@ class Freezer:
     Args:
         stack ([`BlockStack`]): the units of the model.
         optimizer (`torch.optim.Optimizer`, *optional*): whose state of frozen parameters is dropped.
+        dtype (`torch.dtype`, *optional*): precision in which frozen units compute, if not their own.
+
+    Attributes:
+        weights ([`FrozenWeights`]): where the weights of frozen units are.
     """
 
-    def __init__(self, stack: BlockStack, optimizer: Optimizer | None = None):
+    def __init__(self, stack: BlockStack, optimizer: Optimizer | None = None, dtype: torch.dtype | None = None):
         self.stack, self.optimizer = stack, optimizer
+        self.weights = FrozenWeights(stack.model, dtype)
         self._found: list[_Found] = []
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._had_input_grads = False
@@ -126,6 +132,7 @@ class Freezer:
         units = list(self.stack.units[depth : self.depth])
         while self.depth > depth:
             found = self._found.pop()
+            self.weights.restore(self.stack.units[self.depth])
             for module in self.stack.units[self.depth].modules.values():
                 module.__dict__.pop("train", None)
             for module, mode in found.training.items():
@@ -153,6 +160,8 @@ class Freezer:
         for module in unit.modules.values():
             module.eval()
             module.__dict__["train"] = partial(_stay, module)
+        if unit is not self.stack.stem:  # whose weights tell some models the type of their inputs
+            self.weights.lower(unit)
         return found
 
     def _disable_input_grads(self) -> None:

@@ -8,8 +8,8 @@ from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..accounting import ComputeMeter
-from ..blocks import BlockStack
 from ..config import SmartFRZConfig
+from ..freezing import Freezer
 from .cache import ActivationCache
 from .store import ActivationStore
 
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 def make_cache(
-    config: SmartFRZConfig, stack: BlockStack, meter: ComputeMeter, args: TrainingArguments, state: TrainerState
+    config: SmartFRZConfig, freezer: Freezer, meter: ComputeMeter, args: TrainingArguments, state: TrainerState
 ) -> ActivationCache | None:
     """The cache that a configuration asks for, or `None` if it asks for none or leaves it no room."""
     if not config.activation_cache or not (config.cache_memory or config.cache_disk):
@@ -39,4 +39,5 @@ def make_cache(
     store = ActivationStore(int(memory), int(disk), config.cache_folder, config.cache_dtype)
     steps = state.max_steps / state.num_train_epochs if state.num_train_epochs else 0
     rows = round(steps * args.gradient_accumulation_steps * args.train_batch_size)
-    return ActivationCache(stack, store, meter, config.cache_exact, rows or None)
+    weights = freezer.weights if config.offload_frozen else None
+    return ActivationCache(freezer.stack, store, meter, config.cache_exact, rows or None, weights)

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..accounting import ComputeMeter
 from ..blocks import BlockStack
+from ..frozen_weights import FrozenWeights
 from ..ledger import CacheSavings
 from .calls import Call, fingerprints, read_call
 from .exactness import Exactness
@@ -38,6 +39,7 @@ class ActivationCache:
         exact (`bool`, *optional*, defaults to `True`): whether an activation is used again only where it has the bits
             that computing it anew would give, not merely the same value up to rounding.
         rows_per_epoch (`int`, *optional*): training rows in one pass over the data, if known.
+        weights ([`FrozenWeights`], *optional*): offloaded while all rows that come are found.
 
     Attributes:
         savings ([`CacheSavings`]): what it has saved so far.
@@ -51,17 +53,18 @@ class ActivationCache:
         meter: ComputeMeter | None = None,
         exact: bool = True,
         rows_per_epoch: int | None = None,
+        weights: FrozenWeights | None = None,
     ):
         self.stack, self.store, self.meter = stack, store, meter
-        self.rows_per_epoch, self.last_epoch = rows_per_epoch, False
+        self.rows_per_epoch, self.last_epoch, self.weights = rows_per_epoch, False, weights
         self.savings = CacheSavings()
-        self._prefix: Prefix | None = Prefix(stack, self._forward)
+        self._prefix: Prefix | None = Prefix(stack, self._forward, self._wake)
         self._exactness = Exactness(self._prefix, exact)
         self._proved: set[tuple] = set()
         self._row_seconds: float | None = None
         self._cold = self._seen = self._hits = 0
         self._gains: list[float] = []
-        self._losses = 0
+        self._losses = self._in_a_row = 0
         self._weights: list[tuple[int, int]] = []
 
     @property
@@ -84,6 +87,7 @@ class ActivationCache:
     def close(self) -> None:
         """Give the model its forward pass back and free what is kept."""
         if self._prefix is not None:
+            self._wake()
             self._note_size()
             self._prefix.close()
             self._prefix = None
@@ -143,12 +147,18 @@ class ActivationCache:
         if self._row_seconds is not None:
             self._count(call.rows * self._row_seconds - (perf_counter() - began))
         self._tell_meter(call, groups)
-        return prefix.serve(call, hidden)
+        output = prefix.serve(call, hidden)
+        self._in_a_row = 0 if groups else self._in_a_row + call.rows
+        if self.weights is not None and self._in_a_row > len(store) and not self.weights.parked:
+            self.weights.park(prefix.idle)
+            self._weights = self._weight_versions()
+        return output
 
     def _compute(self, call: Call, names: list[bytes], ends: list[int], keep: list[int], lookup: float) -> Any:
         """Run all units for all rows, as without a cache, and keep what crosses the boundary."""
         prefix, began, boundary = self._prefix, perf_counter(), []
         assert prefix is not None
+        self._in_a_row = 0
 
         def cross(hidden: torch.Tensor) -> None:
             if hidden.device.type != "cpu":
@@ -254,6 +264,14 @@ class ActivationCache:
         if self._weights != (versions := self._weight_versions()):
             self.store.clear()
             self._weights = versions
+
+    def _wake(self) -> None:
+        """Bring the weights back before a module of the front runs."""
+        if self.weights is not None and self.weights.parked:
+            self._forget_if_changed()
+            self.weights.unpark()
+            self._weights = self._weight_versions()
+            self._in_a_row = 0
 
     def _tell_meter(self, call: Call, groups: dict[int, list[int]]) -> None:
         if self.meter is not None and self.stack.model.training:

@@ -3,9 +3,7 @@
 import contextlib
 import functools
 import inspect
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +11,9 @@ from accelerate.utils import recursively_apply
 from torch import nn
 
 from ..blocks import BlockStack, evaluation_mode
+from ..stand_in import StandIn
 from .calls import Call, bind, take_rows, unpadded
-from .stand_in import Shape, StandIn
+from .passes import Pass, Shape, equal, find_hidden, leaves, replace_first
 
 
 class Unservable(Exception):
@@ -23,51 +22,6 @@ class Unservable(Exception):
 
 class _Boundary(Exception):
     """Ends a pass that has reached the boundary."""
-
-
-@dataclass
-class _Pass:
-    """
-    One pass through the backbone.
-
-    Attributes:
-        layout (`tuple`): what shapes inside the model depend on, but for the number of rows.
-        rows (`int`): how many there are.
-        end (`int`): units in front of the boundary.
-        skip (`int`): units of the front that do not run.
-        enters (`torch.Tensor`, *optional*): what enters unit `skip` in their place.
-        stop (`bool`): whether the pass ends at the boundary.
-        on_boundary (`Callable`, *optional*): told what crosses the boundary.
-        hidden (`torch.Tensor`, *optional*): what has crossed it.
-        starts (`Counter`): how often each module of the front, and the block behind it, has started.
-        outputs (`dict`, *optional*): filled with what the front's modules gave, as shapes.
-    """
-
-    layout: tuple
-    rows: int
-    end: int
-    skip: int = 0
-    enters: torch.Tensor | None = None
-    stop: bool = False
-    on_boundary: Callable[[torch.Tensor], None] | None = None
-    hidden: torch.Tensor | None = None
-    starts: Counter = field(default_factory=Counter)
-    outputs: dict[nn.Module, list["Shape"]] = field(default_factory=dict)
-
-
-def _leaves(value: Any, kind: type = torch.Tensor) -> list[Any]:
-    """All tensors, or all of another type, in nested tuples, lists and mappings."""
-    found: list[Any] = []
-    recursively_apply(found.append, value, test_type=lambda leaf: isinstance(leaf, kind))
-    return found
-
-
-def _find_hidden(args: tuple, kwargs: dict[str, Any]) -> int | str | None:
-    """Where the hidden states are among the arguments of a block."""
-    if isinstance(kwargs.get("hidden_states"), torch.Tensor):
-        return "hidden_states"
-    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    return next((place for place, value in places if isinstance(value, torch.Tensor)), None)
 
 
 class Prefix:
@@ -80,18 +34,21 @@ class Prefix:
     Args:
         stack ([`BlockStack`]): the units of the model.
         forward (`Callable`): stands in for the forward pass of the backbone.
+        before_run (`Callable`): called before a module of the front runs.
 
     Attributes:
         depth (`int`): units in the front. The boundary is what enters unit `depth`, or leaves the last block.
         signature (`inspect.Signature`): of the backbone's forward pass.
+        idle (`set[torch.nn.Module]`): modules of the front that are left out, once proved.
     """
 
-    def __init__(self, stack: BlockStack, forward: Callable[..., Any]):
+    def __init__(self, stack: BlockStack, forward: Callable[..., Any], before_run: Callable[[], None]):
         self.stack, self.depth = stack, 0
+        self._before_run = before_run
         self.signature = inspect.signature(stack.backbone.forward)
-        self._passing: _Pass | None = None
+        self._passing: Pass | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._idle: set[nn.Module] = set()
+        self.idle: set[nn.Module] = set()
         self._batched: dict[nn.Module, list[bool]] = {}
         self._shapes: dict[tuple[nn.Module, tuple], Any] = {}
         self._learned: set[tuple] = set()
@@ -165,7 +122,7 @@ class Prefix:
         if skip:
             self._learn_shapes(call)
         end = self.depth if end is None else end
-        one = _Pass(call.layout, call.rows if rows is None else len(rows), end, skip, enters, stop=True)
+        one = Pass(call.layout, call.rows if rows is None else len(rows), end, skip, enters, stop=True)
         with torch.no_grad(), contextlib.suppress(_Boundary), self._under_way(one):
             self.plain(**call.arguments(rows))
         if one.hidden is None:
@@ -176,7 +133,7 @@ class Prefix:
 
     def watch(self, call: Call, on_boundary: Callable[[torch.Tensor], None]) -> Any:
         """The backbone's output, all units run; `on_boundary` is told what crosses the boundary."""
-        with self._under_way(_Pass(call.layout, call.rows, self.depth, on_boundary=on_boundary)):
+        with self._under_way(Pass(call.layout, call.rows, self.depth, on_boundary=on_boundary)):
             output = self.plain(**call.arguments())
         self._learned.add(call.layout)
         return output
@@ -184,7 +141,7 @@ class Prefix:
     def serve(self, call: Call, hidden: torch.Tensor) -> Any:
         """The backbone's output with `hidden` in the place of what crosses the boundary, and no unit run for it."""
         self._learn_shapes(call)
-        with self._under_way(_Pass(call.layout, call.rows, self.depth, self.depth, hidden)):
+        with self._under_way(Pass(call.layout, call.rows, self.depth, self.depth, hidden)):
             return self.plain(**call.arguments())
 
     def prove(self, call: Call) -> None:
@@ -222,7 +179,7 @@ class Prefix:
             inside = unpadded(call.mask[rows])
             inside[~inside.any(1)] = True  # with nothing else to read, a row reads its padding, and is not kept
             ends, hidden = inside.sum(1).tolist(), hidden * inside[:, :, None]
-        third = _Pass(call.layout, 3, self.depth, stop=True)
+        third = Pass(call.layout, 3, self.depth, stop=True)
         with contextlib.suppress(_Boundary), self._under_way(third):
             self.plain(**call.arguments([*rows, rows[0]]))
         for module, shapes in first.outputs.items():
@@ -230,10 +187,10 @@ class Prefix:
             self._batched[module] = [a.shape[:1] != b.shape[:1] for a, b in zip(shapes, others, strict=True)]
 
         def same(idle: set[nn.Module]) -> bool:
-            self._idle = idle
+            self.idle = idle
             _, served = self._try(call, rows, self.depth, hidden)
-            pairs = zip(_leaves(whole), _leaves(served), strict=True)
-            return all(_equal(a, b, call.length, ends) for a, b in pairs)
+            pairs = zip(leaves(whole), leaves(served), strict=True)
+            return all(equal(a, b, call.length, ends) for a, b in pairs)
 
         stem = [module for module in self.stack.stem.modules.values() if first.starts[module] == 1]
         front = [module for unit in self.stack.units[1 : self.depth] for module in unit.modules.values()]
@@ -256,10 +213,10 @@ class Prefix:
 
     def _try(self, call: Call, rows: list[int], skip: int = 0, enters: torch.Tensor | None = None):
         """A pass through the whole model if it is at hand, else through the backbone."""
-        one = _Pass(call.layout, len(rows), self.depth, skip, enters)
+        one = Pass(call.layout, len(rows), self.depth, skip, enters)
         outer = self._outer
         with self._under_way(one):
-            if outer is None or any(len(value) != call.rows for value in _leaves(outer) if value.ndim):
+            if outer is None or any(len(value) != call.rows for value in leaves(outer) if value.ndim):
                 return one, self.plain(**call.arguments(rows))
             outer = take_rows(outer, rows, call.rows)
             if "use_cache" in self._outer_signature.parameters:
@@ -271,7 +228,7 @@ class Prefix:
             self.run(call, [0])
 
     @contextlib.contextmanager
-    def _under_way(self, one: _Pass):
+    def _under_way(self, one: Pass):
         self._passing = one
         try:
             yield
@@ -290,20 +247,22 @@ class Prefix:
         """The forward pass of a module of unit `index`."""
         one, module = self._passing, stand_in.module
         if one is None:
+            self._before_run()
             with torch.no_grad():
                 return stand_in.original(*args, **kwargs)
         one.starts[module] += 1
         is_end = index + 1 == one.end == len(self.stack) and module is self.stack.blocks[-1]
-        if index < one.skip and module in self._idle:
+        if index < one.skip and module in self.idle:
             output = self._blank(module, one)
-            return _replace_first(output, one.enters) if is_end else output
+            return replace_first(output, one.enters) if is_end else output
+        self._before_run()
         with torch.no_grad():
             output = stand_in.original(*args, **kwargs)
         shapes = recursively_apply(Shape.of, output)
-        one.outputs[module] = _leaves(shapes, Shape)
+        one.outputs[module] = leaves(shapes, Shape)
         self._shapes[module, one.layout] = shapes
         if is_end:
-            self._cross(one, _leaves(output)[0])
+            self._cross(one, leaves(output)[0])
         return output
 
     def _enter(self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -311,7 +270,7 @@ class Prefix:
         one = self._passing
         if one is None or index not in (one.skip, one.end):
             return None
-        place = _find_hidden(args, kwargs)
+        place = find_hidden(args, kwargs)
         if place is None:
             raise Unservable("a block is given no hidden states")
         if index == one.end:
@@ -325,14 +284,14 @@ class Prefix:
             self._cross(one, args[place] if isinstance(place, int) else kwargs[place])
         return args, kwargs
 
-    def _cross(self, one: _Pass, hidden: torch.Tensor) -> None:
+    def _cross(self, one: Pass, hidden: torch.Tensor) -> None:
         one.hidden = hidden.detach()
         if one.on_boundary is not None:
             one.on_boundary(one.hidden)
         if one.stop:
             raise _Boundary
 
-    def _blank(self, module: nn.Module, one: _Pass) -> Any:
+    def _blank(self, module: nn.Module, one: Pass) -> Any:
         """What a module that is left out gives back."""
         batched = iter(self._batched[module])
         return recursively_apply(
@@ -340,18 +299,3 @@ class Prefix:
             self._shapes[module, one.layout],
             test_type=lambda leaf: isinstance(leaf, Shape),
         )
-
-
-def _replace_first(output: Any, hidden: torch.Tensor | None) -> Any:
-    """Put hidden states in the place of the first tensor."""
-    first = iter([hidden])
-    return recursively_apply(lambda tensor: next(first, tensor), output)
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor, length: int | None, ends: list[int]) -> bool:
-    """Whether two outputs agree to the last bit, but for padding."""
-    if a.shape != b.shape:
-        return False
-    if length is not None and a.shape[:2] == (len(ends), length):
-        return all(torch.equal(a[row, :end], b[row, :end]) for row, end in enumerate(ends))
-    return torch.equal(a, b)
