@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 .NOTPARALLEL:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench-demo check format clean
+.PHONY: help demo test bench-demo bench-step check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,12 @@ test: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run all tests; PYTEST_ARGS="-
 
 bench-demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Repeat the demo over three seeds, into benchmarks/results
 	$(BIN)/python benchmarks/demo.py
+
+bench-step: $(VENV)/.stamp-bench $(VENV)/.stamp-assets ## Time steps, the activation cache and its store, into benchmarks/results
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/cached_run.py
+	$(BIN)/python benchmarks/cached_run.py --padding max_length
+	$(BIN)/python benchmarks/cache_store.py
 
 check: $(VENV)/.stamp-dev ## Check format, lint and types
 	$(BIN)/ruff format --check

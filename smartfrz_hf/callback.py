@@ -120,6 +120,9 @@ class SmartFRZCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Take a snapshot and hold a freezing stage where they are due."""
         step, active = state.global_step, range(self._freezer.depth, len(self._stack))
+        if self._cache is not None:
+            rows_per_step = args.gradient_accumulation_steps * args.train_batch_size
+            self._cache.rows_left = (state.max_steps - step) * rows_per_step
         if self._history is not None and active and step % self._record_every == 0:
             self._history.record(self._sampler, step, active)
         since_first = step - self._first_decision

@@ -54,7 +54,7 @@ class SmartFRZConfig:
             Time between freezing stages.
 
     Parameters that control the activation cache:
-        activation_cache (`bool`, *optional*, defaults to `False`):
+        activation_cache (`bool`, *optional*, defaults to `True`):
             Whether what crosses the frozen front is kept, so that the front need not run again for a row seen before.
         cache_memory (`float`, *optional*, defaults to `0.25`):
             Memory it may take: below `1` a fraction of the memory free when training starts, from `1` on bytes.
@@ -126,7 +126,7 @@ class SmartFRZConfig:
         default=0.025, metadata={"help": "Time between freezing stages: below 1 a fraction of the run, else steps."}
     )
     activation_cache: bool = field(
-        default=False, metadata={"help": "Keep what crosses the frozen front, so that it need not run again."}
+        default=True, metadata={"help": "Keep what crosses the frozen front, so that it need not run again."}
     )
     cache_memory: float = field(
         default=0.25, metadata={"help": "Memory of the cache: below 1 a fraction of what is free, else bytes."}

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from training import Rows, train
 
 from smartfrz_hf import Freezer, SmartFRZConfig, SmartFRZTrainer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
+from smartfrz_hf.activation_cache.prefix import Prefix
 
 # Its one block runs several times.
 REFUSED = {"albert"}
@@ -133,7 +135,7 @@ class HalfAugmented(Rows):
 
 @pytest.mark.usefixtures("patient")
 def test_augmented_rows_are_misses(tmp_path):
-    changes = {"dataset": HalfAugmented(32), "policy": "static", "per_device_train_batch_size": 16}
+    changes = {"dataset": HalfAugmented(96), "policy": "static", "per_device_train_batch_size": 16}
     off, on = run(tmp_path / "off", False, **changes), run(tmp_path / "on", True, **changes)
     assert_same(off, on)
     cache = on.ledger.cache
@@ -155,6 +157,36 @@ def test_turns_itself_off_when_no_row_comes_again(tmp_path):
     trainer = run(tmp_path, True, dataset=Fresh(), policy="static", eval_strategy="no")
     assert "rows came again" in trainer.ledger.cache.off
     assert "forward" not in trainer.model.bert.__dict__
+
+
+def test_does_not_try_what_cannot_pay_any_more(tmp_path, monkeypatch):
+    tried = []
+    real = Prefix.prove
+    monkeypatch.setattr(Prefix, "prove", lambda self, call: tried.append(call.rows) or real(self, call))
+    late = {"linear_start": 0.75, "linear_depth": 1.0}
+    changes = {"num_train_epochs": 3, "eval_strategy": "no", "per_device_train_batch_size": 8}
+    trainer = run(tmp_path / "late", True, smartfrz=late, dataset=Rows(64), **changes)
+    assert trainer.ledger.stages[-1].depth >= 2 and not tried
+    run(tmp_path / "early", True, policy="static", **changes | {"dataset": Rows(128)})
+    assert tried
+
+
+def test_turns_itself_off_when_lookups_are_slow(tmp_path, monkeypatch):
+    stores = []
+    real = ActivationStore.get
+
+    def slow(self, keys):
+        stores.append(self)
+        time.sleep(0.2)
+        return real(self, keys)
+
+    monkeypatch.setattr(ActivationStore, "get", slow)
+    off = run(tmp_path / "off", False, policy="static", num_train_epochs=6)
+    on = run(tmp_path / "on", True, policy="static", num_train_epochs=6)
+    assert_same(off, on)
+    assert "longer than computing" in on.ledger.cache.off
+    assert on.ledger.cache.seconds_saved < 0
+    assert not len(stores[0]) and stores[0].memory_used == 0
 
 
 @pytest.mark.parametrize(

@@ -133,4 +133,4 @@ def test_refuses_what_cannot_work():
     with pytest.raises(ValueError, match=r"`frozen_dtype` is 'int8'; it must be one of 'float16', 'bfloat16'"):
         SmartFRZConfig(frozen_dtype="int8")
     with pytest.raises(ValueError, match="`offload_frozen` needs `activation_cache`"):
-        SmartFRZConfig(offload_frozen=True)
+        SmartFRZConfig(offload_frozen=True, activation_cache=False)

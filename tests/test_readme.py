@@ -7,11 +7,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def script(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def results_of(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
 def test_demo_output_is_that_of_the_results_file():
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
-    results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    demo, results = script("examples/demo.py"), results_of("demo")
     readme = (ROOT / "README.md").read_text()
     assert demo.table(results["runs"][0]) in readme
     for key in ("spearman_plain", "spearman_smartfrz"):
@@ -21,10 +29,28 @@ def test_demo_output_is_that_of_the_results_file():
         assert f"{results[key]['mean']:.2f} ± {results[key]['std']:.2f}" in readme
 
 
+def test_step_times_are_those_of_the_results_file():
+    step_time, models = script("benchmarks/step_time.py"), results_of("step_time")["models"]
+    readme = (ROOT / "README.md").read_text()
+    assert step_time.table(models["minilm"]) in readme
+    assert step_time.table(models["vit"], 3) in readme
+    words = " ".join(readme.split())
+    for name in ("cached_run", "cached_run_fixed"):
+        run = results_of(name)
+        assert run["equal"]
+        for key in ("full_over_cached_epochs_2_3", "frozen_over_cached_epochs_2_3"):
+            assert f"{run[key]:.2f}x" in words
+    for name in models:
+        assert f"{models[name]['idle_overhead']:.1%}" in words and f"{models[name]['hash_overhead']:.2%}" in words
+    bandwidth = results_of("cache_store")["bytes_per_second"]["64x384"]
+    for tier in ("memory", "lmdb", "arena"):
+        assert f"{bandwidth[tier]['write'] / 1e9:.1f} and {bandwidth[tier]['read'] / 1e9:.1f} GB/s" in words
+
+
 def test_model_card_is_that_of_the_results_file():
     from smartfrz_hf.harvest.card import write_card
 
-    summary = json.loads((ROOT / "benchmarks" / "results" / "first_predictor.json").read_text())
+    summary = results_of("first_predictor")
     card = (ROOT / "predictor_weights" / "smartfrz-base" / "README.md").read_text()
     assert write_card("smartfrz-base", summary) == card
     held_out = summary["held_out"]

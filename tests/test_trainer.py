@@ -61,7 +61,7 @@ def test_total_flos_is_what_a_flop_counter_counts(tmp_path, name, accumulation):
             model=build(name),
             args=arguments(tmp_path, gradient_accumulation_steps=accumulation),
             train_dataset=data,
-            smartfrz=SmartFRZConfig(first_decision=5, decide_every=5),
+            smartfrz=SmartFRZConfig(first_decision=5, decide_every=5, activation_cache=False),
             predictor=predictor_that_says(0.9),
         )
         answers = {5: 2, 10: 2, 15: 4}

@@ -37,7 +37,8 @@ def make_cache(
             logger.warning(f"The activation cache stays in memory, as its folder cannot be used: {error}")
             disk = 0
     store = ActivationStore(int(memory), int(disk), config.cache_folder, config.cache_dtype)
-    steps = state.max_steps / state.num_train_epochs if state.num_train_epochs else 0
-    rows = round(steps * args.gradient_accumulation_steps * args.train_batch_size)
+    rows = state.max_steps * args.gradient_accumulation_steps * args.train_batch_size
+    # How long a pass over an iterable dataset is, nobody knows; a quarter of the run is time enough for rows to return.
+    passes = state.num_train_epochs if 0 < state.num_train_epochs <= state.max_steps else 4
     weights = freezer.weights if config.offload_frozen else None
-    return ActivationCache(freezer.stack, store, meter, config.cache_exact, rows or None, weights)
+    return ActivationCache(freezer.stack, store, meter, config.cache_exact, round(rows / passes), weights)

@@ -1,6 +1,6 @@
 """The activation cache: what crosses the boundary is computed once per row, and then looked up."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -21,6 +21,8 @@ logger = logging.get_logger(__name__)
 
 # The stem alone costs about as much as a lookup.
 LEAST_DEPTH = 2
+# Trying what can be left out, and which rows have the same bits, takes as long as the front for about four batches.
+TRIAL_BATCHES = 8
 
 
 class ActivationCache:
@@ -44,6 +46,7 @@ class ActivationCache:
     Attributes:
         savings ([`CacheSavings`]): what it has saved so far.
         last_epoch (`bool`): whether no training row comes again, so that none is kept.
+        rows_left (`int`, *optional*): training rows until the end of the run, if known.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class ActivationCache:
     ):
         self.stack, self.store, self.meter = stack, store, meter
         self.rows_per_epoch, self.last_epoch, self.weights = rows_per_epoch, False, weights
+        self.rows_left: int | None = None
         self.savings = CacheSavings()
         self._prefix: Prefix | None = Prefix(stack, self._forward, self._wake)
         self._exactness = Exactness(self._prefix, exact)
@@ -65,6 +69,7 @@ class ActivationCache:
         self._cold = self._seen = self._hits = 0
         self._gains: list[float] = []
         self._losses = self._in_a_row = 0
+        self._front: list[Mapping[str, torch.Tensor | None]] = []
         self._weights: list[tuple[int, int]] = []
 
     @property
@@ -82,6 +87,9 @@ class ActivationCache:
         self._exactness.forget()
         self._row_seconds = None
         self._start_window()
+        modules = [m for unit in self.stack.units[:depth] for top in unit.modules.values() for m in top.modules()]
+        # The tables themselves, which are quick to walk through and show a parameter that takes another's place.
+        self._front = [table for module in modules for table in (module._parameters, module._buffers)]
         self._weights = self._weight_versions()
 
     def close(self) -> None:
@@ -106,6 +114,8 @@ class ActivationCache:
         if call is None:
             return prefix.plain(*args, **kwargs)
         self._forget_if_changed()
+        if not self._is_worth_trying(call, training):
+            return prefix.plain(*args, **kwargs)
         try:
             self._prove(call)
             output = self._answer(call, keep=not (training and self.last_epoch))
@@ -241,9 +251,21 @@ class ActivationCache:
             self.store.put([keys[row] for row in rows], self.depth, values)
             self._note_size()
 
+    def _is_worth_trying(self, call: Call, training: bool) -> bool:
+        """Whether as many rows can still be found as pay for trying a new depth, where that has not been tried."""
+        if self.rows_left is None or self.rows_per_epoch is None:
+            return True
+        if self._kind(call) in self._proved and not self._exactness.is_due(call):
+            return True
+        new = max(0, self.rows_per_epoch - len(self.store))
+        return self.rows_left - new >= TRIAL_BATCHES * call.rows if training else self.rows_left > 0
+
+    def _kind(self, call: Call) -> tuple:
+        return call.context, call.mask is not None and not bool(call.mask.all())
+
     def _prove(self, call: Call) -> None:
         """Try once for each kind of call whether the front can be left out."""
-        kind = (call.context, call.mask is not None and not bool(call.mask.all()))
+        kind = self._kind(call)
         if kind not in self._proved:
             assert self._prefix is not None
             began = perf_counter()
@@ -254,9 +276,9 @@ class ActivationCache:
     def _weight_versions(self) -> list[tuple[int, int]]:
         return [
             (tensor.data_ptr(), tensor._version)
-            for unit in self.stack.units[: self.depth]
-            for module in unit.modules.values()
-            for tensor in (*module.parameters(), *module.buffers())
+            for tensors in self._front
+            for tensor in tensors.values()
+            if tensor is not None
         ]
 
     def _forget_if_changed(self) -> None:
