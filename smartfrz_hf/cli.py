@@ -1,4 +1,4 @@
-"""The command line: `smartfrz harvest` records training runs, `smartfrz fit` makes a predictor of them."""
+"""The command line: `smartfrz harvest` records training runs, `fit` makes a predictor of them, `push` shares it."""
 
 import json
 from importlib import import_module
@@ -90,6 +90,28 @@ def fit(
         typer.echo(f"{name:>9}: {part['rows']} rows, AUC {part['auc']:.3f}, average precision {part['ap']:.3f}")
     for rule, part in summary["held_out"]["rules"].items():
         typer.echo(f"{'rule':>9}: AUC {part['auc']:.3f}, average precision {part['ap']:.3f}  {rule}")
+
+
+@app.command()
+def push(
+    predictor: Annotated[Path, typer.Argument(help="Folder that `smartfrz fit` wrote.", exists=True, file_okay=False)],
+    repo: Annotated[str, typer.Argument(help="USER/NAME on the Hub; made if it is not there.")],
+    private: Annotated[
+        bool | None, typer.Option(help="Whether a repository that is made is private. Default: the account's.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, made if it is not there. Default: the main one.")
+    ] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload predictor",
+) -> None:
+    """Put a predictor with its model card on the Hub. Uses the token of `hf auth login` or HF_TOKEN."""
+    from .predictor import push_predictor
+
+    try:
+        typer.echo(push_predictor(predictor, repo, private, revision, message=message))
+    except (OSError, ValueError) as error:
+        typer.echo(f"{error}", err=True)
+        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

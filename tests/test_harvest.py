@@ -1,5 +1,6 @@
 """The whole road of making a predictor, on tiny models and local files."""
 
+import copy
 import json
 from itertools import pairwise
 
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 from training import Watcher, train
 from typer.testing import CliRunner
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, load_predictor
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks, load_predictor
 from smartfrz_hf.cli import app
 from smartfrz_hf.harvest.cka import linear_cka
 from smartfrz_hf.harvest.dataset import HistoryRows, read_runs
-from smartfrz_hf.harvest.labels import settled
+from smartfrz_hf.harvest.labels import rewind_cost, settled, similar
 from smartfrz_hf.harvest.record import RecordingCallback, pool
+from smartfrz_hf.harvest.rewind import Rewinder
 from smartfrz_hf.harvest.runs import read_specs
 from smartfrz_hf.policies import SmartFRZPolicy
 
@@ -72,8 +74,8 @@ def test_recording_changes_nothing_and_records_all(tmp_path, name):
         data = Rows()
         for row in data.rows:
             row["labels"] = row["input_ids"]
-    batch = {key: value for key, value in ARCHITECTURES[name].batch(build(name)).items() if key != "labels"}
-    recorder = RecordingCallback([batch], samples=64, probes=10)
+    batch = ARCHITECTURES[name].batch(build(name))
+    recorder = RecordingCallback([batch], samples=64, probes=10, rewinds=5)
     plain, recorded = Watcher(), Watcher()
     train(tmp_path, [plain], build(name), dataset=data)
     train(tmp_path, [recorder, recorded], build(name), dataset=data)
@@ -86,6 +88,40 @@ def test_recording_changes_nothing_and_records_all(tmp_path, name):
     torch.testing.assert_close(result["cka"][-1], torch.ones(units))
     assert result["cka"][0].min() < result["cka"][-2].min() <= 1
     assert result["learning_rates"].max() == result["learning_rates"][2]
+    assert result["rewind_steps"].tolist() == [0, 4, 8, 12, 16] and result["rewind_losses"].shape == (5, units)
+    start, end = result["rewind_range"].tolist()
+    assert start == pytest.approx(result["probe_losses"][0]) and end == pytest.approx(result["probe_losses"][-1])
+    assert (result["rewind_losses"] - end).abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "resnet"])
+def test_rewinding_puts_the_front_back_and_leaves_the_model(name):
+    model = build(name).eval()
+    batch, stack = ARCHITECTURES[name].batch(model), find_blocks(model)
+    loss = lambda: model(**batch).loss.item()  # noqa: E731
+    first = copy.deepcopy(model.state_dict())
+    rewinder = Rewinder(stack)
+    rewinder.keep()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        rewinder.keep()
+        last, end = copy.deepcopy(model.state_dict()), loss()
+        losses = rewinder.losses(loss)
+        assert losses.shape == (2, len(stack))
+        assert losses[1].tolist() == [end] * len(stack), "rewound to where it is"
+        assert all(torch.equal(value, last[key]) for key, value in model.state_dict().items())
+        for depth in range(1, len(stack) + 1):
+            inside = {id(p) for unit in stack.units[:depth] for p in unit.named_parameters().values()}
+            front = {key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in inside}  # and ties
+            model.load_state_dict({key: first[key] if key in front else value for key, value in last.items()})
+            assert loss() == pytest.approx(losses[0, depth - 1].item(), rel=1e-6)
+
+
+def test_labels_of_similarity_and_cost():
+    cka = torch.tensor([[0.5, 0.99], [0.99, 0.9], [0.97, 0.99], [1.0, 1.0]])
+    assert similar(cka, 0.98).int().T.tolist() == [[0, 0, 0, 1], [0, 0, 1, 1]]
+    assert rewind_cost(torch.tensor([[2.0, 1.5], [1.0, 1.25]]), 3.0, 1.0).tolist() == [[0.5, 0.25], [0.0, 0.125]]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +193,7 @@ def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path):
     assert {"run", "unit", "step", "labels", "snapshots", "start", "mask", "context"} == set(rows.columns)
     steps = rows.columns["step"][rows.columns["run"] == 0].unique()
     assert steps.min() >= 2 and steps.max() < 40
-    batch = {key: value for key, value in ARCHITECTURES["bert"].batch(build("bert")).items() if key != "labels"}
+    batch = ARCHITECTURES["bert"].batch(build("bert"))
     recorder, callback = RecordingCallback([batch], samples=1024), SmartFRZCallback(SmartFRZConfig(sampling_seed=42))
     inputs = []
     score = SmartFRZPolicy.score

@@ -1,4 +1,4 @@
-"""Labels: when a unit counts as converged."""
+"""Labels: when a unit counts as converged, and what freezing the front would cost."""
 
 import torch
 
@@ -24,3 +24,32 @@ def settled(cka: torch.Tensor, cka_threshold: float = 0.9998, change_left: float
     left = 1 - cka
     most_to_come = left.flip(0).cummax(0).values.flip(0)
     return most_to_come <= (change_left * left[0]).clamp(min=1 - cka_threshold)
+
+
+def similar(cka: torch.Tensor, threshold: float) -> torch.Tensor:
+    """
+    The label of the paper: whether each unit's CKA to its own end has reached a threshold, and stays there.
+
+    Args:
+        cka (`torch.Tensor` of shape `(probes, units)`): from the start of the run to its end.
+        threshold (`float`): such as 0.98, 0.99 or 0.995.
+
+    Returns:
+        `torch.Tensor` of shape `(probes, units)`, `bool`.
+    """
+    return cka.flip(0).cummin(0).values.flip(0) >= threshold
+
+
+def rewind_cost(losses: torch.Tensor, start: float, end: float) -> torch.Tensor:
+    """
+    What going back costs, as a share of what training gained.
+
+    Args:
+        losses (`torch.Tensor` of shape `(moments, units)`): with the front up to each unit put back to each moment.
+        start (`float`): loss before training.
+        end (`float`): loss after it.
+
+    Returns:
+        `torch.Tensor` of shape `(moments, units)`: `0` where nothing is lost, `1` where all that was gained is.
+    """
+    return (losses - end) / max(start - end, 1e-6)

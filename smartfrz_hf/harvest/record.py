@@ -1,5 +1,6 @@
 """Recording one full training run: weight snapshots, learning rates, and each unit's CKA to its own end."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..blocks import BlockStack, find_blocks
+from ..blocks import BlockStack, evaluation_mode, find_blocks
 from ..history import WeightSampler
 from .cka import linear_cka
+from .rewind import Rewinder
 
 PROBE_ROWS = 256
 
@@ -81,10 +83,12 @@ class RecordingCallback(TrainerCallback):
     Records a run of any [`~transformers.Trainer`], without changing it by one bit.
 
     Args:
-        probe (`list[dict[str, torch.Tensor]]`): the probe rows, in batches.
+        probe (`list[dict[str, torch.Tensor]]`): the probe rows, in batches, as inputs of the model with their labels.
         samples (`int`): weights recorded per unit.
         snapshots (`int`): snapshots over the run; a run of fewer steps records every step.
-        probes (`int`): how often over the run the units' outputs are taken.
+        probes (`int`): how often over the run the units' outputs and the probe's loss are taken.
+        rewinds (`int`): at how many moments of the run all weights are kept for the rewind test.
+        rewind_rows (`int`): most rows of the probe that the rewind test uses.
         progress (`Callable[[float], None]`, *optional*): told the fraction of the run done since its last call.
     """
 
@@ -94,14 +98,18 @@ class RecordingCallback(TrainerCallback):
         samples: int = 1024,
         snapshots: int = 200,
         probes: int = 40,
+        rewinds: int = 16,
+        rewind_rows: int = 128,
         progress: Callable[[float], None] | None = None,
     ):
         self.probe, self.samples, self.snapshots, self.probes = probe, samples, snapshots, probes
-        self.progress = progress
+        self.rewinds, self.rewind_rows, self.progress = rewinds, rewind_rows, progress
         self.steps: list[int] = []
         self.learning_rates: list[float] = []
         self.weights: list[torch.Tensor] = []
         self.probe_steps: list[int] = []
+        self.probe_losses: list[float] = []
+        self.rewind_steps: list[int] = []
         self._outputs: list[list[torch.Tensor]] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -109,7 +117,11 @@ class RecordingCallback(TrainerCallback):
         stack = find_blocks(model)
         self.names = stack.names
         self._sampler = WeightSampler(stack.units, self.samples, seed=args.seed)
-        self._unit_outputs = UnitOutputs(stack, self.probe)
+        self._model = stack.model
+        inputs = inspect.signature(stack.backbone.forward).parameters
+        self._unit_outputs = UnitOutputs(stack, [{k: v for k, v in b.items() if k in inputs} for b in self.probe])
+        self._rewinder = Rewinder(stack)
+        self.start_loss = self._loss(self.rewind_rows)
         self._record(state, kwargs["lr_scheduler"])
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -128,6 +140,28 @@ class RecordingCallback(TrainerCallback):
         if step in due:
             self.probe_steps.append(step)
             self._outputs.append(self._unit_outputs())
+            self.probe_losses.append(self._loss())
+        if step < last and step in {round(i * last / self.rewinds) for i in range(self.rewinds)}:
+            self.rewind_steps.append(step)
+            self._rewinder.keep()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Hold the rewind test."""
+        self.rewind_losses = self._rewinder.losses(lambda: self._loss(self.rewind_rows))
+        self.end_loss = self._loss(self.rewind_rows)
+
+    @torch.no_grad()
+    def _loss(self, most_rows: int | None = None) -> float:
+        """Mean loss of the model on the probe, in evaluation mode."""
+        total, rows = 0.0, 0
+        with evaluation_mode(self._model):
+            for batch in self.probe:
+                if most_rows is not None and rows >= most_rows:
+                    break
+                count = len(batch["labels"])
+                total += self._model(**batch).loss.item() * count
+                rows += count
+        return total / rows
 
     def result(self) -> dict[str, torch.Tensor]:
         """
@@ -135,8 +169,10 @@ class RecordingCallback(TrainerCallback):
 
         Returns:
             `dict[str, torch.Tensor]`: `steps` `(snapshots,)`, `learning_rates` `(snapshots,)`, `weights`
-            `(snapshots, units, samples)`, `probe_steps` `(probes,)` and `cka` `(probes, units)`, the linear CKA of
-            each unit's output at a probe to its output at the end of the run.
+            `(snapshots, units, samples)`; `probe_steps` `(probes,)`, `probe_losses` `(probes,)` and `cka` `(probes,
+            units)`, the linear CKA of each unit's output at a probe to its output at the end of the run;
+            `rewind_steps` `(moments,)`, `rewind_losses` `(moments, units)`, as [`Rewinder.losses`] gives them, and
+            `rewind_range` `(2,)`, the loss on the same rows at the start and the end of the run.
         """
         end = self._outputs[-1]
         cka = [[linear_cka(now, last) for now, last in zip(outputs, end, strict=True)] for outputs in self._outputs]
@@ -145,5 +181,9 @@ class RecordingCallback(TrainerCallback):
             "learning_rates": torch.tensor(self.learning_rates),
             "weights": torch.stack(self.weights),
             "probe_steps": torch.tensor(self.probe_steps),
+            "probe_losses": torch.tensor(self.probe_losses),
             "cka": torch.tensor(cka),
+            "rewind_steps": torch.tensor(self.rewind_steps),
+            "rewind_losses": self.rewind_losses,
+            "rewind_range": torch.tensor([self.start_loss, self.end_loss]),
         }

@@ -26,7 +26,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -56,7 +58,8 @@ class RunSpec:
         learning_rate (`float`): its peak.
         schedule (`str`): `lr_scheduler_type` of [`~transformers.TrainingArguments`].
         warmup (`float`): fraction of the run, or steps.
-        weight_decay (`float`): of AdamW.
+        weight_decay (`float`): of the optimizer.
+        optimizer (`str`): `optim` of [`~transformers.TrainingArguments`], such as `"adamw_torch"` or `"sgd"`.
         max_length (`int`): most tokens a row.
         seed (`int`): of the rows drawn, their order, new weights and dropout.
     """
@@ -73,6 +76,7 @@ class RunSpec:
     schedule: str = "linear"
     warmup: float = 0.1
     weight_decay: float = 0.01
+    optimizer: str = "adamw_torch"
     max_length: int = 64
     seed: int = 0
 
@@ -123,7 +127,68 @@ def load_data(name: str, data_dir: str | os.PathLike | None = None) -> DatasetDi
     return DatasetDict(train=data["train"], validation=data[held_out])
 
 
-def run(spec: RunSpec, data_dir: str | None = None, progress: Callable[[float], None] | None = None) -> dict[str, Any]:
+@dataclass
+class Prepared:
+    """
+    What a run trains with.
+
+    Attributes:
+        model ([`~transformers.PreTrainedModel`]): newly made, with the seed of the run.
+        train (`Dataset`), held_out (`Dataset`): its rows, ready for the collator.
+        collator (`Callable`): makes a batch of rows.
+        probe (`list[dict[str, torch.Tensor]]`): the first held-out rows, in batches.
+    """
+
+    model: PreTrainedModel
+    train: Dataset
+    held_out: Dataset
+    collator: Callable
+    probe: list[dict[str, torch.Tensor]]
+
+    def trainer(self, spec: RunSpec, folder: str, callbacks: list[TrainerCallback], **changes) -> Trainer:
+        """A Trainer for the run; `changes` go to its arguments."""
+        settings: dict[str, Any] = {
+            "num_train_epochs": spec.epochs,
+            "per_device_train_batch_size": spec.batch_size,
+            "per_device_eval_batch_size": 64,
+            "learning_rate": spec.learning_rate,
+            "lr_scheduler_type": spec.schedule,
+            "warmup_steps": spec.warmup,
+            "weight_decay": spec.weight_decay,
+            "optim": spec.optimizer,
+            "seed": spec.seed,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": not torch.cuda.is_available(),
+        }
+        args = TrainingArguments(output_dir=folder, **settings | changes)
+        # Heads that take **kwargs but ignore `num_items_in_batch` would see a wrong loss scale (transformers#47688).
+        self.model.accepts_loss_kwargs = False  # type: ignore[assignment]
+        return Trainer(self.model, args, train_dataset=self.train, data_collator=self.collator, callbacks=callbacks)
+
+
+def prepare(spec: RunSpec, data_dir: str | os.PathLike | None = None) -> Prepared:
+    """Model and data of a run."""
+    set_seed(spec.seed)
+    data = load_data(spec.data, data_dir)
+    train = data["train"].shuffle(seed=spec.seed).select(range(min(spec.train_rows, len(data["train"]))))
+    held_out = data["validation"].select(range(min(4 * PROBE_ROWS, len(data["validation"]))))
+    ready = _prepare_text if "sentence" in " ".join(train.column_names) else _prepare_images
+    model, (train, held_out), collator, inputs = ready(spec, [train, held_out])
+    rows = [held_out[i] for i in range(min(PROBE_ROWS, len(held_out)))]
+    probe = [
+        {key: value for key, value in collator(rows[i : i + 64]).items() if key in inputs | {"labels"}}
+        for i in range(0, len(rows), 64)
+    ]
+    return Prepared(model, train, held_out, collator, probe)
+
+
+def run(
+    spec: RunSpec,
+    data_dir: str | os.PathLike | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
     """
     Carry out one run and record it.
 
@@ -135,42 +200,16 @@ def run(spec: RunSpec, data_dir: str | None = None, progress: Callable[[float], 
     Returns:
         `dict`: `"tensors"`, what [`RecordingCallback.result`] gives, and `"provenance"`, plain JSON.
     """
-    set_seed(spec.seed)
-    data = load_data(spec.data, data_dir)
-    train = data["train"].shuffle(seed=spec.seed).select(range(min(spec.train_rows, len(data["train"]))))
-    held_out = data["validation"].select(range(min(4 * PROBE_ROWS, len(data["validation"]))))
-    prepare = _prepare_text if "sentence" in " ".join(train.column_names) else _prepare_images
-    model, (train, held_out), collator, inputs = prepare(spec, [train, held_out])
-    rows = [held_out[i] for i in range(min(PROBE_ROWS, len(held_out)))]
-    probe = [
-        {key: value for key, value in collator(rows[i : i + 64]).items() if key in inputs}
-        for i in range(0, len(rows), 64)
-    ]
-    recorder = RecordingCallback(probe, progress=progress)
+    ready = prepare(spec, data_dir)
+    recorder = RecordingCallback(ready.probe, progress=progress)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=spec.epochs,
-            per_device_train_batch_size=spec.batch_size,
-            learning_rate=spec.learning_rate,
-            lr_scheduler_type=spec.schedule,
-            warmup_steps=spec.warmup,
-            weight_decay=spec.weight_decay,
-            seed=spec.seed,
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-        )
-        # Heads that take **kwargs but ignore `num_items_in_batch` would see a wrong loss scale (transformers#47688).
-        model.accepts_loss_kwargs = False
-        trainer = Trainer(model, args, train_dataset=train, data_collator=collator, callbacks=[recorder])
+        trainer = ready.trainer(spec, folder, [recorder])
         train_loss = trainer.train().training_loss
-        eval_loss = trainer.evaluate(held_out)["eval_loss"]
+        eval_loss = trainer.evaluate(ready.held_out)["eval_loss"]
     provenance = {
         "spec": asdict(spec),
-        "family": model.config.model_type,
+        "family": ready.model.config.model_type,
         "units": recorder.names,
         "train_loss": train_loss,
         "eval_loss": eval_loss,

@@ -1,13 +1,16 @@
 """The predictor: has a unit's representation become what it will be at the end of the run?"""
 
 from .configuration import SmartFRZPredictorConfig
-from .loading import default_predictor_path, load_predictor
+from .loading import FILES, default_predictor_path, load_predictor
 from .modeling import SmartFRZPredictor, SmartFRZPredictorOutput
+from .publishing import push_predictor
 
 __all__ = [
+    "FILES",
     "SmartFRZPredictor",
     "SmartFRZPredictorConfig",
     "SmartFRZPredictorOutput",
     "default_predictor_path",
     "load_predictor",
+    "push_predictor",
 ]

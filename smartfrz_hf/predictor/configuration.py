@@ -1,6 +1,9 @@
 """Configuration of the predictor."""
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 FORMS = ("dynamics", "weights")
 DYNAMICS = 8
@@ -36,7 +39,14 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
     head_size: int = 8
 
     def __post_init__(self, **kwargs):
+        known = dir(self)
         super().__post_init__(**kwargs)
+        unknown = sorted(name for name in kwargs if name not in known and not name.startswith("_"))
+        if unknown:
+            logger.warning(
+                f"SmartFRZPredictorConfig does not know {', '.join(unknown)}: was the predictor made with a newer version "
+                "of smartfrz_hf? It may not give what it is meant to."
+            )
         if self.form not in FORMS:
             raise ValueError(f"`form` is {self.form!r}; it must be one of {', '.join(map(repr, FORMS))}.")
         for name in ("window", "samples", "encoder_size", "attention_size", "head_size"):

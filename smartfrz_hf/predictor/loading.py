@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from .modeling import SmartFRZPredictor
@@ -29,29 +30,37 @@ def default_predictor_path() -> Path:
     )
 
 
-def load_predictor(name: str | os.PathLike | None = None, **kwargs) -> SmartFRZPredictor:
+def load_predictor(
+    name: str | os.PathLike | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> SmartFRZPredictor:
     """
-    Load a predictor, in evaluation mode. Only safetensors and JSON are read.
+    Load a predictor, in evaluation mode. Only `config.json` and `model.safetensors` are fetched and read.
 
     Args:
         name (`str`, *optional*): Hub id or folder. Defaults to the predictor inside the package, with no network.
-        kwargs: passed on to `from_pretrained`, such as `revision` or `token`.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        subfolder (`str`, *optional*): where in the repository or folder it is.
+        token (`str`, *optional*): for a private repository; the stored one, or that of `HF_TOKEN`, if not given.
+        cache_dir (`str`, *optional*): where what is fetched is kept. Defaults to that of `huggingface_hub`.
 
     Raises:
-        OSError: a file is missing, or damaged, or does not hold a whole predictor.
+        OSError: the Hub refuses or cannot be reached, or a file is missing, damaged, or no whole predictor.
     """
     source = default_predictor_path() if name is None else name
-    if Path(source).is_dir():
-        missing = [file for file in FILES if not (Path(source) / file).is_file()]
-        if missing:
-            raise OSError(
-                f"The predictor folder {source} lacks {' and '.join(missing)}; it needs {' and '.join(FILES)}, as "
-                "`save_pretrained` writes them."
-            )
-    try:
-        loaded: Any = SmartFRZPredictor.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **kwargs
+    folder = Path(source) if Path(source).is_dir() else _fetch(str(source), revision, subfolder, token, cache_dir)
+    folder /= subfolder
+    missing = [file for file in FILES if not (folder / file).is_file()]
+    if missing:
+        raise OSError(
+            f"The predictor {source} lacks {' and '.join(missing)}; it needs {' and '.join(FILES)}, as "
+            "`save_pretrained` writes them."
         )
+    try:
+        loaded: Any = SmartFRZPredictor.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise OSError(f"The predictor {source} is damaged and cannot be read ({error}); fetch it again.") from error
     predictor, report = loaded
@@ -59,3 +68,18 @@ def load_predictor(name: str | os.PathLike | None = None, **kwargs) -> SmartFRZP
     if wrong:
         raise OSError(f"The predictor {source} is not whole: it lacks {', '.join(wrong)}; fetch it again.")
     return predictor.eval()
+
+
+def _fetch(
+    name: str, revision: str | None, subfolder: str, token: str | bool | None, cache_dir: str | os.PathLike | None
+) -> Path:
+    """The two files from the Hub, or from what was fetched before when there is no network."""
+    cache = None if cache_dir is None else Path(cache_dir)
+    files = [f"{subfolder}/{file}".lstrip("/") for file in FILES]
+    try:
+        return Path(snapshot_download(name, revision=revision, token=token, cache_dir=cache, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        at = "" if revision is None else f" at {revision}"
+        raise OSError(
+            f"{name} is no folder, and the predictor {name}{at} cannot be had from the Hub: {error}"
+        ) from error

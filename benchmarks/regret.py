@@ -1,0 +1,189 @@
+"""
+What do labels say about the cost of a freeze? Branches real runs at several steps and depths, freezes there, trains on, and
+sets the loss and accuracy that this cost beside each label. `make bench-regret`.
+
+A branch continues a checkpoint of the full run with the same optimizer, data order and random numbers, so that the freeze is
+the only difference. Branches that are there already are not run again.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
+from smartfrz_hf.harvest.labels import rewind_cost
+from smartfrz_hf.harvest.record import RecordingCallback
+from smartfrz_hf.harvest.runs import Prepared, RunSpec, prepare, read_specs
+
+ROOT = Path(__file__).parents[1]
+MOMENTS = (0.125, 0.25, 0.5, 0.75)
+
+
+class Keep(TrainerCallback):
+    """Saves a checkpoint at each moment of the run."""
+
+    def __init__(self):
+        self.steps: list[int] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps = [max(1, round(moment * state.max_steps)) for moment in MOMENTS]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step in self.steps
+
+
+@torch.no_grad()
+def judge(ready: Prepared, trainer) -> dict[str, float]:
+    """Loss and accuracy (or rank correlation, for a regression) on the held-out rows."""
+    output = trainer.predict(ready.held_out)
+    labels = output.label_ids
+    if output.predictions.shape[-1] == 1:
+        score = spearmanr(output.predictions.squeeze(-1), labels)[0]
+    else:
+        score = (output.predictions.argmax(-1) == labels).mean()
+    return {"loss": output.metrics["test_loss"], "score": float(score)}
+
+
+def quiet(threads: int) -> None:
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def full(spec: RunSpec, folder: Path, data_dir: str, threads: int) -> None:
+    """The full run: its checkpoints, its labels, and how good it is."""
+    quiet(threads)
+    ready = prepare(spec, data_dir)
+    keep = Keep()
+    recorder = RecordingCallback(ready.probe, rewinds=16)
+    trainer = ready.trainer(
+        spec, str(folder / "checkpoints"), [recorder, keep], save_strategy="steps", save_steps=10**9
+    )
+    trainer.train()
+    found = judge(ready, trainer)
+    tensors = recorder.result()
+    save_file(tensors, folder / "run.safetensors")
+    summary = found | {"steps": keep.steps, "max_steps": trainer.state.max_steps, "units": recorder.names}
+    (folder / "full.json").write_text(json.dumps(summary))
+
+
+def branch(spec: RunSpec, folder: Path, data_dir: str, threads: int, step: int, depth: int) -> None:
+    """Go on from a checkpoint with the front frozen."""
+    quiet(threads)
+    ready = prepare(spec, data_dir)
+    freeze = SmartFRZCallback(SmartFRZConfig(policy="static", static_depth=depth))
+    with tempfile.TemporaryDirectory() as output:
+        trainer = ready.trainer(spec, output, [freeze] if depth else [])
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoints" / f"checkpoint-{step}"))
+        found = judge(ready, trainer)
+    (folder / f"branch-{step}-{depth}.json").write_text(json.dumps(found | {"step": step, "depth": depth}))
+
+
+def in_processes(jobs: list[tuple], processes: int, description: str) -> None:
+    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+        futures = [pool.submit(*job) for job in jobs]
+        for future in tqdm(as_completed(futures), total=len(futures), desc=description):
+            future.result()
+
+
+def labels_at(tensors: dict[str, torch.Tensor], step: int, depth: int) -> dict[str, float]:
+    """What each label says of freezing the front at a step, each higher where freezing is called safer."""
+    probe = int((tensors["probe_steps"] - step).abs().argmin())
+    moment = int((tensors["rewind_steps"] - step).abs().argmin())
+    cka = tensors["cka"]
+    changed = (1 - cka[probe, :depth]) / (1 - cka[0, :depth]).clamp(min=1e-6)
+    start, end = tensors["rewind_range"].tolist()
+    return {
+        "cka": float(cka[probe, :depth].min()),
+        "change_left": -float(changed.max()),
+        "rewind": -float(rewind_cost(tensors["rewind_losses"], start, end)[moment, depth - 1]),
+        "rewind_worst_from_now": -float(rewind_cost(tensors["rewind_losses"], start, end)[moment:, depth - 1].max()),
+        "progress": step / int(tensors["probe_steps"][-1]),
+        "shallow": -depth,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--specs", type=Path, default=ROOT / "benchmarks" / "harvest" / "regret.json", help="JSON list of the runs"
+    )
+    parser.add_argument("--data_dir", help="folder of local copies of the data; the Hub when not given")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "regret", help="folder of finished branches")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time; they share the cores")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "labels.json", help="results file"
+    )
+    options = parser.parse_args()
+    specs = read_specs(options.specs)
+    threads = max(1, (torch.get_num_threads()) // options.processes)
+    for spec in specs:
+        (options.runs / spec.name).mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (full, spec, options.runs / spec.name, options.data_dir, threads)
+        for spec in specs
+        if not (options.runs / spec.name / "full.json").exists()
+    ]
+    in_processes(jobs, options.processes, "full runs")
+    jobs = []
+    for spec in specs:
+        folder = options.runs / spec.name
+        summary = json.loads((folder / "full.json").read_text())
+        units = len(summary["units"])
+        depths = sorted({round(units * share) for share in (0.3, 0.6, 0.9)})
+        branches = [(step, depth) for step in summary["steps"] for depth in depths]
+        # Frozen to depth 0, a branch has to end where the full run ended.
+        for step, depth in [(summary["steps"][1], 0), *branches]:
+            if not (folder / f"branch-{step}-{depth}.json").exists():
+                jobs.append((branch, spec, folder, options.data_dir, threads, step, depth))
+    in_processes(jobs, options.processes, "branches")
+
+    rows, correlations = [], {}
+    for spec in specs:
+        folder = options.runs / spec.name
+        summary, tensors = json.loads((folder / "full.json").read_text()), load_file(folder / "run.safetensors")
+        for file in sorted(folder.glob("branch-*.json")):
+            found = json.loads(file.read_text())
+            cost = {"regret_loss": found["loss"] - summary["loss"], "regret_score": summary["score"] - found["score"]}
+            row = {"run": spec.name, "step": found["step"], "depth": found["depth"], **cost}
+            if found["depth"]:
+                row |= labels_at(tensors, found["step"], found["depth"])
+            rows.append(row)
+    frozen = [row for row in rows if row["depth"]]
+    for label in ("cka", "change_left", "rewind", "rewind_worst_from_now", "progress", "shallow"):
+        for regret in ("regret_loss", "regret_score"):
+            by_run = [
+                spearmanr([-row[label] for row in part], [row[regret] for row in part])[0]
+                for part in ([row for row in frozen if row["run"] == spec.name] for spec in specs)
+            ]
+            correlations.setdefault(label, {})[regret] = {
+                "all": float(spearmanr([-row[label] for row in frozen], [row[regret] for row in frozen])[0]),
+                "mean_over_runs": float(np.nanmean(by_run)),
+            }
+    result = {
+        "moments": MOMENTS,
+        "rank_correlation": correlations,
+        "rows": rows,
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
+        "machine": {"architecture": platform.machine(), "python": platform.python_version()},
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(correlations, indent=2))
+
+
+if __name__ == "__main__":
+    main()
