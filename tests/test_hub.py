@@ -128,9 +128,10 @@ def test_push_of_a_damaged_predictor_reaches_no_hub(hub, run, folder):
 
 @pytest.mark.parametrize("token", [None, "hf_wrong"])
 def test_what_is_not_there_is_named(hub, run, folder, token):
-    assert "me/other" in load(run, "me/other", token=token)["error"]
+    error = load(run, "me/other", token=token)["error"]
+    assert "me/other" in error and "401" in error
     hub.commit(REPO, {"config.json": (folder / "config.json").read_bytes()})
-    assert "me/mine" in load(run, token=token)["error"]
+    assert ("lacks model.safetensors" if token is None else "401") in load(run, token=token)["error"]
 
 
 def test_a_connection_that_breaks_is_tried_again(hub, run, folder):

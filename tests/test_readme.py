@@ -42,6 +42,10 @@ def test_step_times_are_those_of_the_results_file():
             assert f"{run[key]:.2f}x" in words
     for name in models:
         assert f"{models[name]['idle_overhead']:.1%}" in words and f"{models[name]['hash_overhead']:.2%}" in words
+    entries = [entry for found in models.values() for entry in found["depths"]]
+    kept = [max(e.get(f"error_cache_{dtype}", 0) for e in entries) for dtype in ("float16", "bfloat16", "int8")]
+    assert f"{kept[0]:.2%}, {kept[1]:.1%} and {kept[2]:.0%} of their standard deviation" in words
+    assert f"(logits: {max(e['error_frozen_bfloat16'] for e in entries):.1%})" in words
     bandwidth = results_of("cache_store")["bytes_per_second"]["64x384"]
     for tier in ("memory", "lmdb", "arena"):
         assert f"{bandwidth[tier]['write'] / 1e9:.1f} and {bandwidth[tier]['read'] / 1e9:.1f} GB/s" in words

@@ -114,9 +114,9 @@ class ActivationCache:
         if call is None:
             return prefix.plain(*args, **kwargs)
         self._forget_if_changed()
-        if not self._is_worth_trying(call, training):
-            return prefix.plain(*args, **kwargs)
         try:
+            if not self._is_worth_trying(call, training):
+                return prefix.plain(*args, **kwargs)
             self._prove(call)
             output = self._answer(call, keep=not (training and self.last_epoch))
         except Unservable as error:
