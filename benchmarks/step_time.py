@@ -354,6 +354,8 @@ def main() -> None:
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "step_time.json", help="results file"
     )
     options = parser.parse_args()
+    if options.steps < 8:
+        parser.error("--steps needs at least 8, for a snapshot and a decision to be among them")
     options.runs.mkdir(parents=True, exist_ok=True)
     models = {}
     for name in options.models:

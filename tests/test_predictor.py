@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from smartfrz_hf import SmartFRZPredictor, SmartFRZPredictorConfig, load_predictor
+from smartfrz_hf.predictor import configuration
 from smartfrz_hf.predictor.reference import predict_reference
 
 
@@ -108,7 +109,13 @@ def test_save_and_load(tmp_path):
         assert {file.name for file in (tmp_path / form).iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_default_comes_with_the_package():
+def test_default_comes_with_the_package(monkeypatch):
+    said = []
+    monkeypatch.setattr(configuration.logger, "warning", said.append)
+    load_predictor()
+    assert not said
+    SmartFRZPredictorConfig(of_the_future=1)
+    assert len(said) == 1 and "of_the_future" in said[0]
     predictor = SmartFRZPredictor.from_default()
     assert predictor.num_parameters() < 1_000_000
     assert isinstance(predictor.config, SmartFRZPredictorConfig)

@@ -39,7 +39,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
     head_size: int = 8
 
     def __post_init__(self, **kwargs):
-        known = dir(self)
+        known = {*dir(self), "use_cache"}  # which the Trainer writes into any configuration
         super().__post_init__(**kwargs)
         unknown = sorted(name for name in kwargs if name not in known and not name.startswith("_"))
         if unknown:
