@@ -26,7 +26,8 @@ from transformers.utils import logging
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
 from smartfrz_hf.harvest.labels import rewind_cost
 from smartfrz_hf.harvest.record import RecordingCallback
-from smartfrz_hf.harvest.runs import Prepared, RunSpec, prepare, read_specs
+from smartfrz_hf.harvest.specs import RunSpec, read_specs
+from smartfrz_hf.harvest.tasks import Prepared, prepare
 
 ROOT = Path(__file__).parents[1]
 MOMENTS = (0.125, 0.25, 0.5, 0.75)
@@ -68,7 +69,7 @@ def full(spec: RunSpec, folder: Path, data_dir: str, threads: int) -> None:
     quiet(threads)
     ready = prepare(spec, data_dir)
     keep = Keep()
-    recorder = RecordingCallback(ready.probe, rewinds=16)
+    recorder = RecordingCallback(ready.probe, probes=24, rewinds=8)
     trainer = ready.trainer(
         spec, str(folder / "checkpoints"), [recorder, keep], save_strategy="steps", save_steps=10**9
     )

@@ -28,7 +28,7 @@ def _open(room: str) -> ModuleType:
 @app.command()
 def harvest(
     runs: Annotated[Path, typer.Argument(help="JSON list of the runs.", exists=True, dir_okay=False)],
-    out: Annotated[Path, typer.Option(help="Folder that gets one folder a run; runs already there are kept.")],
+    out: Annotated[Path, typer.Option(help="Folder that gets one Parquet file a run; runs already there are kept.")],
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of local copies of the data, DATA/*.parquet. Default: the Hub.")
     ] = None,
@@ -37,7 +37,7 @@ def harvest(
     """Record full training runs: weight snapshots, learning rates, and each unit's CKA to its own end."""
     room = _open("runs")
     try:
-        failures = room.harvest(room.read_specs(runs), out, data_dir, processes)
+        failures = room.harvest(_open("specs").read_specs(runs), out, data_dir, processes)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     for line in failures:

@@ -70,6 +70,25 @@ class WeightSampler:
         """
         return torch.cat([parameter[index].float() for parameter, index in self._reads[unit]])
 
+    def read_gradient(self, unit: int) -> torch.Tensor:
+        """
+        The gradient at the unit's positions, now; zero where there is none.
+
+        Args:
+            unit (`int`): index of the unit.
+
+        Returns:
+            `torch.Tensor` of shape `(samples,)`, `float32`.
+        """
+        return torch.cat(
+            [
+                torch.zeros(len(index[0]), device=parameter.device)
+                if parameter.grad is None
+                else parameter.grad[index].float()
+                for parameter, index in self._reads[unit]
+            ]
+        )
+
 
 class WeightHistory:
     """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, build
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, Value, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import Watcher, train
@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks, load_predictor
 from smartfrz_hf.cli import app
 from smartfrz_hf.harvest.cka import linear_cka
-from smartfrz_hf.harvest.dataset import HistoryRows, read_runs
+from smartfrz_hf.harvest.dataset import HistoryRows
 from smartfrz_hf.harvest.labels import rewind_cost, settled, similar
-from smartfrz_hf.harvest.record import RecordingCallback, pool
+from smartfrz_hf.harvest.record import RecordingCallback, pool, spread_tokens
 from smartfrz_hf.harvest.rewind import Rewinder
-from smartfrz_hf.harvest.runs import read_specs
+from smartfrz_hf.harvest.specs import read_specs
+from smartfrz_hf.harvest.table import PROVENANCE, RecordedRun, read_runs, write_run
 from smartfrz_hf.policies import SmartFRZPolicy
 
 
@@ -59,6 +60,13 @@ def test_settled_is_relative_to_the_whole_change():
     assert settled(cka, 0.9995, 0.1).int().T.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
 
 
+def test_spread_tokens_are_those_of_the_row_wherever_its_padding_is():
+    hidden = torch.arange(12.0).reshape(2, 6, 1)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+    assert spread_tokens(hidden, mask).squeeze(-1).tolist() == [3, 5, 6, 7]
+    assert spread_tokens(torch.ones(2, 3, 4, 4)).shape == (4, 3)
+
+
 def test_pool_ignores_padding():
     hidden = torch.arange(12.0).reshape(1, 4, 3)
     assert pool(hidden, torch.tensor([[1, 1, 0, 0]])).tolist() == [[1.5, 2.5, 3.5]]
@@ -92,6 +100,10 @@ def test_recording_changes_nothing_and_records_all(tmp_path, name):
     start, end = result["rewind_range"].tolist()
     assert start == pytest.approx(result["probe_losses"][0]) and end == pytest.approx(result["probe_losses"][-1])
     assert (result["rewind_losses"] - end).abs().max() > 0
+    assert result["token_cka"].shape == result["self_cka"].shape == result["gradient_norms"].shape == (11, units)
+    torch.testing.assert_close(result["token_cka"][-1], torch.ones(units))
+    assert result["self_cka"][0].min() > 0.999 and result["self_cka"][5].min() < 0.999
+    assert result["gradient_norms"][0].max() == 0 and result["gradient_norms"][1:].min() > 0
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "resnet"])
@@ -169,15 +181,39 @@ def test_one_failed_run_does_not_lose_the_rest(harvested):
     folder, _, result = harvested
     assert result.exit_code == 1
     assert "failed: broken: " in result.output and "nonsense" in result.output
-    assert sorted(path.name for path in (folder / "out").iterdir()) == ["resnet-0", "vit-0"]
-    provenance = json.loads((folder / "out" / "vit-0" / "run.json").read_text())
-    assert provenance["spec"]["learning_rate"] == 3e-3 and provenance["versions"]["torch"] == torch.__version__
-    assert provenance["units"] == ["stem", "vit.layers.0", "vit.layers.1"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["resnet-0.parquet", "vit-0.parquet"]
+
+
+def test_each_row_of_the_table_says_where_it_comes_from(harvested):
+    table = load_dataset("parquet", data_dir=str(harvested[0] / "out"), split="train")
+    assert table["run"] == ["resnet-0"] * 3 + ["vit-0"] * 3
+    row = table[4]
+    assert (row["family"], row["data"], row["regime"], row["unit"]) == (
+        "vit",
+        "cifar10",
+        "from scratch",
+        "vit.layers.0",
+    )
+    assert json.loads(row["spec"])["learning_rate"] == 3e-3
+    assert json.loads(row["versions"])["torch"] == torch.__version__
+    assert np.shape(row["weights"]) == (len(row["steps"]), 1024) and len(row["cka"]) == len(row["probe_steps"])
+
+
+def test_a_run_comes_back_as_it_was_written(tmp_path):
+    batch = ARCHITECTURES["bert"].batch(build("bert"))
+    recorder = RecordingCallback([batch], samples=64, probes=10, rewinds=5)
+    train(tmp_path, [recorder])
+    provenance = dict.fromkeys(PROVENANCE, "x") | {"train_loss": 0.5, "eval_loss": 0.25, "seconds": 1.5}
+    write_run(RecordedRun(provenance, recorder.names, recorder.result()), tmp_path)
+    (run,) = read_runs(tmp_path)
+    assert run.provenance == provenance and run.units == recorder.names
+    for key, value in recorder.result().items():
+        torch.testing.assert_close(run.tensors[key], value, rtol=0, atol=0, check_dtype=False, msg=key)
 
 
 def test_harvest_resumes(harvested):
     folder, words, _ = harvested
-    finished = folder / "out" / "vit-0" / "run.json"
+    finished = folder / "out" / "vit-0.parquet"
     before = finished.stat().st_mtime_ns
     specs = json.loads((folder / "runs.json").read_text())
     (folder / "runs.json").write_text(json.dumps(specs[:2]))
@@ -210,9 +246,7 @@ def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path):
 
     callback.policy.score = spy.__get__(callback.policy)
     train(tmp_path, [recorder, callback], max_steps=40)
-    from smartfrz_hf.harvest.dataset import RecordedRun
-
-    run = RecordedRun({"spec": {"name": "x", "data": "y"}, "family": "z"}, recorder.result())
+    run = RecordedRun({"run": "x", "data": "y", "family": "z"}, recorder.names, recorder.result())
     columns = HistoryRows([run], window=20).columns
     compared = 0
     for step, kwargs in inputs:

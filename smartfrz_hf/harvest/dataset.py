@@ -1,62 +1,16 @@
 """From recorded runs to the rows that a predictor is trained on."""
 
-import json
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 from ..policies import rate_and_rest
 from .labels import settled
+from .table import RecordedRun
 
 FIRST_DECISION = 0.05
 INPUTS = ("snapshots", "start", "mask", "context")
-
-
-@dataclass
-class RecordedRun:
-    """
-    One folder of a harvest.
-
-    Attributes:
-        provenance (`dict`): what was run, with which versions.
-        tensors (`dict[str, torch.Tensor]`): as [`RecordingCallback.result`] gives them.
-    """
-
-    provenance: dict
-    tensors: dict[str, torch.Tensor]
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.provenance["spec"]["name"]
-
-    @property
-    def family(self) -> str:
-        """The model's family."""
-        return self.provenance["family"]
-
-    @property
-    def task(self) -> str:
-        """The data set."""
-        return self.provenance["spec"]["data"]
-
-
-def read_runs(folder: str | os.PathLike) -> list[RecordedRun]:
-    """
-    All finished runs of a harvest, by name.
-
-    Raises:
-        FileNotFoundError: the folder holds none.
-    """
-    files = sorted(Path(folder).glob("*/run.json"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no recorded run; make some with `smartfrz harvest`.")
-    return [RecordedRun(json.loads(file.read_text()), load_file(file.with_name("run.safetensors"))) for file in files]
 
 
 class HistoryRows(Dataset):

@@ -12,9 +12,10 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
 from .card import write_card
-from .dataset import HistoryRows, read_runs, split
+from .dataset import HistoryRows, split
 from .evaluate import evaluate
 from .record import PROBE_ROWS
+from .table import read_runs
 
 
 def fit(
@@ -141,9 +142,9 @@ def fit_and_judge(
                 "name": run.name,
                 "family": run.family,
                 "data": run.task,
-                "from_scratch": run.provenance["spec"]["from_scratch"],
+                "from_scratch": run.provenance["regime"] != "fine-tuning",
                 "steps": int(run.tensors["steps"][-1]),
-                "units": len(run.provenance["units"]),
+                "units": len(run.units),
                 "used_for": "held out" if run.name in held_out_names else "training",
             }
             for run in runs

