@@ -119,7 +119,7 @@ def test_rewinding_puts_the_front_back_and_leaves_the_model(name):
             parameter.add_(torch.randn_like(parameter) * 0.1)
         rewinder.keep()
         last, end = copy.deepcopy(model.state_dict()), loss()
-        losses = rewinder.losses(loss)
+        losses = torch.tensor(rewinder.outcomes(loss))
         assert losses.shape == (2, len(stack))
         assert losses[1].tolist() == [end] * len(stack), "rewound to where it is"
         assert all(torch.equal(value, last[key]) for key, value in model.state_dict().items())

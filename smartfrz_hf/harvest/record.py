@@ -58,6 +58,12 @@ def spread_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor | None = No
     return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
 
 
+def shift(logits: torch.Tensor, others: torch.Tensor) -> float:
+    """Mean squared distance of logits, of shape `(rows, classes)`; what is common to all classes says nothing."""
+    change = logits - others
+    return float((change - change.mean(1, keepdim=True) if change.shape[1] > 1 else change).pow(2).mean())
+
+
 class Probe:
     """
     A fixed batch of held-out rows that is run again and again over a run.
@@ -72,17 +78,18 @@ class Probe:
         device = next(stack.model.parameters()).device
         self.batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
-    def loss(self, most_rows: int | None = None) -> float:
-        """Mean loss in evaluation mode, on the first rows."""
-        total, rows = 0.0, 0
+    def predict(self, most_rows: int | None = None) -> tuple[float, torch.Tensor]:
+        """Mean loss in evaluation mode, and the logits, of shape `(rows, classes)`, on the first rows."""
+        losses, logits = [], []
         with evaluation_mode(self.stack.model):
             for batch in self.batches:
-                if most_rows is not None and rows >= most_rows:
+                if sum(len(part) for part in logits) >= (most_rows or float("inf")):
                     break
-                count = len(batch["labels"])
-                total += self.stack.model(**batch).loss.item() * count
-                rows += count
-        return total / rows
+                output = self.stack.model(**batch)
+                losses.append(output.loss.item() * len(batch["labels"]))
+                logits.append(output.logits.float().cpu())
+        found = torch.cat(logits)
+        return sum(losses) / len(found), found
 
     def outputs(self) -> tuple[float, list[tuple[torch.Tensor, torch.Tensor]]]:
         """
@@ -107,7 +114,7 @@ class Probe:
         hooks = [self.stack.blocks[0].register_forward_pre_hook(stem, with_kwargs=True)]
         hooks += [module.register_forward_hook(block(i)) for i, module in enumerate(self.stack.blocks, start=1)]
         try:
-            loss = self.loss()
+            loss, _ = self.predict()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -133,9 +140,9 @@ class RecordingCallback(TrainerCallback):
         probe: list[dict[str, torch.Tensor]],
         samples: int = 1024,
         snapshots: int = 200,
-        probes: int = 40,
-        rewinds: int = 10,
-        rewind_rows: int = 128,
+        probes: int = 30,
+        rewinds: int = 8,
+        rewind_rows: int = 64,
         progress: Callable[[float], None] | None = None,
     ):
         self.probe, self.samples, self.snapshots, self.probes = probe, samples, snapshots, probes
@@ -157,7 +164,7 @@ class RecordingCallback(TrainerCallback):
         self._probe = Probe(stack, self.probe)
         self._rewinder = Rewinder(stack)
         self._gradients = [torch.zeros(self.samples) for _ in stack.units]
-        self.start_loss = self._probe.loss(self.rewind_rows)
+        self._start = self._probe.predict(self.rewind_rows)
         self._record(state, kwargs["lr_scheduler"])
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -192,8 +199,8 @@ class RecordingCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Hold the rewind test."""
-        self.rewind_losses = self._rewinder.losses(lambda: self._probe.loss(self.rewind_rows))
-        self.end_loss = self._probe.loss(self.rewind_rows)
+        self._rewound = self._rewinder.outcomes(lambda: self._probe.predict(self.rewind_rows))
+        self._end = self._probe.predict(self.rewind_rows)
 
     def result(self) -> dict[str, torch.Tensor]:
         """
@@ -205,10 +212,14 @@ class RecordingCallback(TrainerCallback):
             `(probes, units)`, the linear CKA of each unit's output at a probe to its output at the end of the run, of
             pooled rows and of single tokens; `self_cka` `(probes, units)`, that of the pooled rows to `SELF_CKA_LAG`
             probes before; `gradient_norms` `(probes, units)`, the norm of the sampled gradients added up since the last
-            probe; `rewind_steps` `(moments,)`, `rewind_losses` `(moments, units)`, as [`Rewinder.losses`] gives them,
-            and `rewind_range` `(2,)`, the loss on the same rows at the start and the end of the run.
+            probe; `rewind_steps` `(moments,)`, `rewind_losses` `(moments, units)`, the loss with the front up to each
+            unit put back to each moment, `rewind_range` `(2,)`, the loss on the same rows at the start and the end of
+            the run, and `rewind_shifts` `(moments, units)`, how far putting the front back moves the logits, as a
+            fraction of how far the whole run moved them, squared.
         """
         outputs, end = self._outputs, self._outputs[-1]
+        (start_loss, start_logits), (end_loss, end_logits) = self._start, self._end
+        whole = max(shift(start_logits, end_logits), 1e-12)
         before = [outputs[max(0, i - SELF_CKA_LAG)] for i in range(len(outputs))]
 
         def cka(first: list, second: list, view: int) -> list[float]:
@@ -225,6 +236,7 @@ class RecordingCallback(TrainerCallback):
             "self_cka": torch.tensor([cka(now, then, 0) for now, then in zip(outputs, before, strict=True)]),
             "gradient_norms": torch.tensor(self.gradient_norms),
             "rewind_steps": torch.tensor(self.rewind_steps),
-            "rewind_losses": self.rewind_losses,
-            "rewind_range": torch.tensor([self.start_loss, self.end_loss]),
+            "rewind_losses": torch.tensor([[loss for loss, _ in row] for row in self._rewound]),
+            "rewind_range": torch.tensor([start_loss, end_loss]),
+            "rewind_shifts": torch.tensor([[shift(z, end_logits) / whole for _, z in row] for row in self._rewound]),
         }

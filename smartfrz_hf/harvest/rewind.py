@@ -1,10 +1,13 @@
-"""The rewind test: what does the finished model lose when its front goes back to what it was?"""
+"""The rewind test: what becomes of the finished model when its front goes back to what it was?"""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from ..blocks import BlockStack, Unit
+
+T = TypeVar("T")
 
 
 class Rewinder:
@@ -24,18 +27,18 @@ class Rewinder:
         self._kept.append(self._now())
 
     @torch.no_grad()
-    def losses(self, evaluate: Callable[[], float]) -> torch.Tensor:
+    def outcomes(self, evaluate: Callable[[], T]) -> list[list[T]]:
         """
-        The loss of the model as it is now with its front put back to each moment kept. The model stays as it is.
+        What comes of the model as it is now with its front put back to each moment kept. The model stays as it is.
 
         This is a cautious measure of what freezing the front then would have cost, since the units behind it could not
         adapt.
 
         Args:
-            evaluate (`Callable[[], float]`): gives the model's loss on rows that it was not trained on.
+            evaluate (`Callable`): gives what comes of the model, such as its loss, on rows that it was not trained on.
 
         Returns:
-            `torch.Tensor` of shape `(moments, units)`: entry `(m, u)` is the loss with units 0 to u of moment m.
+            `list[list]`: entry `[m][u]` is what came of it with units 0 to u of moment m.
         """
         end = self._now()
         found = []
@@ -47,7 +50,7 @@ class Rewinder:
             found.append(row)
             for unit, weights in zip(self.stack.units, end, strict=True):
                 _put(unit, weights)
-        return torch.tensor(found)
+        return found
 
     def _now(self) -> list[dict[str, torch.Tensor]]:
         return [

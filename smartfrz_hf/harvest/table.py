@@ -32,7 +32,7 @@ OF_RUN = {
     "rewind_steps": "int32",
     "rewind_range": "float32",
 }
-OF_UNIT = ("cka", "token_cka", "self_cka", "gradient_norms", "rewind_losses")
+OF_UNIT = ("cka", "token_cka", "self_cka", "gradient_norms", "rewind_losses", "rewind_shifts")
 
 
 @dataclass
