@@ -1,6 +1,6 @@
 """
 What do labels say about the cost of a freeze? Branches real runs at several steps and depths, freezes there, trains on, and
-sets the loss and accuracy that this cost beside each label.
+sets the loss (as a share of what training gained) and accuracy that this cost beside each label.
 
 A branch continues a checkpoint of the full run with the same optimizer, data order and random numbers, so that the freeze is
 the only difference. Branches that are there already are not run again.
@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
-from smartfrz_hf.harvest.labels import rewind_cost
+from smartfrz_hf.harvest.labels import at_probes, rewind_cost
 from smartfrz_hf.harvest.record import RecordingCallback
 from smartfrz_hf.harvest.specs import RunSpec, read_specs
 from smartfrz_hf.harvest.tasks import Prepared, prepare
@@ -69,7 +69,7 @@ def full(spec: RunSpec, folder: Path, data_dir: str, threads: int) -> None:
     quiet(threads)
     ready = prepare(spec, data_dir)
     keep = Keep()
-    recorder = RecordingCallback(ready.probe, probes=24, rewinds=8)
+    recorder = RecordingCallback(ready.probe, probes=24)
     trainer = ready.trainer(
         spec, str(folder / "checkpoints"), [recorder, keep], save_strategy="steps", save_steps=10**9
     )
@@ -102,19 +102,28 @@ def in_processes(jobs: list[tuple], processes: int, description: str) -> None:
 
 def labels_at(tensors: dict[str, torch.Tensor], step: int, depth: int) -> dict[str, float]:
     """What each label says of freezing the front at a step, each higher where freezing is called safer."""
-    probe = int((tensors["probe_steps"] - step).abs().argmin())
-    moment = int((tensors["rewind_steps"] - step).abs().argmin())
-    cka = tensors["cka"]
-    changed = (1 - cka[probe, :depth]) / (1 - cka[0, :depth]).clamp(min=1e-6)
-    start, end = tensors["rewind_range"].tolist()
-    return {
-        "cka": float(cka[probe, :depth].min()),
-        "change_left": -float(changed.max()),
-        "rewind": -float(rewind_cost(tensors["rewind_losses"], start, end)[moment, depth - 1]),
-        "rewind_worst_from_now": -float(rewind_cost(tensors["rewind_losses"], start, end)[moment:, depth - 1].max()),
-        "progress": step / int(tensors["probe_steps"][-1]),
-        "shallow": -depth,
+    probes, moments = tensors["probe_steps"], tensors["rewind_steps"]
+    probe = int((probes - step).abs().argmin())
+    cost = rewind_cost(tensors["rewind_losses"], *tensors["rewind_range"].tolist())
+    cost, shifts = (at_probes(values, moments, probes)[:, depth - 1] for values in (cost, tensors["rewind_shifts"]))
+    found = {}
+    for name in ("cka", "token_cka"):
+        cka = tensors[name][:, :depth]
+        found[name] = float(cka[probe:].min())
+        found[f"{name}_change_left"] = -float(((1 - cka[probe:]) / (1 - cka[0]).clamp(min=1e-6)).max())
+    return found | {
+        "rewind_cost": -float(cost[probe]),
+        "rewind_cost_from_now_on": -float(cost[probe:].max()),
+        "rewind_shift": -float(shifts[probe]),
+        "rewind_shift_from_now_on": -float(shifts[probe:].max()),
+        "progress": step / int(probes[-1]),
+        "depth": -depth,
     }
+
+
+def correlation(rows: list[dict], label: str, regret: str) -> float:
+    """Rank correlation of what a label calls unsafe with what it cost."""
+    return float(spearmanr([-row["labels"][label] for row in rows], [row[regret] for row in rows])[0])
 
 
 def main() -> None:
@@ -152,28 +161,32 @@ def main() -> None:
                 jobs.append((branch, spec, folder, options.data_dir, threads, step, depth))
     in_processes(jobs, options.processes, "branches")
 
-    rows, correlations = [], {}
+    rows, by_run = [], []
     for spec in specs:
         folder = options.runs / spec.name
         summary, tensors = json.loads((folder / "full.json").read_text()), load_file(folder / "run.safetensors")
+        start, end = tensors["rewind_range"].tolist()
+        part = []
         for file in sorted(folder.glob("branch-*.json")):
             found = json.loads(file.read_text())
-            cost = {"regret_loss": found["loss"] - summary["loss"], "regret_score": summary["score"] - found["score"]}
-            row = {"run": spec.name, "step": found["step"], "depth": found["depth"], **cost}
+            row = {"run": spec.name, "step": found["step"], "depth": found["depth"]}
+            row["regret_loss"] = (found["loss"] - summary["loss"]) / (start - end)
+            row["regret_score"] = summary["score"] - found["score"]
             if found["depth"]:
-                row |= labels_at(tensors, found["step"], found["depth"])
-            rows.append(row)
-    frozen = [row for row in rows if row["depth"]]
-    for label in ("cka", "change_left", "rewind", "rewind_worst_from_now", "progress", "shallow"):
-        for regret in ("regret_loss", "regret_score"):
-            by_run = [
-                spearmanr([-row[label] for row in part], [row[regret] for row in part])[0]
-                for part in ([row for row in frozen if row["run"] == spec.name] for spec in specs)
-            ]
-            correlations.setdefault(label, {})[regret] = {
-                "all": float(spearmanr([-row[label] for row in frozen], [row[regret] for row in frozen])[0]),
-                "mean_over_runs": float(np.nanmean(by_run)),
+                part.append(row | {"labels": labels_at(tensors, found["step"], found["depth"])})
+            else:
+                rows.append(row)
+        rows, by_run = rows + part, [*by_run, part]
+    correlations = {
+        label: {
+            regret: {
+                "all": correlation([row for part in by_run for row in part], label, regret),
+                "mean_over_runs": float(np.mean([correlation(part, label, regret) for part in by_run])),
             }
+            for regret in ("regret_loss", "regret_score")
+        }
+        for label in by_run[0][0]["labels"]
+    }
     result = {
         "moments": MOMENTS,
         "rank_correlation": correlations,

@@ -13,7 +13,7 @@ from .config import SmartFRZConfig
 from .freezing import Freezer
 from .history import WeightHistory, WeightSampler
 from .ledger import Ledger, Stage
-from .policies import Observation, make_policy, planned_rates, rate_and_rest
+from .policies import LearningRates, Observation, make_policy
 from .predictor import SmartFRZPredictor
 
 logger = logging.get_logger(__name__)
@@ -84,7 +84,7 @@ class SmartFRZCallback(TrainerCallback):
         self._cache = make_cache(self.config, self._freezer, self.meter, args, state)
         if self._cache is not None:
             self.ledger.cache = self._cache.savings
-        self._rates = planned_rates(kwargs.get("lr_scheduler"), state.max_steps)
+        self._rates = LearningRates.planned(kwargs.get("lr_scheduler"), state.max_steps)
         self._history: WeightHistory | None = None
         if self.policy.history_size is not None:
             window, samples = self.policy.history_size
@@ -134,15 +134,13 @@ class SmartFRZCallback(TrainerCallback):
         self._release()
 
     def _decide(self, state: TrainerState) -> None:
-        rate, rest = rate_and_rest(self._rates, min(state.global_step, state.max_steps))
         observation = Observation(
             step=state.global_step,
             max_steps=state.max_steps,
             depth=self._freezer.depth,
             trainable=self._trainable,
+            rates=self._rates,
             history=self._history,
-            learning_rate=rate,
-            learning_rate_left=rest,
         )
         decision = self.policy.decide(observation)
         self.ledger.decisions += 1

@@ -1,71 +1,115 @@
 """From recorded runs to the rows that a predictor is trained on."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch.utils.data import Dataset
 
-from ..policies import rate_and_rest
-from .labels import settled
+from ..policies import LearningRates
+from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
+from ..predictor.inputs import EPSILON, contexts
+from .labels import LABELS
 from .table import RecordedRun
 
 FIRST_DECISION = 0.05
-INPUTS = ("snapshots", "start", "mask", "context")
+INPUTS = ("features", "usable", "context", "active")
 
 
-class HistoryRows(Dataset):
+class FreezingStages(Dataset):
     """
-    One row a run, freezing stage and unit: what the predictor would have seen there, and whether the unit had settled.
+    One row a freezing stage: what the predictor would have seen of all units there, and which may freeze.
+
+    Units that a model does not have are filled up to the largest one's number, and not `active`.
 
     Args:
-        runs (`list[RecordedRun]`): the runs.
-        window (`int`): snapshots in a history.
-        cka_threshold (`float`), change_left (`float`): as for [`~harvest.labels.settled`].
+        runs (`Sequence[RecordedRun]`): the runs.
+        config ([`SmartFRZPredictorConfig`]): form, window and samples of the predictor.
+        label (`str`): one of `LABELS`.
+        spacings (`Sequence[int]`): recorded snapshots from one of a window to the next; a stage gives a row for each.
 
     Attributes:
-        columns (`dict[str, torch.Tensor]`): `snapshots` `(rows, window, samples)`, `start` `(rows, samples)`, `mask`
-            `(rows, window)`, `context` `(rows, 4)`, `labels` `(rows,)`, `run`, `unit` and `step` `(rows,)`.
+        columns (`dict[str, torch.Tensor]`): `features` `(rows, units, window, input_size)`, `usable`
+            `(rows, units, window)`, `context` `(rows, units, 4)`, `active` and `labels` `(rows, units)`, `run`, `step`
+            and `spacing` `(rows,)`; and for rules, not for the predictor, `self_cka`, the CKA of each unit's output to
+            what it was some probes before, and `gradient_change`, by which share the norm of its gradients has changed
+            since the last probe (AutoFreeze, arXiv 2102.01386), `(rows, units)`.
     """
 
-    def __init__(self, runs: list[RecordedRun], window: int, cka_threshold: float = 0.9998, change_left: float = 0.01):
-        self.runs = runs
-        rows: dict[str, list[torch.Tensor]] = {}
-        for index, run in enumerate(runs):
-            for key, value in _rows(run, window, settled(run.tensors["cka"], cka_threshold, change_left)).items():
-                rows.setdefault(key, []).append(value)
-            rows.setdefault("run", []).append(torch.full_like(rows["unit"][-1], index))
-        self.columns = {key: torch.cat(parts) for key, parts in rows.items()}
+    def __init__(
+        self,
+        runs: Sequence[RecordedRun],
+        config: SmartFRZPredictorConfig,
+        label: str,
+        spacings: Sequence[int] = (1,),
+    ):
+        self.runs, self.drop_front = list(runs), False
+        units = max(len(run.units) for run in runs)
+        parts = [
+            _rows(run, index, spacing, LABELS[label](run.tensors), config, units)
+            for index, run in enumerate(runs)
+            for spacing in spacings
+        ]
+        self.columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def select(self, rows: torch.Tensor, drop_front: bool = False) -> "FreezingStages":
+        """
+        Some of the rows.
+
+        Args:
+            rows (`torch.Tensor` of shape `(rows,)`, `bool`): which.
+            drop_front (`bool`): whether, each time a row is taken, some units in front are left out at random, as if
+                they were frozen.
+        """
+        part = copy(self)
+        part.columns, part.drop_front = {key: value[rows] for key, value in self.columns.items()}, drop_front
+        return part
 
     def __len__(self) -> int:
-        return len(self.columns["labels"])
+        return len(self.columns["run"])
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        return {key: self.columns[key][row] for key in (*INPUTS, "labels")}
+        item = {key: self.columns[key][row] for key in (*INPUTS, "labels")}
+        if self.drop_front and torch.rand(()) < 0.5:
+            units = int(item["active"].sum())
+            item["active"] = item["active"] & (torch.arange(len(item["active"])) >= torch.randint(units, ()))
+        return item
 
 
-def _rows(run: RecordedRun, window: int, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    weights, steps = run.tensors["weights"], run.tensors["steps"]
-    rates = run.tensors["learning_rates"].tolist()
-    units, last = weights.shape[1], int(steps[-1])
-    padded = torch.cat([torch.zeros(window, *weights.shape[1:]), weights])
-    parts: dict[str, list[torch.Tensor]] = {key: [] for key in (*INPUTS, "labels", "unit", "step")}
+def _rows(
+    run: RecordedRun, index: int, spacing: int, labels: torch.Tensor, config: SmartFRZPredictorConfig, most: int
+) -> dict[str, torch.Tensor]:
+    weights, steps = run.tensors["weights"][..., : config.samples], run.tensors["steps"]
+    rates = LearningRates(run.tensors["learning_rates"].tolist())
+    units, last, window = weights.shape[1], int(steps[-1]), config.window
+    gradients, predictor = run.tensors["gradient_norms"], SmartFRZPredictor(config)
+    rows: dict[str, list[torch.Tensor]] = {}
     for probe, step in enumerate(run.tensors["probe_steps"].tolist()):
-        if not FIRST_DECISION * last <= step < last:
-            continue
         now = int((steps <= step).sum()) - 1
-        filled = min(window, now + 1)
-        rate, rest = rate_and_rest(rates, now)
-        depth = torch.arange(units) / max(1, units - 1)
-        parts["snapshots"].append(padded[now + 1 : now + 1 + window].transpose(0, 1))
-        parts["start"].append(weights[0])
-        parts["mask"].append((torch.arange(window) >= window - filled).expand(units, -1))
-        parts["context"].append(torch.stack([depth, *(torch.full((units,), x) for x in (step / last, rate, rest))], 1))
-        parts["labels"].append(labels[probe].float())
-        parts["unit"].append(torch.arange(units))
-        parts["step"].append(torch.full((units,), step))
-    return {key: torch.cat(values) for key, values in parts.items()}
-
-
-def split(runs: list[RecordedRun], held_out: Callable[[RecordedRun], bool]) -> tuple[list, list]:
-    """The runs to train on, and those held out."""
-    return [run for run in runs if not held_out(run)], [run for run in runs if held_out(run)]
+        seen = torch.arange(now % spacing, now + 1, spacing)[-window:]
+        if not FIRST_DECISION * last <= step < last or len(seen) < 2:
+            continue
+        mask = torch.arange(window) >= window - len(seen)
+        snapshots = torch.zeros(units, window, weights.shape[-1])
+        snapshots[:, mask] = weights[seen].transpose(0, 1)
+        spent = torch.zeros(window)
+        spent[mask] = rates.spent[seen]
+        features, usable = predictor.read(snapshots, weights[0], mask, spent)
+        row = {
+            "features": features,
+            "usable": usable,
+            "context": contexts(units, step / last, rates.relative[now], rates.spent[now]),
+            "active": torch.ones(units, dtype=torch.bool),
+            "labels": labels[probe].float(),
+            "self_cka": run.tensors["self_cka"][probe],
+            "gradient_change": (
+                (gradients[probe] - gradients[probe - 1]) / gradients[probe - 1].clamp(min=EPSILON)
+            ).abs(),
+        }
+        for key, value in row.items():
+            filled = value.new_zeros(most, *value.shape[1:])
+            filled[:units] = value
+            rows.setdefault(key, []).append(filled)
+        for key, number in (("run", index), ("step", step), ("spacing", spacing)):
+            rows.setdefault(key, []).append(torch.tensor(number))
+    return {key: torch.stack(values) for key, values in rows.items()}

@@ -1,69 +1,260 @@
-"""How well a predictor, or a simple rule, tells the settled units from the others."""
+"""How well a predictor, or a simple rule, says of runs it has not seen what may freeze when."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tqdm.auto import tqdm
 
-from ..predictor import SmartFRZPredictor
-from ..predictor.modeling import dynamics
-from .dataset import INPUTS, HistoryRows
+from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
+from .dataset import INPUTS, FreezingStages
+from .fit import FitOptions, fit
+
+PREDICTOR = "predictor"
+TEMPERATURES = np.geomspace(0.25, 8, 61)
 
 
 @torch.no_grad()
-def predict(predictor: SmartFRZPredictor, rows: HistoryRows, batch_size: int = 512) -> np.ndarray:
-    """Probability of each row: `np.ndarray` of shape `(rows,)`."""
+def logits(predictor: SmartFRZPredictor, stages: FreezingStages, batch_size: int = 256) -> np.ndarray:
+    """Log-odds of each stage and unit: `np.ndarray` of shape `(rows, units)`."""
     parts = []
-    for begin in range(0, len(rows), batch_size):
-        batch = {key: rows.columns[key][begin : begin + batch_size].to(predictor.device) for key in INPUTS}
-        parts.append(predictor.eval()(**batch).probabilities.cpu())
-    return torch.cat(parts).numpy()
+    for begin in range(0, len(stages), batch_size):
+        batch = {key: stages.columns[key][begin : begin + batch_size].to(predictor.device) for key in INPUTS}
+        parts.append(predictor.eval()(**batch).logits.cpu())
+    return torch.cat(parts).double().numpy()
 
 
-def scores(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+def rule_inputs(stages: FreezingStages) -> dict[str, np.ndarray]:
+    """The quantities that simple rules go by, by rule, higher where a unit seems converged: `(rows, units)`."""
+    columns = stages.columns
+    depth, progress, _, rest = columns["context"].unbind(-1)
+    found = {
+        "relative weight change": -columns["features"][:, :, -1, 0],
+        "change of gradient norm (AutoFreeze)": -columns["gradient_change"],
+        "self-CKA": columns["self_cka"],
+        "depth": -depth,
+        "progress": progress,
+        "progress and depth": progress - depth,
+        "learning rate left": -rest,
+    }
+    return {name: value.double().numpy() for name, value in found.items()}
+
+
+def _regressors(stages: FreezingStages) -> np.ndarray:
+    """What logistic regression sees: the last snapshot's quantities, their means over the window, and the context."""
+    features, usable = stages.columns["features"], stages.columns["usable"].unsqueeze(-1)
+    mean = (features * usable).sum(2) / usable.sum(2).clamp(min=1)
+    return torch.cat([features[:, :, -1], mean, stages.columns["context"]], dim=-1).double().numpy()
+
+
+@dataclass
+class HeldOut:
     """
-    Area under the ROC curve, average precision, and Brier score where the values are probabilities.
+    What was said of each run by those who had not seen it.
+
+    Attributes:
+        stages ([`FreezingStages`]): the freezing stages of all runs.
+        folds (`np.ndarray` of shape `(rows,)`): name of the fold in which the stage was held out.
+        scores (`dict[str, np.ndarray]`): of the predictor, log-odds, and of each rule, `(rows, units)`.
+    """
+
+    stages: FreezingStages
+    folds: np.ndarray
+    scores: dict[str, np.ndarray]
+
+    @property
+    def active(self) -> np.ndarray:
+        """Which units there are: `(rows, units)`, `bool`."""
+        return self.stages.columns["active"].numpy()
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Which have converged: `(rows, units)`, `bool`."""
+        return self.stages.columns["labels"].numpy() >= 0.5
+
+    def elsewhere(self, choose: Callable[[np.ndarray], float]) -> np.ndarray:
+        """
+        A number for each row, chosen on the other folds.
+
+        Args:
+            choose (`Callable[[np.ndarray], float]`): makes it from a mask of rows, `(rows,)`.
+
+        Returns:
+            `np.ndarray` of shape `(rows,)`.
+        """
+        found = np.zeros(len(self.folds))
+        for fold in np.unique(self.folds):
+            found[self.folds == fold] = choose(self.folds != fold)
+        return found
+
+    def temperature(self, rows: np.ndarray) -> float:
+        """The temperature that makes the predictor's probabilities on some rows likeliest (Guo et al., 2017)."""
+        score, wanted = (x[rows][self.active[rows]] for x in (self.scores[PREDICTOR], self.labels))
+
+        def cost(temperature: float) -> float:
+            z = score / temperature
+            return float(np.mean(np.logaddexp(0, z) - wanted * z))
+
+        return float(min(TEMPERATURES, key=cost))
+
+    def probabilities(self) -> np.ndarray:
+        """The predictor's, each fold's with the temperature fitted on the others: `(rows, units)`."""
+        return 1 / (1 + np.exp(-self.scores[PREDICTOR] / self.elsewhere(self.temperature)[:, None]))
+
+    def moments(self, freeze: np.ndarray) -> np.ndarray:
+        """
+        When each unit of each run freezes: the front, up to the first unit that is not to be.
+
+        Args:
+            freeze (`np.ndarray` of shape `(rows, units)`, `bool`): which units may.
+
+        Returns:
+            `np.ndarray` of shape `(runs, units)`: fraction of the run; 1 for never, NaN for units there are not.
+        """
+        columns = self.stages.columns
+        run, progress = columns["run"].numpy(), columns["context"][:, 0, 1].numpy()
+        front = np.logical_and.accumulate(freeze | ~self.active, axis=1)
+        found = np.full((run.max() + 1, front.shape[1]), np.nan)
+        for index in np.unique(run):
+            here = run == index
+            when = np.where(front[here], progress[here, None], 1.0).min(0)
+            found[index] = np.where(self.active[here][0], when, np.nan)
+        return found
+
+
+def cross_validate(
+    stages: FreezingStages,
+    config: SmartFRZPredictorConfig,
+    key: Callable,
+    options: FitOptions | None = None,
+    description: str = "folds",
+) -> HeldOut:
+    """
+    Leave each group of runs out once, fit to the others, and let predictor and rules speak of those left out.
+
+    Args:
+        stages ([`FreezingStages`]): of all runs; those of spacing 1 are judged.
+        config ([`SmartFRZPredictorConfig`]): form and sizes.
+        key (`Callable`): names the group of a [`RecordedRun`].
+        options ([`FitOptions`], *optional*): how predictors are fitted.
+        description (`str`): for the progress bar.
+
+    Raises:
+        ValueError: there is one group only.
+    """
+    groups = np.array([key(run) for run in stages.runs])
+    if len(set(groups)) < 2:
+        raise ValueError(f"All runs are of {groups[0]}: there is nothing to hold out.")
+    folds = groups[stages.columns["run"].numpy()]
+    judged = stages.columns["spacing"].numpy() == stages.columns["spacing"].numpy().min()
+    active, regressors = stages.columns["active"].numpy(), _regressors(stages)
+    scores = rule_inputs(stages)
+    scores[PREDICTOR], scores["logistic regression"] = np.zeros(active.shape), np.zeros(active.shape)
+    for fold in tqdm(sorted(set(groups)), desc=description):
+        inside, outside = (folds != fold), (folds == fold) & judged
+        predictor = fit(stages.select(torch.from_numpy(inside), drop_front=True), config, options)
+        scores[PREDICTOR][outside] = logits(predictor, stages.select(torch.from_numpy(outside)))
+        regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        wanted = stages.columns["labels"].numpy()[inside] >= 0.5
+        regression.fit(regressors[inside][active[inside]], wanted[active[inside]])
+        flat = regressors[outside].reshape(-1, regressors.shape[-1])
+        scores["logistic regression"][outside] = regression.decision_function(flat).reshape(active[outside].shape)
+    return HeldOut(
+        stages.select(torch.from_numpy(judged)), folds[judged], {name: value[judged] for name, value in scores.items()}
+    )
+
+
+def ranking(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """
+    Area under the ROC curve and average precision.
 
     Raises:
         ValueError: all labels are the same, so that nothing can be told apart.
     """
     if len(np.unique(labels)) < 2:
-        raise ValueError("All labels are the same: choose another CKA threshold, or hold out other runs.")
-    result = {"auc": roc_auc_score(labels, probabilities), "ap": average_precision_score(labels, probabilities)}
-    if probabilities.min() >= 0 and probabilities.max() <= 1:
-        result["brier"] = brier_score_loss(labels, probabilities)
-    return {key: round(float(value), 4) for key, value in result.items()}
+        raise ValueError("All labels are the same: choose another label, or other runs.")
+    return {"auc": roc_auc_score(labels, scores), "ap": average_precision_score(labels, scores)}
 
 
-def rules(rows: HistoryRows) -> Iterator[tuple[str, np.ndarray]]:
-    """Simple rules to be measured against: name, and a score that is higher where the unit seems settled."""
-    columns = rows.columns
-    mask = columns["mask"]
-    usable = mask & torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
-    change = dynamics(columns["snapshots"], columns["start"], usable)[:, -1, 0]
-    depth, progress, rate, rest = columns["context"].T
-    yield "small relative weight change", -change.numpy()
-    yield "near the front", -depth.numpy()
-    yield "late in the run", progress.numpy()
-    yield "near the front and late in the run", (progress - depth).numpy()
-    yield "little learning rate left", -rest.numpy()
-
-
-def evaluate(predictor: SmartFRZPredictor, rows: HistoryRows) -> dict:
+def moment_error(held_out: HeldOut, scores: np.ndarray) -> float:
     """
-    Scores of the predictor and of the simple rules on the same rows.
+    Mean distance, as a fraction of the run, of the moment at which each unit freezes to that at which its label says so.
+
+    The threshold that makes a score a decision is, for each fold, the best one on the other folds.
+
+    Args:
+        held_out ([`HeldOut`]): the stages and labels.
+        scores (`np.ndarray` of shape `(rows, units)`): higher where a unit seems converged.
+    """
+    run, wanted = held_out.stages.columns["run"].numpy(), held_out.moments(held_out.labels)
+    grid = np.quantile(scores[held_out.active], np.linspace(0.02, 0.98, 49))
+    errors = np.stack([np.abs(held_out.moments(scores >= threshold) - wanted) for threshold in grid])
+
+    def best(rows: np.ndarray) -> float:
+        return grid[np.nanmean(errors[:, np.unique(run[rows])], axis=(1, 2)).argmin()]
+
+    chosen = held_out.moments(scores >= held_out.elsewhere(best)[:, None])
+    return float(np.nanmean(np.abs(chosen - wanted)))
+
+
+def summarize(held_out: HeldOut) -> dict:
+    """
+    Scores of predictor and rules, over all held-out rows together and for each fold.
 
     Returns:
-        `dict`: `rows`, `positive` (share of settled rows), `auc`, `ap`, `brier`, and `rules`, by name.
+        `dict`: `rows`, `positive` (share of converged rows), `auc`, `ap`, `brier`, `moment_error`, `rules` and `folds`,
+        by name, and `reliability`, by tenths of predicted probability.
     """
-    labels = rows.columns["labels"].numpy()
-    return {
-        "rows": len(rows),
-        "positive": round(float(labels.mean()), 4),
-        **scores(labels, predict(predictor, rows)),
-        "rules": {
-            name: {key: value for key, value in scores(labels, values).items() if key != "brier"}
-            for name, values in rules(rows)
-        },
+    active, labels = held_out.active, held_out.labels[held_out.active]
+    probabilities = held_out.probabilities()
+    score = partial(_rounded, digits=4)
+    rules = {
+        name: score({**ranking(labels, values[active]), "moment_error": moment_error(held_out, values)})
+        for name, values in held_out.scores.items()
+        if name != PREDICTOR
     }
+    folds = {}
+    for fold in np.unique(held_out.folds):
+        here = held_out.folds == fold
+        inside = held_out.labels[here][active[here]]
+        if len(np.unique(inside)) > 1:
+            folds[str(fold)] = {"rows": int(active[here].sum())} | score(
+                ranking(inside, probabilities[here][active[here]])
+            )
+    tenth = np.minimum((probabilities[active] * 10).astype(int), 9)
+    return {
+        "rows": int(active.sum()),
+        "positive": round(float(labels.mean()), 4),
+        **score(
+            {
+                **ranking(labels, probabilities[active]),
+                "brier": brier_score_loss(labels, probabilities[active]),
+                "moment_error": moment_error(held_out, probabilities),
+            }
+        ),
+        "rules": rules,
+        "folds": folds,
+        "reliability": [
+            {
+                "rows": int((tenth == i).sum()),
+                **score(
+                    {
+                        "predicted": probabilities[active][tenth == i].mean(),
+                        "observed": labels[tenth == i].mean(),
+                    }
+                ),
+            }
+            for i in range(10)
+            if (tenth == i).any()
+        ],
+    }
+
+
+def _rounded(values: dict[str, float], digits: int) -> dict[str, float]:
+    return {key: round(float(value), digits) for key, value in values.items()}

@@ -1,5 +1,8 @@
 """Labels: when a unit counts as converged, and what freezing the front would cost."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 
@@ -53,3 +56,47 @@ def rewind_cost(losses: torch.Tensor, start: float, end: float) -> torch.Tensor:
         `torch.Tensor` of shape `(moments, units)`: `0` where nothing is lost, `1` where all that was gained is.
     """
     return (losses - end) / max(start - end, 1e-6)
+
+
+def at_probes(values: torch.Tensor, moments: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
+    """
+    What was measured at some moments, and is zero at the end of the run, read off at all probes on straight lines.
+
+    Args:
+        values (`torch.Tensor` of shape `(moments, units)`): what was measured.
+        moments (`torch.Tensor` of shape `(moments,)`): steps, rising, from the first probe on.
+        probes (`torch.Tensor` of shape `(probes,)`): steps, rising, up to the end of the run.
+
+    Returns:
+        `torch.Tensor` of shape `(probes, units)`.
+    """
+    values = torch.cat([values, torch.zeros_like(values[:1])])
+    moments = torch.cat([moments, probes[-1:]]).double()
+    after = torch.searchsorted(moments, probes.double(), right=True).clamp(1, len(moments) - 1)
+    share = ((probes - moments[after - 1]) / (moments[after] - moments[after - 1])).unsqueeze(1).to(values.dtype)
+    return values[after - 1] * (1 - share) + values[after] * share
+
+
+def cheap_to_rewind(tensors: dict[str, torch.Tensor], threshold: float) -> torch.Tensor:
+    """Whether the finished model, with its front up to each unit put back to each probe, loses little of its gain."""
+    cost = rewind_cost(tensors["rewind_losses"], *tensors["rewind_range"].tolist())
+    return at_probes(cost, tensors["rewind_steps"], tensors["probe_steps"]) <= threshold
+
+
+def same_to_rewind(tensors: dict[str, torch.Tensor], threshold: float) -> torch.Tensor:
+    """Whether the finished model, with its front up to each unit put back to each probe, says much the same."""
+    return at_probes(tensors["rewind_shifts"], tensors["rewind_steps"], tensors["probe_steps"]) <= threshold
+
+
+def _similar(tensors: dict[str, torch.Tensor], key: str, threshold: float) -> torch.Tensor:
+    return similar(tensors[key], threshold)
+
+
+# By name, from what [`RecordingCallback.result`] gives to whether each unit has converged at each probe.
+LABELS: dict[str, Callable[[dict[str, torch.Tensor]], torch.Tensor]] = {
+    **{f"cka-{x}": partial(_similar, key="cka", threshold=x) for x in (0.98, 0.99, 0.995)},
+    **{f"token-cka-{x}": partial(_similar, key="token_cka", threshold=x) for x in (0.98, 0.99, 0.995)},
+    "settled": lambda tensors: settled(tensors["cka"]),
+    **{f"rewind-cost-{x}": partial(cheap_to_rewind, threshold=x) for x in (0.02, 0.05)},
+    **{f"rewind-shift-{x}": partial(same_to_rewind, threshold=x) for x in (0.01, 0.03)},
+}

@@ -2,7 +2,7 @@
 
 from ..config import SmartFRZConfig
 from ..predictor import SmartFRZPredictor, load_predictor
-from .base import Decision, Observation, Policy, planned_rates, rate_and_rest
+from .base import Decision, LearningRates, Observation, Policy
 from .linear import LinearPolicy
 from .never import NeverPolicy
 from .smartfrz import SmartFRZPolicy
@@ -10,6 +10,7 @@ from .static import StaticPolicy
 
 __all__ = [
     "Decision",
+    "LearningRates",
     "LinearPolicy",
     "NeverPolicy",
     "Observation",
@@ -17,8 +18,6 @@ __all__ = [
     "SmartFRZPolicy",
     "StaticPolicy",
     "make_policy",
-    "planned_rates",
-    "rate_and_rest",
 ]
 
 

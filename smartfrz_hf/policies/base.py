@@ -1,11 +1,49 @@
 """What a policy is told, and what it answers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..history import WeightHistory
+
+TINY = 1e-300
+
+
+class LearningRates:
+    """
+    The learning rate over a run, relative to its peak, and how much of it is spent.
+
+    Args:
+        rates (`Sequence[float]`): at equal distances from the start of the run to its end, in any unit.
+
+    Attributes:
+        relative (`torch.Tensor` of shape `(len(rates),)`): each rate as a fraction of the peak.
+        spent (`torch.Tensor` of shape `(len(rates),)`): share of the summed rate that lies before each.
+    """
+
+    def __init__(self, rates: Sequence[float]):
+        values = torch.tensor(rates, dtype=torch.float64)
+        before = values.cumsum(0) - values
+        self.relative = (values / values.max().clamp(min=TINY)).float()
+        self.spent = (before / values.sum().clamp(min=TINY)).float()
+
+    @classmethod
+    def planned(cls, scheduler: LRScheduler | None, max_steps: int) -> "LearningRates":
+        """
+        The rate before each step of a run, as far as it is known in advance.
+
+        Args:
+            scheduler (`torch.optim.lr_scheduler.LRScheduler`): the run's. Schedules of Transformers are `LambdaLR`s and
+                tell their future; any other one is taken as constant.
+            max_steps (`int`): optimizer steps of the run; there is one more rate than steps.
+        """
+        scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's wrapper
+        if isinstance(scheduler, LambdaLR):
+            return cls([float(scheduler.lr_lambdas[0](step)) for step in range(max_steps + 1)])
+        return cls([1.0] * (max_steps + 1))
 
 
 @dataclass(frozen=True)
@@ -18,18 +56,16 @@ class Observation:
         max_steps (`int`): optimizer steps of the run.
         depth (`int`): frozen units.
         trainable (`list[bool]`): per unit, whether it had anything to train at the start of the run.
+        rates ([`LearningRates`]): before each step of the run.
         history ([`WeightHistory`], *optional*): given to a policy that asks for it.
-        learning_rate (`float`): now, as a fraction of the run's peak.
-        learning_rate_left (`float`): share of the run's summed learning rate that is still to come.
     """
 
     step: int
     max_steps: int
     depth: int
     trainable: list[bool]
+    rates: LearningRates
     history: WeightHistory | None = None
-    learning_rate: float = 1.0
-    learning_rate_left: float = 1.0
 
     @property
     def units(self) -> int:
@@ -70,33 +106,3 @@ class Policy(ABC):
     @abstractmethod
     def decide(self, observation: Observation) -> Decision:
         """Answer a freezing stage; called once before the first step, too."""
-
-
-def planned_rates(scheduler: LRScheduler | None, max_steps: int) -> list[float]:
-    """
-    The learning rate before each step of a run, as far as it is known in advance.
-
-    Args:
-        scheduler (`torch.optim.lr_scheduler.LRScheduler`): the run's. Schedules of Transformers are `LambdaLR`s and
-            tell their future; any other one is taken as constant.
-        max_steps (`int`): optimizer steps of the run.
-
-    Returns:
-        `list[float]`: `max_steps + 1` relative rates.
-    """
-    scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's wrapper
-    if isinstance(scheduler, LambdaLR):
-        return [float(scheduler.lr_lambdas[0](step)) for step in range(max_steps + 1)]
-    return [1.0] * (max_steps + 1)
-
-
-def rate_and_rest(rates: list[float], step: int) -> tuple[float, float]:
-    """
-    `learning_rate` and `learning_rate_left` of an [`Observation`].
-
-    Args:
-        rates (`list[float]`): rates at equal distances over the whole run.
-        step (`int`): index of the present one.
-    """
-    peak, total = max(rates), sum(rates)
-    return (rates[step] / peak if peak else 0.0, sum(rates[step:]) / total if total else 0.0)

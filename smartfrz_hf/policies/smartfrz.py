@@ -5,6 +5,7 @@ from transformers.utils import logging
 
 from ..history import WeightHistory
 from ..predictor import SmartFRZPredictor
+from ..predictor.inputs import contexts
 from .base import Decision, Observation, Policy
 
 logger = logging.get_logger(__name__)
@@ -40,7 +41,7 @@ class SmartFRZPolicy(Policy):
         history, depth = observation.history, observation.depth
         if history is None or history.filled < LEAST_SNAPSHOTS or depth == observation.units:
             return Decision(depth, "not enough history")
-        if observation.progress < EARLY and observation.learning_rate >= PEAK:
+        if observation.progress < EARLY and observation.rates.relative[observation.step] >= PEAK:
             return Decision(depth, "early in the run and near the peak of the learning rate")
         if not torch.isfinite(history.snapshots()[depth:]).all():
             if not self._warned:
@@ -59,19 +60,15 @@ class SmartFRZPolicy(Policy):
     @torch.no_grad()
     def score(self, observation: Observation, history: WeightHistory) -> list[float]:
         """Probability, per active unit, that it has converged."""
-        depth, units = observation.depth, observation.units
-        context = torch.tensor(
-            [
-                [unit / max(1, units - 1), observation.progress, observation.learning_rate]
-                + [observation.learning_rate_left]
-                for unit in range(depth, units)
-            ]
+        depth, device = observation.depth, self.predictor.device
+        rates = observation.rates
+        steps = torch.tensor(history.steps[-history.filled :])
+        spent = torch.cat([torch.zeros(history.window - history.filled), rates.spent[steps]])
+        features, usable = self.predictor.read(
+            history.snapshots()[depth:].to(device),
+            history.start[depth:].to(device),
+            history.mask().to(device),
+            spent.to(device),
         )
-        device = self.predictor.device
-        output = self.predictor(
-            snapshots=history.snapshots()[depth:].to(device),
-            start=history.start[depth:].to(device),
-            mask=history.mask().expand(units - depth, -1).to(device),
-            context=context.to(device),
-        )
-        return output.probabilities.tolist()
+        context = contexts(observation.units, observation.progress, rates.relative[observation.step], spent[-1])
+        return self.predictor(features, usable, context[depth:].to(device)).probabilities.tolist()

@@ -1,13 +1,16 @@
 """Configuration of the predictor."""
 
+from dataclasses import field
+
 from transformers import PreTrainedConfig
 from transformers.utils import logging
+
+from .inputs import CONTEXT, DYNAMICS
 
 logger = logging.get_logger(__name__)
 
 FORMS = ("dynamics", "weights")
-DYNAMICS = 8
-CONTEXT = 4
+OPERATING_POINTS = {"conservative": 0.9, "balanced": 0.7, "aggressive": 0.5}
 
 
 class SmartFRZPredictorConfig(PreTrainedConfig):
@@ -21,9 +24,13 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             samples, together with where in the run and in the model the unit stands.
         window (`int`, *optional*, defaults to `20`): snapshots in a history.
         samples (`int`, *optional*, defaults to `1024`): sampled weights in a snapshot.
-        encoder_size (`int`, *optional*, defaults to `8`): width of the hidden layers of the query, key and value MLPs.
-        attention_size (`int`, *optional*, defaults to `4`): size of queries, keys and values.
-        head_size (`int`, *optional*, defaults to `8`): width of the hidden layers of the head.
+        encoder_size (`int`, *optional*, defaults to `16`): width of the hidden layers of the query, key and value MLPs.
+        attention_size (`int`, *optional*, defaults to `8`): size of queries, keys and values.
+        unit_size (`int`, *optional*, defaults to `16`): size of the vector that stands for a unit (`"dynamics"` only).
+        unit_attention (`bool`, *optional*, defaults to `True`): whether units attend to each other (`"dynamics"` only).
+        head_size (`int`, *optional*, defaults to `16`): width of the hidden layers of the head.
+        operating_points (`dict[str, float]`, *optional*): probability from which a unit counts as converged, for
+            `"conservative"`, `"balanced"` and `"aggressive"` freezing.
 
     Raises:
         ValueError: `form` is unknown, or a size is below 1.
@@ -34,9 +41,12 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
     form: str = "dynamics"
     window: int = 20
     samples: int = 1024
-    encoder_size: int = 8
-    attention_size: int = 4
-    head_size: int = 8
+    encoder_size: int = 16
+    attention_size: int = 8
+    unit_size: int = 16
+    unit_attention: bool = True
+    head_size: int = 16
+    operating_points: dict[str, float] = field(default_factory=lambda: dict(OPERATING_POINTS))
 
     def __post_init__(self, **kwargs):
         known = {*dir(self), "use_cache"}  # which the Trainer writes into any configuration
@@ -49,9 +59,14 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             )
         if self.form not in FORMS:
             raise ValueError(f"`form` is {self.form!r}; it must be one of {', '.join(map(repr, FORMS))}.")
-        for name in ("window", "samples", "encoder_size", "attention_size", "head_size"):
+        for name in ("window", "samples", "encoder_size", "attention_size", "unit_size", "head_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number from 1 on.")
+        points = self.operating_points
+        if set(points) != set(OPERATING_POINTS) or not all(0 <= value <= 1 for value in points.values()):
+            raise ValueError(
+                f"`operating_points` is {points!r}; it must have a probability for each of {', '.join(OPERATING_POINTS)}."
+            )
 
     @property
     def input_size(self) -> int:

@@ -7,98 +7,68 @@ from torch import nn
 from transformers import PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .configuration import DYNAMICS, SmartFRZPredictorConfig
-
-EPSILON = 1e-12
-FLOOR = 1e-9
+from .configuration import SmartFRZPredictorConfig
+from .inputs import DYNAMICS, dynamics
 
 
 @dataclass
 class SmartFRZPredictorOutput(ModelOutput):
     """
-    Output of [`SmartFRZPredictor`].
+    Output of [`SmartFRZPredictor`]; all shapes may have further dimensions in front.
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): binary cross-entropy, when labels are given.
         logits (`torch.Tensor` of shape `(units,)`): log-odds that the unit has converged.
         probabilities (`torch.Tensor` of shape `(units,)`): their sigmoid.
         attentions (`torch.Tensor` of shape `(units, window)`): weight of each snapshot; sums to 1.
+        unit_attentions (`torch.Tensor` of shape `(units, units)`, *optional*): weight of each unit to each; sums to 1.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     probabilities: torch.Tensor | None = None
     attentions: torch.Tensor | None = None
+    unit_attentions: torch.Tensor | None = None
 
 
-def dynamics(snapshots: torch.Tensor, start: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    r"""
-    How the sampled weights move, in quantities that know neither their scale, their order nor their number.
-
-    With \\(w_t\\) the snapshot, \\(w_0\\) the one at the start of the run, \\(w_T\\) the last one and
-    \\(u_t = w_t - w_{t-1}\\), the eight quantities of a snapshot are
-
-    1. \\(\log_{10} \|u_t\| / \|w_T\|\\), the relative size of the update;
-    2. \\(\cos(u_t, u_{t-1})\\), whether updates agree;
-    3. \\(\log_{10} \|w_T - w_t\| / \|w_T\|\\), the way since then;
-    4. \\(\log_{10} \|w_t - w_0\| / \|w_T\|\\), the displacement from the start;
-    5. \\(\cos(u_t, w_T - w_0)\\), whether the update goes the way of the whole run;
-    6. \\(\|w_T - w_t\| / \sum_{s>t} \|u_s\|\\), the straightness of the path since then;
-    7. \\(\log_{10} \|u_t\| / \overline{\|u\|}\\), the update against the window's mean;
-    8. the snapshot's age, as a fraction of the window.
-
-    Args:
-        snapshots (`torch.Tensor` of shape `(units, window, samples)`): oldest first.
-        start (`torch.Tensor` of shape `(units, samples)`): the snapshot at the start of the run.
-        mask (`torch.Tensor` of shape `(units, window)`, `bool`): which snapshots have a real one before them.
-
-    Returns:
-        `torch.Tensor` of shape `(units, window, 8)`; zero where the mask is off.
-    """
-    real = mask.to(snapshots.dtype)
-    last = snapshots[:, -1:]
-    update = (snapshots - snapshots.roll(1, 1)) * real.unsqueeze(-1)
-    size = update.norm(dim=-1)
-    norm = last.norm(dim=-1).clamp(min=EPSILON)
-    since, displaced, whole = last - snapshots, snapshots - start.unsqueeze(1), last - start.unsqueeze(1)
-    path = size.flip(1).cumsum(1).flip(1) - size  # what was walked after each snapshot
-    mean = (size * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
-
-    def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=EPSILON)
-
-    window = snapshots.shape[1]
-    age = torch.arange(window - 1, -1, -1, device=snapshots.device, dtype=snapshots.dtype) / window
-    features = torch.stack(
-        [
-            (size / norm).clamp(min=FLOOR).log10(),
-            cosine(update, update.roll(1, 1) * real.roll(1, 1).unsqueeze(-1)),
-            (since.norm(dim=-1) / norm).clamp(min=FLOOR).log10(),
-            (displaced.norm(dim=-1) / norm).clamp(min=FLOOR).log10(),
-            cosine(update, whole),
-            since.norm(dim=-1) / path.clamp(min=EPSILON),
-            (size / mean.clamp(min=EPSILON)).clamp(min=FLOOR).log10(),
-            age.expand_as(size),
-        ],
-        dim=-1,
-    )
-    return features * real.unsqueeze(-1)
-
-
-def _mlp(*sizes: int) -> nn.Sequential:
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers of these sizes with a ReLU between each two."""
     layers: list[nn.Module] = []
     for inputs, outputs in zip(sizes, sizes[1:], strict=False):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Scaled dot-product attention.
+
+    Args:
+        query (`torch.Tensor` of shape `(..., queries, size)`): what asks.
+        keys (`torch.Tensor` of shape `(..., places, size)`): what is compared with it.
+        values (`torch.Tensor` of shape `(..., places, features)`): what is found.
+        mask (`torch.Tensor` of shape `(..., places)`, `bool`): where to look.
+
+    Returns:
+        `tuple`: what is found, `(..., queries, features)`, and the weights, `(..., queries, places)`.
+    """
+    scores = query @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5
+    weights = scores.masked_fill(~mask.unsqueeze(-2), torch.finfo(scores.dtype).min).softmax(-1)
+    return weights @ values, weights
+
+
 class SmartFRZPredictor(PreTrainedModel):
     """
-    Says how likely it is that each unit's representation already is what it will be at the end of the run.
+    Says how likely it is that each unit has converged, so that the front of the model may freeze up to it.
 
     Three MLPs turn each snapshot of a unit into a query, a key and a value. The query of the last snapshot alone
-    attends over the window, so that a decision costs time linear in it; a small MLP makes the log-odds of what
-    attention gives. Units are scored independently of each other.
+    attends over the window, so that a decision costs time linear in it (SmartFRZ, section 3.2). With `form="weights"`, a
+    small MLP makes the log-odds of what attention gives, each unit for itself, as in the paper. With
+    `form="dynamics"`, what attention gives and where in the run and in the model the unit stands become one vector a
+    unit; the units of a model attend to each other, since none can settle before what feeds it; and an MLP makes the
+    log-odds.
 
     Args:
         config ([`SmartFRZPredictorConfig`]): form and sizes.
@@ -116,19 +86,26 @@ class SmartFRZPredictor(PreTrainedModel):
 
     config_class = SmartFRZPredictorConfig
     base_model_prefix = "predictor"
-    main_input_name = "snapshots"
+    main_input_name = "features"
     config: SmartFRZPredictorConfig
     feature_mean: torch.Tensor
     feature_std: torch.Tensor
+    temperature: torch.Tensor
 
     def __init__(self, config: SmartFRZPredictorConfig):
         super().__init__(config)
         sizes = (config.input_size, config.encoder_size, config.encoder_size, config.attention_size)
-        self.query, self.key, self.value = _mlp(*sizes), _mlp(*sizes), _mlp(*sizes)
-        self.head = _mlp(config.attention_size + config.context_size, config.head_size, config.head_size, 1)
+        self.query, self.key, self.value = mlp(*sizes), mlp(*sizes), mlp(*sizes)
+        found = config.attention_size + config.context_size
         if config.form == "dynamics":
             self.register_buffer("feature_mean", torch.zeros(DYNAMICS))
             self.register_buffer("feature_std", torch.ones(DYNAMICS))
+            self.join = mlp(found, config.unit_size, config.unit_size)
+            found = config.unit_size
+            if config.unit_attention:
+                self.unit_query, self.unit_key, self.unit_value = (nn.Linear(found, found) for _ in range(3))
+        self.head = mlp(found, config.head_size, config.head_size, 1)
+        self.register_buffer("temperature", torch.ones(()))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -144,50 +121,66 @@ class SmartFRZPredictor(PreTrainedModel):
 
         return load_predictor()
 
-    def encode(self, snapshots: torch.Tensor, start: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """What enters the query, key and value MLPs: `torch.Tensor` of shape `(units, window, input_size)`."""
-        if self.config.form == "weights":
-            return snapshots
-        return (dynamics(snapshots, start, mask) - self.feature_mean) / self.feature_std
+    def read(
+        self, snapshots: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, spent: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What a history is to the network.
 
-    def usable(self, mask: torch.Tensor) -> torch.Tensor:
-        """The snapshots that attention may look at: for dynamics, those with a real one before them."""
+        Args:
+            snapshots (`torch.Tensor` of shape `(units, window, samples)`): oldest first.
+            start (`torch.Tensor` of shape `(units, samples)`): the snapshot at the start of the run.
+            mask (`torch.Tensor` of shape `(window,)`, `bool`): which snapshots are real; the last two must be.
+            spent (`torch.Tensor` of shape `(window,)`): share of the summed learning rate spent before each snapshot.
+
+        Returns:
+            `tuple`: `features` `(units, window, input_size)`, and `usable` `(units, window)`, where there are any: for
+            dynamics, at snapshots with a real one before them.
+        """
         if self.config.form == "weights":
-            return mask
-        return mask & torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
+            return snapshots * mask.unsqueeze(-1), mask.expand(len(snapshots), -1)
+        usable = mask & torch.cat([torch.zeros_like(mask[:1]), mask[:-1]])
+        return dynamics(snapshots, start, usable, spent), usable.expand(len(snapshots), -1)
 
     def forward(
         self,
-        snapshots: torch.Tensor,
-        start: torch.Tensor,
-        mask: torch.Tensor,
+        features: torch.Tensor,
+        usable: torch.Tensor,
         context: torch.Tensor,
+        active: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> SmartFRZPredictorOutput:
         """
-        Score units.
+        Score the units of one freezing stage, or, with one more dimension in front, of many.
 
         Args:
-            snapshots (`torch.Tensor` of shape `(units, window, samples)`): histories, oldest snapshot first.
-            start (`torch.Tensor` of shape `(units, samples)`): the snapshot at the start of the run.
-            mask (`torch.Tensor` of shape `(units, window)`, `bool`): which snapshots are real; the last must be.
+            features (`torch.Tensor` of shape `(units, window, input_size)`): histories, as `read` gives them.
+            usable (`torch.Tensor` of shape `(units, window)`, `bool`): which snapshots attention may look at.
             context (`torch.Tensor` of shape `(units, 4)`): relative depth, progress, learning rate relative to its
                 peak, and the share of the summed learning rate still to come.
-            labels (`torch.Tensor` of shape `(units,)`, *optional*): 1 for converged, 0 for not.
+            active (`torch.Tensor` of shape `(units,)`, `bool`, *optional*): which units there are. All when not given.
+            labels (`torch.Tensor` of shape `(units,)`, *optional*): 1 for converged, 0 for not, or between.
 
         Returns:
             [`SmartFRZPredictorOutput`]
         """
-        usable = self.usable(mask)
-        encoded = self.encode(snapshots, start, usable)
-        query, keys, values = self.query(encoded[:, -1]), self.key(encoded), self.value(encoded)
-        scores = (keys * query.unsqueeze(1)).sum(-1) / self.config.attention_size**0.5
-        attentions = scores.masked_fill(~usable, float("-inf")).softmax(-1)
-        attended = (attentions.unsqueeze(-1) * values).sum(1)
-        if self.config.context_size:
-            attended = torch.cat([attended, context], dim=-1)
-        logits = self.head(attended).squeeze(-1)
+        active = torch.ones_like(context[..., 0], dtype=torch.bool) if active is None else active
+        unit_attentions = None
+        if self.config.form == "dynamics":
+            features = (features - self.feature_mean) / self.feature_std * usable.unsqueeze(-1)
+        query, keys, values = self.query(features[..., -1:, :]), self.key(features), self.value(features)
+        found, attentions = attend(query, keys, values, usable)
+        found = found.squeeze(-2)
+        if self.config.form == "dynamics":
+            found = self.join(torch.cat([found, context], dim=-1))
+            if self.config.unit_attention:
+                shared, unit_attentions = attend(
+                    self.unit_query(found), self.unit_key(found), self.unit_value(found), active
+                )
+                found = found + shared
+        logits = self.head(found).squeeze(-1) / self.temperature
         loss = None
         if labels is not None:
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        return SmartFRZPredictorOutput(loss, logits, logits.sigmoid(), attentions)
+            wanted = labels.to(logits.dtype)
+            loss = nn.functional.binary_cross_entropy_with_logits(logits[active], wanted[active])
+        return SmartFRZPredictorOutput(loss, logits, logits.sigmoid(), attentions.squeeze(-2), unit_attentions)

@@ -1,10 +1,12 @@
-"""The predictor in plain loops over floats, line by line as the paper describes it. Slow; for tests."""
+"""The predictor in plain loops over floats, line by line as it is described. Slow; for tests."""
 
 import math
 
-from .modeling import EPSILON, FLOOR, SmartFRZPredictor
+from .inputs import EPSILON, LEAST, MOST
+from .modeling import SmartFRZPredictor
 
 Vector = list[float]
+Layers = list[tuple[list[Vector], Vector]]
 
 
 def _norm(a: Vector) -> float:
@@ -15,47 +17,67 @@ def _minus(a: Vector, b: Vector) -> Vector:
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
+def _dot(a: Vector, b: Vector) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
 def _cosine(a: Vector, b: Vector) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True)) / max(_norm(a) * _norm(b), EPSILON)
+    return _dot(a, b) / max(_norm(a) * _norm(b), EPSILON)
 
 
-def _log(x: float) -> float:
-    return math.log10(max(x, FLOOR))
+def _log_ratio(a: float, b: float) -> float:
+    return math.log10(min(max(a / max(b, EPSILON), LEAST), MOST))
 
 
-def _mlp(layers: list[tuple[list[Vector], Vector]], x: Vector) -> Vector:
+def _mlp(layers: Layers, x: Vector) -> Vector:
     """Linear layers with a ReLU between each two."""
     for i, (weight, bias) in enumerate(layers):
-        x = [sum(w * v for w, v in zip(row, x, strict=True)) + b for row, b in zip(weight, bias, strict=True)]
+        x = [_dot(row, x) + b for row, b in zip(weight, bias, strict=True)]
         if i + 1 < len(layers):
             x = [max(0.0, v) for v in x]
     return x
 
 
-def dynamics_reference(history: list[Vector], start: Vector, usable: list[bool]) -> list[Vector]:
-    """The eight scale-free quantities of each snapshot of one unit; see [`~predictor.modeling.dynamics`]."""
+def _attend(query: Vector, keys: list[Vector], values: list[Vector], mask: list[bool]) -> tuple[Vector, Vector]:
+    """Scaled dot-product attention of one query."""
+    scores = [
+        _dot(query, key) / math.sqrt(len(query)) if on else -math.inf for key, on in zip(keys, mask, strict=True)
+    ]
+    weights = [math.exp(score - max(scores)) for score in scores]
+    weights = [weight / sum(weights) for weight in weights]
+    found = [sum(w * value[i] for w, value in zip(weights, values, strict=True)) for i in range(len(values[0]))]
+    return found, weights
+
+
+def dynamics_reference(history: list[Vector], start: Vector, usable: list[bool], spent: Vector) -> list[Vector]:
+    """The ten scale-free quantities of each snapshot of one unit; see [`~predictor.inputs.dynamics`]."""
     last, window = history[-1], len(history)
     zero = [0.0] * len(start)
     updates = [_minus(history[t], history[t - 1]) if usable[t] else zero for t in range(window)]
-    norm = max(_norm(last), EPSILON)
+    budget = [spent[t] - spent[t - 1] if usable[t] else 0.0 for t in range(window)]
+    norm = _norm(last)
     mean = sum(_norm(u) for u in updates) / max(1, sum(usable))
+    mean_speed = sum(_norm(u) for u in updates) / max(sum(budget), EPSILON)
     rows = []
     for t in range(window):
         if not usable[t]:
-            rows.append([0.0] * 8)
+            rows.append([0.0] * 10)
             continue
-        before = updates[t - 1] if usable[t - 1] else zero
-        since = _norm(_minus(last, history[t]))
-        path = sum(_norm(updates[s]) for s in range(t + 1, window))
+        size = _norm(updates[t])
+        since = _norm(_minus(last, history[t - 1]))
+        path = sum(_norm(updates[s]) for s in range(t, window))
+        to_come = since / max(sum(budget[t:]), EPSILON) * (1 - spent[-1])
         rows.append(
             [
-                _log(_norm(updates[t]) / norm),
-                _cosine(updates[t], before),
-                _log(since / norm),
-                _log(_norm(_minus(history[t], start)) / norm),
+                _log_ratio(size, norm),
+                _log_ratio(size, mean),
+                _log_ratio(size / max(budget[t], EPSILON), mean_speed),
+                _cosine(updates[t], updates[t - 1] if usable[t - 1] else zero),
                 _cosine(updates[t], _minus(last, start)),
+                _log_ratio(_norm(_minus(history[t], start)), norm),
+                _log_ratio(since, norm),
                 since / max(path, EPSILON),
-                _log(_norm(updates[t]) / max(mean, EPSILON)),
+                _log_ratio(to_come, _norm(_minus(last, start))),
                 (window - 1 - t) / window,
             ]
         )
@@ -63,49 +85,52 @@ def dynamics_reference(history: list[Vector], start: Vector, usable: list[bool])
 
 
 def predict_reference(
-    predictor: SmartFRZPredictor, history: list[Vector], start: Vector, mask: list[bool], context: Vector
-) -> tuple[float, Vector]:
+    predictor: SmartFRZPredictor,
+    histories: list[list[Vector]],
+    starts: list[Vector],
+    mask: list[bool],
+    spent: Vector,
+    contexts: list[Vector],
+) -> tuple[Vector, list[Vector]]:
     """
-    Score one unit.
+    Score the units of one freezing stage.
 
     Args:
         predictor ([`SmartFRZPredictor`]): gives the weights.
-        history (`list[list[float]]`): `window` snapshots of `samples` weights, oldest first.
-        start (`list[float]`): the snapshot at the start of the run.
+        histories (`list[list[list[float]]]`): per unit, `window` snapshots of `samples` weights, oldest first.
+        starts (`list[list[float]]`): per unit, the snapshot at the start of the run.
         mask (`list[bool]`): which snapshots are real.
-        context (`list[float]`): the unit's context.
+        spent (`list[float]`): share of the summed learning rate spent before each snapshot.
+        contexts (`list[list[float]]`): per unit, its context.
 
     Returns:
-        `tuple[float, list[float]]`: the logit, and the attention over the window.
+        `tuple[list[float], list[list[float]]]`: per unit, the logit, and the attention over the window.
     """
 
-    def layers(name: str) -> list[tuple[list[Vector], Vector]]:
-        linear = [m for m in getattr(predictor, name) if hasattr(m, "weight")]
+    def layers(name: str) -> Layers:
+        module = getattr(predictor, name)
+        linear = [m for m in module.modules() if hasattr(m, "weight")]
         return [(m.weight.tolist(), m.bias.tolist()) for m in linear]
 
-    window = len(history)
-    if predictor.config.form == "weights":
-        usable, encoded = mask, history
-    else:
-        usable = [mask[t] and t > 0 and mask[t - 1] for t in range(window)]
-        mean, std = predictor.feature_mean.tolist(), predictor.feature_std.tolist()
-        encoded = [
-            [(x - m) / s for x, m, s in zip(row, mean, std, strict=True)]
-            for row in dynamics_reference(history, start, usable)
-        ]
-    query = _mlp(layers("query"), encoded[-1])
-    scores: Vector = []
-    for t in range(window):
-        key = _mlp(layers("key"), encoded[t])
-        dot = sum(q * k for q, k in zip(query, key, strict=True)) / math.sqrt(len(query))
-        scores.append(dot if usable[t] else -math.inf)
-    highest = max(scores)
-    weights = [math.exp(score - highest) for score in scores]
-    attention = [weight / sum(weights) for weight in weights]
-    attended = [0.0] * len(query)
-    for t in range(window):
-        value = _mlp(layers("value"), encoded[t])
-        attended = [a + attention[t] * v for a, v in zip(attended, value, strict=True)]
-    if predictor.config.form == "dynamics":
-        attended = attended + context
-    return _mlp(layers("head"), attended)[0], attention
+    config, window = predictor.config, len(mask)
+    found, attentions = [], []
+    for history, start, context in zip(histories, starts, contexts, strict=True):
+        if config.form == "weights":
+            usable, encoded = mask, history
+        else:
+            usable = [mask[t] and t > 0 and mask[t - 1] for t in range(window)]
+            mean, std = predictor.feature_mean.tolist(), predictor.feature_std.tolist()
+            encoded = [
+                [(x - m) / s for x, m, s in zip(row, mean, std, strict=True)]
+                for row in dynamics_reference(history, start, usable, spent)
+            ]
+        keys, values = [_mlp(layers("key"), x) for x in encoded], [_mlp(layers("value"), x) for x in encoded]
+        seen, attention = _attend(_mlp(layers("query"), encoded[-1]), keys, values, usable)
+        found.append(seen if config.form == "weights" else _mlp(layers("join"), seen + context))
+        attentions.append(attention)
+    if config.form == "dynamics" and config.unit_attention:
+        query, key, value = ([_mlp(layers(f"unit_{name}"), x) for x in found] for name in ("query", "key", "value"))
+        shared = [_attend(q, key, value, [True] * len(found))[0] for q in query]
+        found = [[x + y for x, y in zip(a, b, strict=True)] for a, b in zip(found, shared, strict=True)]
+    temperature = float(predictor.temperature)
+    return [_mlp(layers("head"), x)[0] / temperature for x in found], attentions
