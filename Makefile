@@ -12,10 +12,10 @@ export TOKENIZERS_PARALLELISM := false
 .NOTPARALLEL:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench-demo bench-step check format clean
+.PHONY: help demo test bench-demo bench-step bench-regret predictor predictor-smoke check format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Fine-tune a small model with and without freezing, on the CPU
 	$(BIN)/python examples/demo.py
@@ -31,6 +31,23 @@ bench-step: $(VENV)/.stamp-bench $(VENV)/.stamp-assets ## Time steps, the activa
 	$(BIN)/python benchmarks/cached_run.py
 	$(BIN)/python benchmarks/cached_run.py --padding max_length
 	$(BIN)/python benchmarks/cache_store.py
+
+bench-regret: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## What labels say of the cost of a freeze, into benchmarks/results; DATA_DIR=... for local data
+	$(BIN)/python benchmarks/regret.py $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+
+predictor: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## Make the shipped predictor from raw runs (hours); DATA_DIR=... for local data
+	$(BIN)/smartfrz harvest benchmarks/harvest/base.json --out runs/base --processes 2 $(if $(DATA_DIR),--data-dir $(DATA_DIR))
+	$(BIN)/smartfrz evaluate runs/base --out benchmarks/results/predictor.json
+	$(BIN)/smartfrz fit runs/base --evaluation benchmarks/results/predictor.json --out predictor_weights/smartfrz-base
+
+predictor-smoke: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## The same road in minutes, on tiny models and data from packages
+	$(BIN)/python benchmarks/smoke_data.py runs/smoke/data
+	$(BIN)/smartfrz harvest benchmarks/harvest/smoke.json --out runs/smoke/harvest --processes 2 --data-dir runs/smoke/data
+	$(BIN)/smartfrz evaluate runs/smoke/harvest --out runs/smoke/evaluation.json
+	$(BIN)/smartfrz fit runs/smoke/harvest --evaluation runs/smoke/evaluation.json --out runs/smoke/predictor
+
+# The full harvest fetches its data from the Hub unless it is told where copies are.
+predictor bench-regret: export HF_HUB_OFFLINE := $(if $(DATA_DIR),1,0)
 
 check: $(VENV)/.stamp-dev ## Check format, lint and types
 	$(BIN)/ruff format --check

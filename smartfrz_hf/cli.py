@@ -1,4 +1,4 @@
-"""The command line: `smartfrz harvest` records training runs, `fit` makes a predictor of them, `push` shares it."""
+"""The command line: `smartfrz harvest` records training runs, `evaluate` and `fit` make a predictor of them, `push` shares it."""
 
 import json
 from importlib import import_module
@@ -7,6 +7,8 @@ from types import ModuleType
 from typing import Annotated
 
 import typer
+
+DEFAULT_LABEL = "rewind-shift-0.03"
 
 app = typer.Typer(help="Adaptive layer freezing for Hugging Face Transformers.", no_args_is_help=True)
 
@@ -48,48 +50,51 @@ def harvest(
 
 
 @app.command()
-def fit(
+def evaluate(
     runs: Annotated[Path, typer.Argument(help="Folder that `smartfrz harvest` filled.", exists=True, file_okay=False)],
-    out: Annotated[Path, typer.Option(help="Folder that gets the predictor and its model card.")],
-    hold_out_family: Annotated[
-        list[str] | None, typer.Option(help="Model family kept out of training, such as resnet; may be repeated.")
-    ] = None,
-    hold_out_task: Annotated[
-        list[str] | None, typer.Option(help="Data set kept out of training, such as glue/cola; may be repeated.")
-    ] = None,
-    cka: Annotated[float, typer.Option(min=0, max=1, help="CKA from which a unit has settled in any case.")] = 0.9998,
-    change_left: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of its change that a settled unit may still have to come.")
-    ] = 0.01,
+    out: Annotated[Path, typer.Option(help="JSON file that gets what was measured; two charts go beside it.")],
+    label: Annotated[
+        str, typer.Option(help="What counts as converged, such as cka-0.99, settled or rewind-shift-0.03.")
+    ] = DEFAULT_LABEL,
     form: Annotated[str, typer.Option(help="What a snapshot is to the predictor: dynamics or weights.")] = "dynamics",
     window: Annotated[int, typer.Option(min=2, help="Snapshots in a history.")] = 20,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 30,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and the order of the rows.")] = 0,
-    results: Annotated[Path | None, typer.Option(help="JSON file that gets what was measured.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Sampled weights in a snapshot.")] = 1024,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the freezing stages.")] = 30,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and the order of the stages.")] = 0,
 ) -> None:
-    """Fit a predictor to recorded runs, judge it on what was held out, and write it with its model card."""
+    """Leave each model family, and each data set, out once; judge predictors and simple rules there."""
+    from .predictor import SmartFRZPredictorConfig
+
+    judging, options = _open("judge"), _open("fit").FitOptions(epochs=epochs, seed=seed)
     try:
-        summary = _open("fit").fit_and_judge(
-            runs,
-            out,
-            set(hold_out_family or []),
-            set(hold_out_task or []),
-            cka,
-            change_left,
-            form,
-            window,
-            epochs,
-            seed,
-        )
+        config = SmartFRZPredictorConfig(form=form, window=window, samples=samples)
+        found = judging.judge(runs, label, config, options)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
-    if results is not None:
-        results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(json.dumps(summary, indent=2) + "\n")
-    for name, part in (("training", summary["training"]), ("held out", summary["held_out"])):
-        typer.echo(f"{name:>9}: {part['rows']} rows, AUC {part['auc']:.3f}, average precision {part['ap']:.3f}")
-    for rule, part in summary["held_out"]["rules"].items():
-        typer.echo(f"{'rule':>9}: AUC {part['auc']:.3f}, average precision {part['ap']:.3f}  {rule}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=2) + "\n")
+    _open("charts").draw_charts(found, out.parent, prefix=f"{out.stem}_")
+    for name in judging.GROUPS:
+        entries = [("predictor", found[name]), *found[name]["rules"].items()]
+        typer.echo(f"\n{name.replace('_', ' ')}: {found[name]['rows']} rows")
+        for rule, part in entries:
+            typer.echo(f"  AUC {part['auc']:.3f}, average precision {part['ap']:.3f}  {rule}")
+
+
+@app.command()
+def fit(
+    runs: Annotated[Path, typer.Argument(help="Folder that `smartfrz harvest` filled.", exists=True, file_okay=False)],
+    evaluation: Annotated[
+        Path, typer.Option(help="What `smartfrz evaluate` wrote of these runs.", exists=True, dir_okay=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder that gets the predictor, its model card and charts.")],
+) -> None:
+    """Fit a predictor to all runs, in the way that was evaluated, and write it with its model card."""
+    try:
+        _open("judge").make(runs, json.loads(evaluation.read_text()), out)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise typer.BadParameter(f"{error}") from error
+    typer.echo(f"{out} holds the predictor; load it with SmartFRZConfig(predictor={str(out)!r}).")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+OPERATING_POINTS = ("conservative", "balanced", "aggressive")
 POLICIES = ("linear", "never", "smartfrz", "static")
 FROZEN_DTYPES = ("float16", "bfloat16")
 CACHE_DTYPES = ("exact", "float16", "bfloat16", "int8")
@@ -32,8 +33,11 @@ class SmartFRZConfig:
             Hub id or folder of the predictor. The one inside the package is used when it is not given.
         predictor_revision (`str`, *optional*):
             Branch, tag or commit of the predictor on the Hub.
-        freeze_threshold (`float`, *optional*, defaults to `0.5`):
-            Probability from which a unit counts as converged, within `[0, 1]`.
+        operating_point (`str`, *optional*, defaults to `"balanced"`):
+            How soon a unit counts as converged: `"conservative"`, `"balanced"` or `"aggressive"`. The probability that
+            each stands for comes with the predictor, and what each cost on runs held out is in its model card.
+        freeze_threshold (`float`, *optional*):
+            Probability from which a unit counts as converged, within `[0, 1]`, instead of the operating point's.
         max_depth (`int`, *optional*):
             Most units that may freeze, counted from the front, stem included. No limit when it is not given.
 
@@ -104,8 +108,13 @@ class SmartFRZConfig:
     predictor_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the predictor on the Hub."}
     )
-    freeze_threshold: float = field(
-        default=0.5, metadata={"help": "Probability, within [0, 1], from which a unit counts as converged."}
+    operating_point: str = field(
+        default="balanced",
+        metadata={"help": "How soon a unit counts as converged.", "choices": list(OPERATING_POINTS)},
+    )
+    freeze_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Probability from which a unit counts as converged. Default: the operating point's."},
     )
     max_depth: int | None = field(
         default=None, metadata={"help": "Most units (stem included) that may freeze. Default: no limit."}
@@ -172,6 +181,9 @@ class SmartFRZConfig:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"`policy` is {self.policy!r}; it must be one of {', '.join(map(repr, POLICIES))}.")
+        if self.operating_point not in OPERATING_POINTS:
+            legal = ", ".join(map(repr, OPERATING_POINTS))
+            raise ValueError(f"`operating_point` is {self.operating_point!r}; it must be one of {legal}.")
         if self.frozen_dtype not in (None, *FROZEN_DTYPES):
             legal = ", ".join(map(repr, FROZEN_DTYPES))
             raise ValueError(f"`frozen_dtype` is {self.frozen_dtype!r}; it must be one of {legal}, or not given.")
@@ -188,7 +200,7 @@ class SmartFRZConfig:
                 )
         for name in ("freeze_threshold", "linear_start", "linear_depth"):
             value = getattr(self, name)
-            if not 0 <= value <= 1:
+            if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"`{name}` is {value}; it must lie within [0, 1].")
         if self.linear_start == 1:
             raise ValueError("`linear_start` is 1, the end of the run; it must be below 1.")

@@ -14,16 +14,18 @@ from hypothesis import strategies as st
 from training import Watcher, train
 from typer.testing import CliRunner
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks, load_predictor
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictor, find_blocks, load_predictor
 from smartfrz_hf.cli import app
 from smartfrz_hf.harvest.cka import linear_cka
-from smartfrz_hf.harvest.dataset import HistoryRows
-from smartfrz_hf.harvest.labels import rewind_cost, settled, similar
-from smartfrz_hf.harvest.record import RecordingCallback, pool, spread_tokens
+from smartfrz_hf.harvest.dataset import INPUTS, FreezingStages
+from smartfrz_hf.harvest.evaluate import PREDICTOR, HeldOut, operating_points, path_cost, summarize
+from smartfrz_hf.harvest.labels import LABELS, at_probes, rewind_cost, settled, similar
+from smartfrz_hf.harvest.record import RecordingCallback, pool, shift, spread_tokens
 from smartfrz_hf.harvest.rewind import Rewinder
 from smartfrz_hf.harvest.specs import read_specs
 from smartfrz_hf.harvest.table import PROVENANCE, RecordedRun, read_runs, write_run
 from smartfrz_hf.policies import SmartFRZPolicy
+from smartfrz_hf.predictor import SmartFRZPredictorConfig
 
 
 def test_cka_by_its_definition():
@@ -225,19 +227,20 @@ def test_harvest_resumes(harvested):
 def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path):
     """The row cut from a recorded run equals the input that the callback builds in the same run."""
     runs = read_runs(harvested[0] / "out")
-    rows = HistoryRows(runs, window=20)
-    assert {"run", "unit", "step", "labels", "snapshots", "start", "mask", "context"} == set(rows.columns)
-    steps = rows.columns["step"][rows.columns["run"] == 0].unique()
+    stages = FreezingStages(runs, SmartFRZPredictorConfig(), "cka-0.99", spacings=(1, 2))
+    assert all(len(column) == len(stages) for column in stages.columns.values())
+    resnet, vit = ([run.name for run in runs].index(name) for name in ("resnet-0", "vit-0"))
+    assert len(runs[resnet].units) == len(runs[vit].units) == 3
+    steps = stages.columns["step"][stages.columns["run"] == 0].unique()
     assert steps.min() >= 2 and steps.max() < 40
     batch = ARCHITECTURES["bert"].batch(build("bert"))
-    recorder, callback = RecordingCallback([batch], samples=1024), SmartFRZCallback(SmartFRZConfig(sampling_seed=42))
+    recorder = RecordingCallback([batch], samples=1024)
+    callback = SmartFRZCallback(SmartFRZConfig(sampling_seed=42), SmartFRZPredictor(SmartFRZPredictorConfig()))
     inputs = []
     score = SmartFRZPolicy.score
 
     def spy(self, observation, history):
-        handle = self.predictor.register_forward_pre_hook(
-            lambda module, args, kwargs: inputs.append((observation.step, kwargs)), with_kwargs=True
-        )
+        handle = self.predictor.register_forward_pre_hook(lambda module, args: inputs.append((observation.step, args)))
         try:
             score(self, observation, history)
         finally:
@@ -247,42 +250,153 @@ def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path):
     callback.policy.score = spy.__get__(callback.policy)
     train(tmp_path, [recorder, callback], max_steps=40)
     run = RecordedRun({"run": "x", "data": "y", "family": "z"}, recorder.names, recorder.result())
-    columns = HistoryRows([run], window=20).columns
+    columns = FreezingStages([run], callback.policy.predictor.config, "cka-0.99").columns
     compared = 0
-    for step, kwargs in inputs:
+    for step, args in inputs:
         at = columns["step"] == step
         if at.any():
-            for key in ("snapshots", "start", "mask", "context"):
-                torch.testing.assert_close(kwargs[key], columns[key][at], msg=f"{key} at step {step}")
+            for key, value in zip(INPUTS, args, strict=False):
+                torch.testing.assert_close(value, columns[key][at][0], msg=f"{key} at step {step}")
             compared += 1
-    assert compared > 25
+    assert compared > 20
     assert all(a[0] < b[0] for a, b in pairwise(inputs))
 
 
-def test_fit_writes_a_predictor_and_its_card(harvested, tmp_path):
-    out, results = tmp_path / "mine", tmp_path / "results.json"
-    words = ["fit", str(harvested[0] / "out"), "--out", str(out), "--hold-out-family", "resnet"]
-    result = CliRunner().invoke(app, [*words, "--change-left", "0.3", "--epochs", "2", "--results", str(results)])
+def test_units_in_front_are_left_out_at_random(harvested):
+    stages = FreezingStages(read_runs(harvested[0] / "out"), SmartFRZPredictorConfig(), "cka-0.99")
+    torch.manual_seed(0)
+    active = torch.stack([stages[0]["active"] for _ in range(20)])
+    assert active.all(), "all are there unless asked for"
+    dropping = stages.select(torch.ones(len(stages), dtype=torch.bool), drop_front=True)
+    active = torch.stack([dropping[0]["active"] for _ in range(200)])
+    assert active[:, -1].all() and 0.5 < active[:, 0].float().mean() < 0.8
+    assert (active.int().diff(dim=1) >= 0).all(), "from the front only"
+    assert len(stages.select(stages.columns["run"] == 0)) == int((stages.columns["run"] == 0).sum())
+
+
+def a_run(name="x", units=3, probes=41):
+    """A made-up run in which unit u converges at 20 % * (u + 1), when its loss is no more changed by rewinding."""
+    steps = torch.arange(probes)
+    moved = (1 - steps.unsqueeze(1) / (probes - 1) / (0.2 * torch.arange(1, units + 1))).clamp(min=0)
+    generator = torch.Generator().manual_seed(len(name))
+    weights = (1 - moved).unsqueeze(-1) * torch.randn(units, 8, generator=generator) + 1
+    tensors = {
+        "steps": steps,
+        "learning_rates": torch.ones(probes),
+        "weights": weights,
+        "probe_steps": steps,
+        "cka": 1 - 0.5 * moved,
+        "token_cka": 1 - 0.5 * moved,
+        "self_cka": 1 - moved,
+        "gradient_norms": moved + 0.1,
+        "rewind_steps": steps[:-1],
+        "rewind_losses": 1 + moved[:-1],
+        "rewind_range": torch.tensor([2.0, 1.0]),
+        "rewind_shifts": moved[:-1],
+    }
+    return RecordedRun({"run": name, "family": name, "data": name}, [f"{name}.{u}" for u in range(units)], tensors)
+
+
+def held_out_with(score):
+    """Two made-up runs, with scores made of the labels."""
+    runs = [a_run("x"), a_run("yy", units=2)]
+    stages = FreezingStages(runs, SmartFRZPredictorConfig(samples=8), "rewind-shift-0.03")
+    folds = np.array(["x", "yy"])[stages.columns["run"].numpy()]
+    return HeldOut(
+        stages, folds, {PREDICTOR: score(stages.columns["labels"].numpy()), "zero": np.zeros((len(stages), 3))}
+    )
+
+
+def test_evaluation_of_a_perfect_predictor():
+    held_out = held_out_with(lambda labels: 20 * (labels - 0.5))
+    summary = summarize(held_out)
+    assert (summary["auc"], summary["ap"], summary["moment_error"]) == (1, 1, 0) and summary["brier"] < 1e-4
+    assert summary["rules"]["zero"]["auc"] == 0.5 and summary["rules"]["zero"]["ap"] == summary["positive"]
+    assert summary["rows"] == int(held_out.active.sum()) < held_out.active.size
+    moments = held_out.moments(held_out.labels)
+    # The shift of 3 % is reached shortly before the unit stands still.
+    assert moments[0].tolist() == pytest.approx([0.2, 0.4, 0.6]) and np.isnan(moments[1, 2])
+    assert path_cost(held_out, moments).tolist() == pytest.approx([0, 0], abs=1e-6)
+    points = operating_points(held_out)
+    assert points["balanced"]["frozen"] == pytest.approx(np.mean([0.8, 0.6, 0.4, 0.8, 0.6]), abs=1e-3)
+
+
+def test_evaluation_sees_when_a_predictor_is_too_early_or_unsure():
+    unsure = held_out_with(lambda labels: 2 * (labels - 0.5) + np.random.default_rng(0).normal(0, 2, labels.shape))
+    summary = summarize(unsure)
+    assert 0.5 < summary["auc"] < 0.95 and summary["moment_error"] > 0
+    assert unsure.temperature(np.ones(len(unsure.folds), dtype=bool)) > 1, "the noise makes it too sure"
+    always = unsure.moments(np.ones_like(unsure.labels))
+    assert path_cost(unsure, always).max() > 0.5 and np.nanmax(always) < 0.1
+    never = unsure.moments(np.zeros_like(unsure.labels))
+    assert np.nanmin(never) == 1 and path_cost(unsure, never).max() == 0
+
+
+def test_what_was_measured_at_moments_is_read_off_at_probes():
+    values = at_probes(torch.tensor([[1.0, 0.4], [0.5, 0.0]]), torch.tensor([0, 4]), torch.tensor([0, 1, 4, 6, 8]))
+    torch.testing.assert_close(values.T, torch.tensor([[1, 0.875, 0.5, 0.25, 0], [0.4, 0.3, 0, 0, 0]]))
+
+
+def test_shift_of_logits_ignores_what_is_common_to_all_classes():
+    logits = torch.randn(5, 3)
+    assert shift(logits, logits + torch.randn(5, 1)) == pytest.approx(0, abs=1e-10)
+    assert shift(torch.zeros(5, 1), torch.full((5, 1), 2.0)) == 4, "a single number has no such part"
+
+
+def test_every_label_has_an_answer_for_every_probe(harvested):
+    for run in read_runs(harvested[0] / "out"):
+        for name, label in LABELS.items():
+            wanted = label(run.tensors)
+            assert wanted.shape == run.tensors["cka"].shape and wanted.dtype == torch.bool, name
+            assert wanted[-1].all(), "at the end all have converged"
+
+
+def test_evaluate_and_fit_write_a_predictor_and_its_card(harvested, tmp_path):
+    folder, runs, out, results = harvested[0], tmp_path / "runs", tmp_path / "mine", tmp_path / "results.json"
+    runs.mkdir()
+    for source, task in (("vit-0", "cifar10"), ("resnet-0", "other")):
+        (run,) = [run for run in read_runs(folder / "out") if run.name == source]
+        run.provenance["data"] = task
+        write_run(run, runs)
+    words = ["evaluate", str(runs), "--out", str(results), "--epochs", "2", "--label", "cka-0.98"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    summary = json.loads(results.read_text())
+    for part, groups in (("leave_one_family_out", {"vit", "resnet"}), ("leave_one_task_out", {"cifar10", "other"})):
+        found = summary[part]
+        assert found["rows"] > 50 and 0 <= found["auc"] <= 1 and 0 <= found["brier"] <= 1
+        assert set(found["folds"]) == groups and len(found["rules"]) == 8
+    assert summary["parameters"] < 1_000_000 and summary["decision_ms_32_blocks"] > 0
+    assert (tmp_path / "results_reliability.png").is_file() and (tmp_path / "results_rules.png").is_file()
+
+    result = CliRunner().invoke(app, ["fit", str(runs), "--evaluation", str(results), "--out", str(out)])
     assert result.exit_code == 0, result.output
     predictor = load_predictor(out)
     assert predictor.config.window == 20 and predictor.config.samples == 1024
     assert predictor.feature_std.min() > 0 and predictor.feature_mean.abs().max() > 0
-    summary = json.loads(results.read_text())
-    assert summary["training"]["rows"] > 0 and 0 <= summary["held_out"]["auc"] <= 1
-    assert {run["name"]: run["used_for"] for run in summary["runs"]} == {"resnet-0": "held out", "vit-0": "training"}
+    assert predictor.temperature == pytest.approx(summary["temperature"])
+    points = {name: point["threshold"] for name, point in summary["operating_points"].items()}
+    assert predictor.config.operating_points == points
     card = (out / "README.md").read_text()
-    assert f"| held out | {summary['held_out']['rows']} |" in card and "Held out were all runs of resnet." in card
-    callback = SmartFRZCallback(SmartFRZConfig(predictor=str(out)))
+    assert f"| vit | {summary['leave_one_family_out']['folds']['vit']['rows']} |" in card
+    assert "![Predicted" in card and (out / "reliability.png").is_file()
+    callback = SmartFRZCallback(SmartFRZConfig(predictor=str(out), operating_point="conservative"))
+    assert callback.policy.threshold == points["conservative"]
     train(tmp_path, [callback], max_steps=10)
     assert callback.ledger.decisions > 5
+    (runs / "vit-0.parquet").unlink()
+    result = CliRunner().invoke(app, ["fit", str(runs), "--evaluation", str(results), "--out", str(out)])
+    assert result.exit_code == 2 and "run `smartfrz evaluate` again" in " ".join(result.output.split())
 
 
 def test_bad_input_of_the_commands(harvested, tmp_path):
     runs = str(harvested[0] / "out")
     for words, message in (
-        (["fit", str(tmp_path), "--out", "x"], "holds no recorded run"),
-        (["fit", runs, "--out", "x"], "0 are held out"),
-        (["fit", runs, "--out", "x", "--hold-out-task", "cifar10"], "hold out some, but not all"),
+        (["evaluate", str(tmp_path), "--out", "x"], "holds no recorded run"),
+        (["evaluate", runs, "--out", "x", "--epochs", "1"], "nothing to hold out"),
+        (["evaluate", runs, "--out", "x", "--label", "magic"], "must be one of cka-0.98"),
+        (["evaluate", runs, "--out", "x", "--form", "magic"], "'dynamics', 'weights'"),
+        (["fit", runs, "--out", "x", "--evaluation", "none.json"], "does not exist"),
         (["harvest", str(tmp_path / "none.json"), "--out", "x"], "does not exist"),
     ):
         result = CliRunner().invoke(app, words, env={"COLUMNS": "300", "TERM": "dumb"})

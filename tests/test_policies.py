@@ -10,19 +10,20 @@ from transformers import get_linear_schedule_with_warmup
 from smartfrz_hf import SmartFRZConfig
 from smartfrz_hf.history import WeightHistory
 from smartfrz_hf.policies import (
+    LearningRates,
     LinearPolicy,
     NeverPolicy,
     Observation,
     SmartFRZPolicy,
     StaticPolicy,
     make_policy,
-    planned_rates,
-    rate_and_rest,
 )
 
 
 def seen(step=50, depth=0, units=5, history=None, trainable=None, learning_rate=1.0):
-    return Observation(step, 100, depth, trainable or [True] * units, history, learning_rate)
+    rates = LearningRates([*([1.0] * 100), learning_rate])
+    rates.relative[step] = learning_rate
+    return Observation(step, 100, depth, trainable or [True] * units, rates, history)
 
 
 def filled_history(units=5, records=4):
@@ -104,12 +105,14 @@ def test_make_policy():
     assert policy.predictor is predictor
 
 
-def test_planned_rates():
+def test_learning_rates():
     optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    schedule = get_linear_schedule_with_warmup(optimizer, 2, 10)
-    rates = planned_rates(schedule, 10)
-    assert rates[:4] == [0.0, 0.5, 1.0, 0.875] and rates[-1] == 0
-    rate, rest = rate_and_rest(rates, 2)
-    assert rate == 1 and rest == pytest.approx(sum(rates[2:]) / sum(rates))
-    assert planned_rates(StepLR(optimizer, 3), 4) == [1.0] * 5
-    assert rate_and_rest([0.0, 0.0], 1) == (0.0, 0.0)
+    rates = LearningRates.planned(get_linear_schedule_with_warmup(optimizer, 2, 10), 10)
+    assert rates.relative[:4].tolist() == [0.0, 0.5, 1.0, 0.875] and rates.relative[-1] == 0
+    assert rates.spent[:3].tolist() == pytest.approx([0, 0, 0.1]) and rates.spent[-1] == 1
+    constant = LearningRates.planned(StepLR(optimizer, 3), 4)
+    assert constant.relative.tolist() == [1.0] * 5 and constant.spent.tolist() == pytest.approx(
+        [0, 0.2, 0.4, 0.6, 0.8]
+    )
+    nothing = LearningRates([0.0, 0.0])
+    assert nothing.relative.tolist() == nothing.spent.tolist() == [0, 0]

@@ -1,4 +1,4 @@
-"""The model card of a fitted predictor, written from what the fit measured."""
+"""The model card of a predictor, written from what its evaluation measured."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ tags:
 # {name}: when has a block converged?
 
 A predictor of [smartfrz_hf](https://arxiv.org/abs/2401.16720) (SmartFRZ, ICLR 2023). From the last {window} snapshots of
-{samples} sampled weights of each unit of a model in training, it says how likely it is that the unit's representation
-already is, and will stay, what it is at the end of the run. It has {parameters:,} parameters and is
-no language or vision model of its own.
+{samples} sampled weights of each unit of a model in training, it says how likely it is that the unit, and all that comes before
+it, can freeze at no loss. It has {parameters:,} parameters, decides for a model of 32 blocks in {decision_ms_32_blocks} ms on one
+core, and is no language or vision model of its own.
 
 ```python
 from transformers import Trainer
@@ -27,88 +27,132 @@ trainer = Trainer(..., callbacks=[SmartFRZCallback(SmartFRZConfig(predictor="…
 
 `predictor` is the Hub id or the folder of this repository; `smartfrz-base` is the one that is used when none is named.
 
+## Intended use
+
+Freezing blocks of Transformers models while a `Trainer` fine-tunes or trains them, through `SmartFRZCallback` or
+`SmartFRZTrainer`. How soon they freeze is set by `SmartFRZConfig(operating_point=…)`:
+
+| operating point | probability from | units frozen, over time | cost, mean over runs | worst run |
+|---|---|---|---|---|
+{points}
+
+Cost is what the finished model loses, as a share of what training gained, when its frozen front is put back to what it was at
+the moment of freezing (the *rewind test*); in a real run the units behind it adapt, so that this is more than one pays. Each
+figure is of model families that neither the predictor nor the probability had seen.
+
 ## Training data
 
-{run_count} full training runs, recorded by `smartfrz harvest`. The label comes from the linear CKA of a unit's output on
-{probe_rows} held-out rows to the same unit at the end of its own run: a unit counts as settled from the moment on which at most
-{change_left:.0%} of its change over the run is, and stays, still to come, or the CKA is at least {cka}.
+{run_count} full training runs, recorded by `smartfrz harvest`. The label is `{label}`: {meaning}
 
-| run | family | data | from scratch | steps | units | used for |
-|---|---|---|---|---|---|---|
+| family | data | regime | schedules | optimizers | runs |
+|---|---|---|---|---|---|
 {runs}
 
 ## Evaluation
 
-One row is one unit at one freezing stage. {held_out}
-The label and the network's sizes were chosen with these runs in view, so their scores are those of a validation set.
+Each model family, and each data set, was held out once; the scores are over all held-out rows together. A row is one unit at one
+freezing stage. *Moment error* is the mean distance of the moment at which a unit freezes to that at which its label says so, as a
+fraction of the run, each score with the threshold that is best on the other folds.
 
-| | rows | settled | ROC AUC | average precision | Brier score |
-|---|---|---|---|---|---|
 {scores}
-
-Simple rules on the same held-out rows, as rankings:
-
-| rule | ROC AUC | average precision |
-|---|---|---|
-{rules}
 
 {verdict}
 
+Held out, fold by fold:
+
+| held out | rows | ROC AUC | average precision |
+|---|---|---|---|
+{folds}
+
+![Predicted probability against observed frequency](reliability.png)
+
 ## Limits
 
-- It has seen {families} models only, small ones, in short runs with a linear learning-rate schedule and AdamW.
-- High similarity to the end of a run does not by itself make freezing safe: what a freeze costs in accuracy on your task is
-  for you to measure. Raise `freeze_threshold` to freeze later.
-- It reads `window` and `samples` as it was fitted with, a snapshot every half percent of the run.
+- It has seen small models and short runs only. What a freeze costs in accuracy on your task is for you to measure; the operating
+  point `conservative` freezes later.
+- It reads {window} snapshots, half a percent or one percent of the run apart.
 """
+
+MEANINGS = {
+    "cka": "the linear CKA of the unit's output on held-out rows to that at the end of its run is, and stays, at least {x}.",
+    "token-cka": "the linear CKA of single tokens of the unit's output on held-out rows to those at the end of its run is, and "
+    "stays, at least {x}.",
+    "settled": "at most 1 % of the change in linear CKA of the unit's output over the run is, and stays, still to come.",
+    "rewind-cost": "the finished model, with its front up to the unit put back to that moment, loses at most {x:.0%} of what training "
+    "gained in loss on held-out rows.",
+    "rewind-shift": "in the finished model, putting the front up to the unit back to that moment moves the logits on held-out rows "
+    "by at most {x:.0%} of how far the whole run has moved them (mean squares).",
+}
+
+
+def meaning(label: str) -> str:
+    """What a label says, in words."""
+    kind, _, threshold = label.rpartition("-")
+    return MEANINGS[kind or label].format(x=float(threshold) if kind else None)
+
+
+def score_table(part: dict[str, Any]) -> str:
+    """The scores of predictor and rules as a Markdown table."""
+    lines = ["| | ROC AUC | average precision | Brier score | moment error |", "|---|---|---|---|---|"]
+    rules = sorted(part["rules"].items(), key=lambda item: -item[1]["ap"])
+    for name, entry in [("**predictor**", part), *rules]:
+        brier = f"{entry['brier']:.3f}" if "brier" in entry else ""
+        lines.append(f"| {name} | {entry['auc']:.3f} | {entry['ap']:.3f} | {brier} | {entry['moment_error']:.3f} |")
+    return "\n".join(lines)
 
 
 def _verdict(evaluation: dict[str, Any]) -> str:
-    best, ranked = max(evaluation["rules"].items(), key=lambda item: item[1]["ap"])
-    margin = evaluation["ap"] - ranked["ap"]
-    if margin >= 0.01:
-        return f"The predictor is ahead of the best of them, *{best}*, by {margin:.3f} in average precision."
-    word = "ties with" if margin > -0.01 else "is behind"
-    return (
-        f"The predictor {word} the best of them, *{best}* ({margin:+.3f} in average precision): on these runs, knowing where "
-        "and when is worth as much as knowing how the weights move. What it gives beyond a ranking is a probability."
-    )
+    margins = []
+    for part, name in (("leave_one_family_out", "families"), ("leave_one_task_out", "tasks")):
+        best, entry = max(evaluation[part]["rules"].items(), key=lambda item: item[1]["ap"])
+        margin = evaluation[part]["ap"] - entry["ap"]
+        word = "ahead of" if margin >= 0.01 else "level with" if margin > -0.01 else "behind"
+        margins.append(f"on {name} it has not seen, {word} *{best}* ({margin:+.3f})")
+    return f"Against the best simple rule in average precision, the predictor is {', and '.join(margins)}."
 
 
-def write_card(name: str, summary: dict[str, Any]) -> str:
+def write_card(name: str, evaluation: dict[str, Any]) -> str:
     """
     The card as Markdown.
 
     Args:
         name (`str`): of the predictor.
-        summary (`dict`): what `smartfrz fit` measured, as it writes it to its results file.
+        evaluation (`dict`): what `smartfrz evaluate` wrote.
     """
+    groups: dict[tuple, list[dict]] = {}
+    for run in evaluation["runs"]:
+        groups.setdefault((run["family"], run["data"], run["regime"]), []).append(run)
     runs = "\n".join(
-        f"| {run['name']} | {run['family']} | {run['data']} | {'yes' if run['from_scratch'] else 'no'} | {run['steps']} "
-        f"| {run['units']} | {run['used_for']} |"
-        for run in summary["runs"]
+        f"| {' | '.join(key)} | {', '.join(sorted({run['schedule'] for run in part}))} "
+        f"| {', '.join(sorted({run['optimizer'] for run in part}))} | {len(part)} |"
+        for key, part in sorted(groups.items())
     )
-    scores = "\n".join(
-        f"| {label} | {part['rows']} | {part['positive']:.0%} | {part['auc']:.3f} | {part['ap']:.3f} | {part['brier']:.3f} |"
-        for label, part in (("training", summary["training"]), ("held out", summary["held_out"]))
+    points = "\n".join(
+        f"| `{name}` | {point['threshold']:.2f} | {point['frozen']:.0%} | {point['cost']:.1%} | {point['worst_cost']:.1%} |"
+        for name, point in evaluation["operating_points"].items()
     )
-    rules = "\n".join(
-        f"| {rule} | {part['auc']:.3f} | {part['ap']:.3f} |" for rule, part in summary["held_out"]["rules"].items()
+    scores = "\n\n".join(
+        f"Leave one {what} out ({evaluation[part]['rows']:,} rows, {evaluation[part]['positive']:.0%} positive):\n\n"
+        + score_table(evaluation[part])
+        for part, what in (("leave_one_family_out", "model family"), ("leave_one_task_out", "data set"))
     )
-    used = [run for run in summary["runs"] if run["used_for"] == "training"]
+    folds = "\n".join(
+        f"| {name} | {fold['rows']:,} | {fold['auc']:.3f} | {fold['ap']:.3f} |"
+        for part in ("leave_one_family_out", "leave_one_task_out")
+        for name, fold in evaluation[part]["folds"].items()
+    )
     return CARD.format(
         name=name,
-        window=summary["config"]["window"],
-        samples=summary["config"]["samples"],
-        parameters=summary["parameters"],
-        run_count=len(summary["runs"]),
-        probe_rows=summary["probe_rows"],
-        cka=summary["cka"],
-        change_left=summary["change_left"],
+        window=evaluation["config"]["window"],
+        samples=evaluation["config"]["samples"],
+        parameters=evaluation["parameters"],
+        decision_ms_32_blocks=evaluation["decision_ms_32_blocks"],
+        run_count=len(evaluation["runs"]),
+        label=evaluation["label"],
+        meaning=meaning(evaluation["label"]),
+        points=points,
         runs=runs,
-        held_out=summary["held_out_rule"],
         scores=scores,
-        rules=rules,
-        verdict=_verdict(summary["held_out"]),
-        families=" and ".join(sorted({run["family"] for run in used})),
+        folds=folds,
+        verdict=_verdict(evaluation),
     )

@@ -15,8 +15,11 @@ from tqdm.auto import tqdm
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
 from .dataset import INPUTS, FreezingStages
 from .fit import FitOptions, fit
+from .labels import at_probes, rewind_cost
 
 PREDICTOR = "predictor"
+# What freezing may cost on average, as a share of what training gained, by the rewind test.
+COSTS = {"conservative": 0.01, "balanced": 0.03, "aggressive": 0.1}
 TEMPERATURES = np.geomspace(0.25, 8, 61)
 
 
@@ -170,6 +173,64 @@ def cross_validate(
     )
 
 
+def path_cost(held_out: HeldOut, moments: np.ndarray) -> np.ndarray:
+    """
+    What a path of freezes would cost, by the rewind test: the dearest of its freezes, as a share of what training gained.
+
+    Args:
+        held_out ([`HeldOut`]): the stages and runs.
+        moments (`np.ndarray` of shape `(runs, units)`): when each unit freezes, as [`HeldOut.moments`] gives it.
+
+    Returns:
+        `np.ndarray` of shape `(runs,)`.
+    """
+    found = []
+    for run, when in zip(held_out.stages.runs, moments, strict=True):
+        tensors, units = run.tensors, len(run.units)
+        steps, rewound = (
+            tensors["probe_steps"],
+            rewind_cost(tensors["rewind_losses"], *tensors["rewind_range"].tolist()),
+        )
+        cost = at_probes(rewound, tensors["rewind_steps"], steps).clamp(min=0).numpy()
+        probes = np.abs(steps.numpy()[:, None] / int(steps[-1]) - when[:units]).argmin(0)
+        found.append(cost[probes, np.arange(units)].max())
+    return np.array(found)
+
+
+def operating_points(held_out: HeldOut) -> dict[str, dict[str, float]]:
+    """
+    Thresholds for each attitude to risk, each the lowest at which the mean cost of a run keeps within `COSTS`.
+
+    Returns:
+        `dict`: by name, `threshold`; and, on runs of each fold with the threshold chosen on the others, `cost` and
+        `worst_cost` (mean and highest over the runs; share of what training gained, by the rewind test) and `frozen`
+        (mean share of units and time).
+    """
+    probabilities = held_out.probabilities()
+    grid = np.linspace(0.02, 0.98, 49)
+    moments = np.stack([held_out.moments(probabilities >= threshold) for threshold in grid])
+    costs = np.stack([path_cost(held_out, when) for when in moments])
+    run = held_out.stages.columns["run"].numpy()
+
+    def lowest(rows: np.ndarray, most: float) -> float:
+        within = costs[:, np.unique(run[rows])].mean(1) <= most
+        return float(grid[within].min()) if within.any() else 1.0
+
+    found = {}
+    for name, most in COSTS.items():
+        chosen = held_out.moments(probabilities >= held_out.elsewhere(partial(lowest, most=most))[:, None])
+        paid = path_cost(held_out, chosen)
+        found[name] = _rounded(
+            {
+                "threshold": lowest(np.ones(len(run), dtype=bool), most),
+                "cost": paid.mean(),
+                "worst_cost": paid.max(),
+                "frozen": np.nanmean(1 - chosen),
+            }
+        )
+    return found
+
+
 def ranking(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     """
     Area under the ROC curve and average precision.
@@ -208,14 +269,13 @@ def summarize(held_out: HeldOut) -> dict:
     Scores of predictor and rules, over all held-out rows together and for each fold.
 
     Returns:
-        `dict`: `rows`, `positive` (share of converged rows), `auc`, `ap`, `brier`, `moment_error`, `rules` and `folds`,
+        `dict`: `runs`, `rows`, `positive` (share of converged rows), `auc`, `ap`, `brier`, `moment_error`, `rules` and `folds`,
         by name, and `reliability`, by tenths of predicted probability.
     """
     active, labels = held_out.active, held_out.labels[held_out.active]
     probabilities = held_out.probabilities()
-    score = partial(_rounded, digits=4)
     rules = {
-        name: score({**ranking(labels, values[active]), "moment_error": moment_error(held_out, values)})
+        name: _rounded({**ranking(labels, values[active]), "moment_error": moment_error(held_out, values)})
         for name, values in held_out.scores.items()
         if name != PREDICTOR
     }
@@ -224,14 +284,15 @@ def summarize(held_out: HeldOut) -> dict:
         here = held_out.folds == fold
         inside = held_out.labels[here][active[here]]
         if len(np.unique(inside)) > 1:
-            folds[str(fold)] = {"rows": int(active[here].sum())} | score(
+            folds[str(fold)] = {"rows": int(active[here].sum())} | _rounded(
                 ranking(inside, probabilities[here][active[here]])
             )
     tenth = np.minimum((probabilities[active] * 10).astype(int), 9)
     return {
+        "runs": len(held_out.stages.runs),
         "rows": int(active.sum()),
         "positive": round(float(labels.mean()), 4),
-        **score(
+        **_rounded(
             {
                 **ranking(labels, probabilities[active]),
                 "brier": brier_score_loss(labels, probabilities[active]),
@@ -243,7 +304,7 @@ def summarize(held_out: HeldOut) -> dict:
         "reliability": [
             {
                 "rows": int((tenth == i).sum()),
-                **score(
+                **_rounded(
                     {
                         "predicted": probabilities[active][tenth == i].mean(),
                         "observed": labels[tenth == i].mean(),
@@ -256,5 +317,5 @@ def summarize(held_out: HeldOut) -> dict:
     }
 
 
-def _rounded(values: dict[str, float], digits: int) -> dict[str, float]:
+def _rounded(values: dict[str, float], digits: int = 4) -> dict[str, float]:
     return {key: round(float(value), digits) for key, value in values.items()}

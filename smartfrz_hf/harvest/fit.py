@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
 from .dataset import FreezingStages
@@ -66,7 +66,9 @@ def fit(
             disable_tqdm=not options.progress,
             use_cpu=not torch.cuda.is_available(),
         )
-        Trainer(predictor, args, train_dataset=stages).train()
+        trainer = Trainer(predictor, args, train_dataset=stages)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return predictor.cpu().eval()
 
 

@@ -12,7 +12,7 @@ from ..history import WeightSampler
 from .cka import linear_cka
 from .rewind import Rewinder
 
-PROBE_ROWS = 256
+PROBE_ROWS = 128
 SELF_CKA_LAG = 4
 
 
@@ -80,7 +80,8 @@ class Probe:
 
     def predict(self, most_rows: int | None = None) -> tuple[float, torch.Tensor]:
         """Mean loss in evaluation mode, and the logits, of shape `(rows, classes)`, on the first rows."""
-        losses, logits = [], []
+        losses: list[float] = []
+        logits: list[torch.Tensor] = []
         with evaluation_mode(self.stack.model):
             for batch in self.batches:
                 if sum(len(part) for part in logits) >= (most_rows or float("inf")):

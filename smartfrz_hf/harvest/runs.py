@@ -46,7 +46,6 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         trainer = ready.trainer(spec, folder, [recorder])
         train_loss = trainer.train().training_loss
-        eval_loss = trainer.evaluate(ready.held_out)["eval_loss"]
     provenance = {
         "run": spec.name,
         "family": ready.model.config.model_type,
@@ -54,7 +53,7 @@ def run(
         "regime": spec.regime,
         "spec": json.dumps(asdict(spec)),
         "train_loss": train_loss,
-        "eval_loss": eval_loss,
+        "eval_loss": recorder.probe_losses[-1],
         "seconds": round(time.perf_counter() - started, 1),
         "versions": json.dumps({name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}),
         "machine": platform.machine(),

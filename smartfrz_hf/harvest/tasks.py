@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -97,7 +98,9 @@ class Prepared:
         args = TrainingArguments(output_dir=folder, **settings | changes)
         # Heads that take **kwargs but ignore `num_items_in_batch` would see a wrong loss scale (transformers#47688).
         self.model.accepts_loss_kwargs = False  # type: ignore[assignment]
-        return Trainer(self.model, args, train_dataset=self.train, data_collator=self.collator, callbacks=callbacks)
+        trainer = Trainer(self.model, args, train_dataset=self.train, data_collator=self.collator, callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
 
 def prepare(spec: RunSpec, data_dir: str | os.PathLike | None = None) -> Prepared:
@@ -106,7 +109,7 @@ def prepare(spec: RunSpec, data_dir: str | os.PathLike | None = None) -> Prepare
     set_seed(spec.seed)
     data = load_data(spec.data, data_dir)
     train = data["train"].shuffle(seed=spec.seed).select(range(min(spec.train_rows, len(data["train"]))))
-    held_out = data["validation"].select(range(min(4 * PROBE_ROWS, len(data["validation"]))))
+    held_out = data["validation"].select(range(min(8 * PROBE_ROWS, len(data["validation"]))))
     ready = _prepare_text if "sentence" in " ".join(train.column_names) else _prepare_images
     model, (train, held_out), collator, inputs = ready(spec, [train, held_out])
     if start is not None:

@@ -48,4 +48,7 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
                 f"`{name}` is {wanted}, but the predictor was made for {made_for}; leave `{name}` out, or fit a "
                 "predictor for it with `smartfrz fit`."
             )
-    return SmartFRZPolicy(predictor, config.freeze_threshold)
+    threshold = config.freeze_threshold
+    if threshold is None:
+        threshold = predictor.config.operating_points[config.operating_point]
+    return SmartFRZPolicy(predictor, threshold)

@@ -5,12 +5,13 @@ from dataclasses import field
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..config import OPERATING_POINTS
 from .inputs import CONTEXT, DYNAMICS
 
 logger = logging.get_logger(__name__)
 
 FORMS = ("dynamics", "weights")
-OPERATING_POINTS = {"conservative": 0.9, "balanced": 0.7, "aggressive": 0.5}
+DEFAULT_POINTS = {"conservative": 0.9, "balanced": 0.7, "aggressive": 0.5}
 
 
 class SmartFRZPredictorConfig(PreTrainedConfig):
@@ -46,7 +47,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
     unit_size: int = 16
     unit_attention: bool = True
     head_size: int = 16
-    operating_points: dict[str, float] = field(default_factory=lambda: dict(OPERATING_POINTS))
+    operating_points: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_POINTS))
 
     def __post_init__(self, **kwargs):
         known = {*dir(self), "use_cache"}  # which the Trainer writes into any configuration
