@@ -239,10 +239,10 @@ def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path):
     inputs = []
     score = SmartFRZPolicy.score
 
-    def spy(self, observation, history):
+    def spy(self, observation, history, snapshots):
         handle = self.predictor.register_forward_pre_hook(lambda module, args: inputs.append((observation.step, args)))
         try:
-            score(self, observation, history)
+            score(self, observation, history, snapshots)
         finally:
             handle.remove()
         return [0.0] * observation.units

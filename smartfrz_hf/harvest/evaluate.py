@@ -16,6 +16,7 @@ from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
 from .dataset import INPUTS, FreezingStages
 from .fit import FitOptions, fit
 from .labels import at_probes, rewind_cost
+from .table import RecordedRun
 
 PREDICTOR = "predictor"
 # What freezing may cost on average, as a share of what training gained, by the rewind test.
@@ -49,11 +50,11 @@ def rule_inputs(stages: FreezingStages) -> dict[str, np.ndarray]:
     return {name: value.double().numpy() for name, value in found.items()}
 
 
-def _regressors(stages: FreezingStages) -> np.ndarray:
+def _regressors(stages: FreezingStages) -> torch.Tensor:
     """What logistic regression sees: the last snapshot's quantities, their means over the window, and the context."""
     features, usable = stages.columns["features"], stages.columns["usable"].unsqueeze(-1)
     mean = (features * usable).sum(2) / usable.sum(2).clamp(min=1)
-    return torch.cat([features[:, :, -1], mean, stages.columns["context"]], dim=-1).double().numpy()
+    return torch.cat([features[:, :, -1], mean, stages.columns["context"]], dim=-1).double()
 
 
 @dataclass
@@ -134,19 +135,22 @@ class HeldOut:
 def cross_validate(
     stages: FreezingStages,
     config: SmartFRZPredictorConfig,
-    key: Callable,
+    key: Callable[[RecordedRun], str],
     options: FitOptions | None = None,
     description: str = "folds",
+    judged: FreezingStages | None = None,
 ) -> HeldOut:
     """
     Leave each group of runs out once, fit to the others, and let predictor and rules speak of those left out.
 
     Args:
-        stages ([`FreezingStages`]): of all runs; those of spacing 1 are judged.
+        stages ([`FreezingStages`]): of all runs.
         config ([`SmartFRZPredictorConfig`]): form and sizes.
-        key (`Callable`): names the group of a [`RecordedRun`].
+        key (`Callable`): names the group of a run.
         options ([`FitOptions`], *optional*): how predictors are fitted.
         description (`str`): for the progress bar.
+        judged ([`FreezingStages`], *optional*): of the same runs, to be judged in their place. Defaults to those of
+            `stages` with the closest snapshots.
 
     Raises:
         ValueError: there is one group only.
@@ -154,23 +158,23 @@ def cross_validate(
     groups = np.array([key(run) for run in stages.runs])
     if len(set(groups)) < 2:
         raise ValueError(f"All runs are of {groups[0]}: there is nothing to hold out.")
-    folds = groups[stages.columns["run"].numpy()]
-    judged = stages.columns["spacing"].numpy() == stages.columns["spacing"].numpy().min()
-    active, regressors = stages.columns["active"].numpy(), _regressors(stages)
-    scores = rule_inputs(stages)
-    scores[PREDICTOR], scores["logistic regression"] = np.zeros(active.shape), np.zeros(active.shape)
+    if judged is None:
+        judged = stages.select(stages.columns["spacing"] == stages.columns["spacing"].min())
+    known, folds = groups[stages.columns["run"].numpy()], groups[judged.columns["run"].numpy()]
+    scores = rule_inputs(judged)
+    scores[PREDICTOR], scores["logistic regression"] = (np.zeros(scores["depth"].shape) for _ in range(2))
     for fold in tqdm(sorted(set(groups)), desc=description):
-        inside, outside = (folds != fold), (folds == fold) & judged
-        predictor = fit(stages.select(torch.from_numpy(inside), drop_front=True), config, options)
-        scores[PREDICTOR][outside] = logits(predictor, stages.select(torch.from_numpy(outside)))
-        regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-        wanted = stages.columns["labels"].numpy()[inside] >= 0.5
-        regression.fit(regressors[inside][active[inside]], wanted[active[inside]])
-        flat = regressors[outside].reshape(-1, regressors.shape[-1])
-        scores["logistic regression"][outside] = regression.decision_function(flat).reshape(active[outside].shape)
-    return HeldOut(
-        stages.select(torch.from_numpy(judged)), folds[judged], {name: value[judged] for name, value in scores.items()}
-    )
+        train, test = stages.select(torch.from_numpy(known != fold), drop_front=True), folds == fold
+        part = judged.select(torch.from_numpy(test))
+        scores[PREDICTOR][test] = logits(fit(train, config, options), part)
+        regression, active = (
+            make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
+            train.columns["active"],
+        )
+        regression.fit(_regressors(train)[active], train.columns["labels"][active] >= 0.5)
+        flat = _regressors(part).flatten(0, 1)
+        scores["logistic regression"][test] = regression.decision_function(flat).reshape(scores["depth"][test].shape)
+    return HeldOut(judged, folds, scores)
 
 
 def path_cost(held_out: HeldOut, moments: np.ndarray) -> np.ndarray:

@@ -43,12 +43,13 @@ class SmartFRZPolicy(Policy):
             return Decision(depth, "not enough history")
         if observation.progress < EARLY and observation.rates.relative[observation.step] >= PEAK:
             return Decision(depth, "early in the run and near the peak of the learning rate")
-        if not torch.isfinite(history.snapshots()[depth:]).all():
+        snapshots = history.snapshots()[depth:]
+        if not torch.isfinite(snapshots.sum()):
             if not self._warned:
                 self._warned = True
                 logger.warning("The weight history holds NaN or infinite values: SmartFRZ freezes nothing.")
             return Decision(depth, "weights are not finite")
-        probabilities = self.score(observation, history)
+        probabilities = self.score(observation, history, snapshots)
         reached = depth
         while reached < observation.units and (
             probabilities[reached - depth] >= self.threshold or not observation.trainable[reached]
@@ -58,14 +59,14 @@ class SmartFRZPolicy(Policy):
         return Decision(reached, f"probability {listed} against {self.threshold:g}")
 
     @torch.no_grad()
-    def score(self, observation: Observation, history: WeightHistory) -> list[float]:
-        """Probability, per active unit, that it has converged."""
+    def score(self, observation: Observation, history: WeightHistory, snapshots: torch.Tensor) -> list[float]:
+        """Probability, per active unit with these snapshots, that it has converged."""
         depth, device = observation.depth, self.predictor.device
         rates = observation.rates
         steps = torch.tensor(history.steps[-history.filled :])
         spent = torch.cat([torch.zeros(history.window - history.filled), rates.spent[steps]])
         features, usable = self.predictor.read(
-            history.snapshots()[depth:].to(device),
+            snapshots.to(device),
             history.start[depth:].to(device),
             history.mask().to(device),
             spent.to(device),

@@ -13,11 +13,6 @@ def log_ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a / b.clamp(min=EPSILON)).clamp(LEAST, MOST).log10()
 
 
-def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Cosine over the last dimension; zero where a vector is."""
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=EPSILON)
-
-
 def dynamics(snapshots: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, spent: torch.Tensor) -> torch.Tensor:
     r"""
     How the sampled weights move, in quantities that know neither their scale, their order nor their number.
@@ -48,35 +43,48 @@ def dynamics(snapshots: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, s
     Returns:
         `torch.Tensor` of shape `(units, window, 10)`; zero where the mask is off.
     """
-    real = mask.to(snapshots.dtype)
-    last, before = snapshots[:, -1:], snapshots.roll(1, 1)
-    update = (snapshots - before) * real.unsqueeze(-1)
-    size, norm = update.norm(dim=-1), last.norm(dim=-1)
-    since, whole = (last - before).norm(dim=-1), last - start.unsqueeze(1)
-    path = size.flip(1).cumsum(1).flip(1)
-    budget = (spent - spent.roll(1)) * real
-    budget_since = budget.flip(0).cumsum(0).flip(0)
-    speed = size / budget.clamp(min=EPSILON)
-    mean_speed = size.sum(1, keepdim=True) / budget.sum().clamp(min=EPSILON)
-    to_come = since / budget_since.clamp(min=EPSILON) * (1 - spent[-1])
-    window = len(mask)
-    age = torch.arange(window - 1, -1, -1, device=snapshots.device, dtype=snapshots.dtype) / window
+    real, window = mask.to(snapshots.dtype), len(mask)
+    update = torch.zeros_like(snapshots)
+    torch.sub(snapshots[:, 1:], snapshots[:, :-1], out=update[:, 1:])
+    update *= real.unsqueeze(-1)
+    whole = snapshots[:, -1] - start
+    # All lengths and angles follow from the products of updates with each other and with the whole way. Sums of many
+    # are taken in double precision, for what they leave can be small.
+    products = torch.cat([update, whole.unsqueeze(1)], dim=1)
+    products = (products @ products.transpose(1, 2)).double()
+    inner, along, whole_squared = products[:, :-1, :-1], products[:, :-1, -1], products[:, -1:, -1]
+    size, whole_size = inner.diagonal(dim1=1, dim2=2).sqrt(), whole_squared.sqrt()
+    norm = snapshots[:, -1:].norm(dim=-1).double()
+    since_squared = _sums_from(_sums_from(inner, 1), 2).diagonal(dim1=1, dim2=2)
+    since, path = since_squared.clamp(min=0).sqrt(), _sums_from(size, 1)
+    after = torch.cat([since_squared[:, 1:], torch.zeros_like(whole_squared)], dim=1)
+    displaced = (whole_squared - 2 * (_sums_from(along, 1) - along) + after).clamp(min=0).sqrt()
+    before = torch.cat([torch.zeros_like(whole_size), size[:, :-1]], dim=1)
+    with_before = torch.cat([torch.zeros_like(whole_size), inner.diagonal(-1, 1, 2)], dim=1)
+    budget = ((spent - spent.roll(1)) * real).double()
+    to_come = since / _sums_from(budget, 0).clamp(min=EPSILON) * (1 - spent[-1])
+    age = torch.arange(window - 1, -1, -1, device=snapshots.device, dtype=torch.float64) / window
     features = torch.stack(
         [
             log_ratio(size, norm),
             log_ratio(size, size.sum(1, keepdim=True) / real.sum().clamp(min=1)),
-            log_ratio(speed, mean_speed),
-            cosine(update, update.roll(1, 1) * real.roll(1).unsqueeze(-1)),
-            cosine(update, whole),
-            log_ratio((snapshots - start.unsqueeze(1)).norm(dim=-1), norm),
+            log_ratio(size / budget.clamp(min=EPSILON), size.sum(1, keepdim=True) / budget.sum().clamp(min=EPSILON)),
+            with_before / (size * before).clamp(min=EPSILON),
+            along / (size * whole_size).clamp(min=EPSILON),
+            log_ratio(displaced, norm),
             log_ratio(since, norm),
             since / path.clamp(min=EPSILON),
-            log_ratio(to_come, whole.norm(dim=-1)),
+            log_ratio(to_come, whole_size),
             age.expand_as(size),
         ],
         dim=-1,
     )
-    return features * real.unsqueeze(-1)
+    return features.to(snapshots.dtype) * real.unsqueeze(-1)
+
+
+def _sums_from(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """At each place of a dimension, the sum from there to its end."""
+    return values.flip(dim).cumsum(dim).flip(dim)
 
 
 def contexts(units: int, progress: float, rate: torch.Tensor, spent: torch.Tensor) -> torch.Tensor:
