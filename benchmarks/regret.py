@@ -30,7 +30,7 @@ from smartfrz_hf.harvest.specs import RunSpec, read_specs
 from smartfrz_hf.harvest.tasks import Prepared, prepare
 
 ROOT = Path(__file__).parents[1]
-MOMENTS = (0.125, 0.25, 0.5, 0.75)
+MOMENTS = (0.15, 0.35, 0.65)
 
 
 class Keep(TrainerCallback):
