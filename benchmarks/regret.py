@@ -126,6 +126,33 @@ def correlation(rows: list[dict], label: str, regret: str) -> float:
     return float(spearmanr([-row["labels"][label] for row in rows], [row[regret] for row in rows])[0])
 
 
+def correlation_table(results: dict) -> str:
+    """The rank correlations as a Markdown table, best first."""
+    lines = [
+        "| label | loss, all runs | loss, within a run | score, all runs | score, within a run |",
+        "|---|---|---|---|---|",
+    ]
+    found = sorted(results["rank_correlation"].items(), key=lambda item: -item[1]["regret_loss"]["mean_over_runs"])
+    for label, by in found:
+        values = [by[regret][over] for regret in ("regret_loss", "regret_score") for over in ("all", "mean_over_runs")]
+        lines.append(f"| {label.replace('_', ' ')} | {' | '.join(f'{value:.2f}' for value in values)} |")
+    return "\n".join(lines)
+
+
+def regret_table(results: dict) -> str:
+    """What each freeze cost, beside some of the labels, as a Markdown table."""
+    shown = ("cka", "cka_change_left", "rewind_cost", "rewind_shift")
+    lines = [
+        "| run | step | frozen units | loss lost | score lost | CKA | change left | rewind cost | rewind shift |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        labels = [f"{abs(row['labels'][label]):.3f}" for label in shown] if row["depth"] else [""] * len(shown)
+        cost = f"{row['regret_loss']:+.1%} | {100 * row['regret_score']:+.1f}"
+        lines.append(f"| {row['run']} | {row['step']} | {row['depth']} | {cost} | {' | '.join(labels)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -196,7 +223,7 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(correlations, indent=2))
+    print(correlation_table(result))
 
 
 if __name__ == "__main__":

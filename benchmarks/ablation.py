@@ -1,0 +1,164 @@
+"""
+What is each part of the predictor worth? Leaves each model family out once, for one variant after the other.
+
+Variants that are there already are not run again.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from smartfrz_hf import SmartFRZPredictorConfig
+from smartfrz_hf.cli import DEFAULT_LABEL
+from smartfrz_hf.harvest.dataset import FreezingStages
+from smartfrz_hf.harvest.evaluate import cross_validate, summarize
+from smartfrz_hf.harvest.fit import FitOptions
+from smartfrz_hf.harvest.judge import SPACINGS
+from smartfrz_hf.harvest.labels import LABELS
+from smartfrz_hf.harvest.table import read_runs
+from smartfrz_hf.predictor.inputs import CONTEXT
+
+ROOT = Path(__file__).parents[1]
+FEATURES = (
+    "size of the update",
+    "update against the window's mean",
+    "update per learning rate",
+    "cosine to the update before",
+    "cosine to the whole way",
+    "displacement from the start",
+    "way since then",
+    "straightness since then",
+    "way to come",
+    "age",
+)
+CONTEXTS = ("depth", "progress", "learning rate", "learning rate left")
+
+
+class WithSelfCKA(SmartFRZPredictorConfig):
+    """One more number beside the context."""
+
+    @property
+    def context_size(self) -> int:
+        return CONTEXT + 1
+
+
+@dataclass
+class Variant:
+    """What differs from the predictor as it is shipped."""
+
+    group: str
+    config: dict[str, Any] = field(default_factory=dict)
+    config_class: type = SmartFRZPredictorConfig
+    label: str = DEFAULT_LABEL
+    spacings: tuple[int, ...] = SPACINGS
+    change: Callable[[dict[str, torch.Tensor]], None] = lambda columns: None
+    judged: dict[str, Any] | None = None
+
+
+def blank(key: str, places: Iterable[int], columns: dict[str, torch.Tensor]) -> None:
+    columns[key][..., list(places)] = 0
+
+
+def add_self_cka(columns: dict[str, torch.Tensor]) -> None:
+    columns["context"] = torch.cat([columns["context"], columns["self_cka"].unsqueeze(-1)], dim=-1)
+
+
+def variants() -> dict[str, Variant]:
+    found = {"as shipped": Variant("")}
+    for window in (3, 5, 10, 40):
+        found[f"window {window}"] = Variant("history", {"window": window})
+    for samples in (16, 64, 256):
+        found[f"{samples} samples"] = Variant("history", {"samples": samples})
+    for spacings in ((1,), (2,), (4,), (1, 2, 4)):
+        found[f"spacings {', '.join(map(str, spacings))}"] = Variant("history", spacings=spacings)
+    for place, name in enumerate(FEATURES):
+        found[f"without {name}"] = Variant("quantities of a snapshot", change=partial(blank, "features", (place,)))
+    for place, name in enumerate(CONTEXTS):
+        found[f"without {name}"] = Variant("context", change=partial(blank, "context", (place,)))
+    found["without all context"] = Variant("context", change=partial(blank, "context", range(4)))
+    found["context alone"] = Variant("context", change=partial(blank, "features", range(10)))
+    for samples in (128, 512):
+        found[f"as shipped, shown {samples} samples"] = Variant("other input", judged={"samples": samples})
+    for spacing in (2, 4):
+        found[f"as shipped, shown spacing {spacing}"] = Variant("other input", judged={"spacings": (spacing,)})
+    found["without attention across units"] = Variant("network", {"unit_attention": False})
+    found["half as wide"] = Variant(
+        "network", {"encoder_size": 8, "attention_size": 4, "unit_size": 8, "head_size": 8}
+    )
+    found["twice as wide"] = Variant(
+        "network", {"encoder_size": 32, "attention_size": 16, "unit_size": 32, "head_size": 32}
+    )
+    found["the paper's form: weights themselves"] = Variant("network", {"form": "weights"})
+    found["with self-CKA"] = Variant("extra input", config_class=WithSelfCKA, change=add_self_cka)
+    for label in LABELS:
+        if label != DEFAULT_LABEL:
+            found[f"label {label}"] = Variant("label", label=label)
+    return found
+
+
+def judge(name: str, runs: Path, file: Path) -> None:
+    """Leave each family out once, with one variant, and write how good it is."""
+    torch.set_num_threads(1)
+    variant = variants()[name]
+    config = variant.config_class(**variant.config)
+    stages = FreezingStages(read_runs(runs), config, variant.label, variant.spacings)
+    variant.change(stages.columns)
+    judged = None
+    if variant.judged is not None:
+        shown = SmartFRZPredictorConfig(samples=variant.judged.get("samples", config.samples))
+        judged = FreezingStages(stages.runs, shown, variant.label, variant.judged.get("spacings", (1,)))
+    held_out = cross_validate(stages, config, lambda run: run.family, FitOptions(), name, judged)
+    found = summarize(held_out)
+    kept = {key: found[key] for key in ("auc", "ap", "brier", "moment_error", "positive")}
+    file.write_text(json.dumps({"variant": name, "group": variant.group} | kept))
+
+
+def table(results: dict) -> str:
+    """The results as a Markdown table."""
+    lines = ["| | | ROC AUC | average precision | Brier score | moment error |", "|---|---|---|---|---|---|"]
+    for row in results["variants"]:
+        scores = " | ".join(f"{row[key]:.3f}" for key in ("auc", "ap", "brier", "moment_error"))
+        lines.append(f"| {row['group']} | {row['variant']} | {scores} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path, help="folder that `smartfrz harvest` filled")
+    parser.add_argument("--done", type=Path, default=ROOT / "runs" / "ablation", help="folder of finished variants")
+    parser.add_argument("--only", help="only variants with this in their name")
+    parser.add_argument("--processes", type=int, default=2, help="variants at a time")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "ablation.json", help="results file"
+    )
+    options = parser.parse_args()
+    options.done.mkdir(parents=True, exist_ok=True)
+    files = {name: options.done / f"{i:02d}.json" for i, name in enumerate(variants())}
+    waiting = [name for name in files if not files[name].exists() and (options.only or "") in name]
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        futures = [pool.submit(judge, name, options.runs, files[name]) for name in waiting]
+        for future in tqdm(as_completed(futures), total=len(futures), desc="variants"):
+            future.result()
+    results = {
+        "variants": [json.loads(file.read_text()) for file in files.values() if file.exists()],
+        "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
+        "machine": {"architecture": platform.machine(), "python": platform.python_version()},
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
