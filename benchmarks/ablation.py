@@ -31,13 +31,13 @@ from smartfrz_hf.predictor.inputs import CONTEXT
 
 ROOT = Path(__file__).parents[1]
 FEATURES = (
-    "size of the update",
+    "update against the way so far",
     "update against the window's mean",
     "update per learning rate",
     "cosine to the update before",
     "cosine to the whole way",
-    "displacement from the start",
-    "way since then",
+    "displacement against the way so far",
+    "way since then against that so far",
     "straightness since then",
     "way to come",
     "age",

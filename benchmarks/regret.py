@@ -192,12 +192,12 @@ def main() -> None:
     for spec in specs:
         folder = options.runs / spec.name
         summary, tensors = json.loads((folder / "full.json").read_text()), load_file(folder / "run.safetensors")
-        start, end = tensors["rewind_range"].tolist()
+        gained = float(tensors["rewind_range"][0]) - summary["loss"]
         part = []
         for file in sorted(folder.glob("branch-*.json")):
             found = json.loads(file.read_text())
             row = {"run": spec.name, "step": found["step"], "depth": found["depth"]}
-            row["regret_loss"] = (found["loss"] - summary["loss"]) / (start - end)
+            row["regret_loss"] = (found["loss"] - summary["loss"]) / gained
             row["regret_score"] = summary["score"] - found["score"]
             if found["depth"]:
                 part.append(row | {"labels": labels_at(tensors, found["step"], found["depth"])})

@@ -59,7 +59,7 @@ def evaluate(
     form: Annotated[str, typer.Option(help="What a snapshot is to the predictor: dynamics or weights.")] = "dynamics",
     window: Annotated[int, typer.Option(min=2, help="Snapshots in a history.")] = 20,
     samples: Annotated[int, typer.Option(min=1, help="Sampled weights in a snapshot.")] = 1024,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the freezing stages.")] = 30,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the freezing stages.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the initial weights and the order of the stages.")] = 0,
 ) -> None:
     """Leave each model family, and each data set, out once; judge predictors and simple rules there."""

@@ -31,7 +31,8 @@ class FreezingStages(Dataset):
     Attributes:
         columns (`dict[str, torch.Tensor]`): `features` `(rows, units, window, input_size)`, `usable`
             `(rows, units, window)`, `context` `(rows, units, 4)`, `active` and `labels` `(rows, units)`, `run`, `step`
-            and `spacing` `(rows,)`; and for rules, not for the predictor, `self_cka`, the CKA of each unit's output to
+            and `spacing` `(rows,)`; and for rules, not for the predictor, `weight_change`, the update against the
+            weights' own norm, `self_cka`, the CKA of each unit's output to
             what it was some probes before, and `gradient_change`, by which share the norm of its gradients has changed
             since the last probe (AutoFreeze, arXiv 2102.01386), `(rows, units)`.
     """
@@ -101,6 +102,7 @@ def _rows(
             "context": contexts(units, step / last, rates.relative[now], rates.spent[now]),
             "active": torch.ones(units, dtype=torch.bool),
             "labels": labels[probe].float(),
+            "weight_change": (weights[seen[-1]] - weights[seen[-2]]).norm(dim=-1) / weights[now].norm(dim=-1),
             "self_cka": run.tensors["self_cka"][probe],
             "gradient_change": (
                 (gradients[probe] - gradients[probe - 1]) / gradients[probe - 1].clamp(min=EPSILON)

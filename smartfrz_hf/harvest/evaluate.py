@@ -39,7 +39,7 @@ def rule_inputs(stages: FreezingStages) -> dict[str, np.ndarray]:
     columns = stages.columns
     depth, progress, _, rest = columns["context"].unbind(-1)
     found = {
-        "relative weight change": -columns["features"][:, :, -1, 0],
+        "relative weight change": -columns["weight_change"],
         "change of gradient norm (AutoFreeze)": -columns["gradient_change"],
         "self-CKA": columns["self_cka"],
         "depth": -depth,

@@ -24,10 +24,10 @@ class FitOptions:
         progress (`bool`): whether to show a progress bar.
     """
 
-    epochs: int = 30
-    batch_size: int = 32
+    epochs: int = 20
+    batch_size: int = 64
     learning_rate: float = 3e-3
-    weight_decay: float = 0.01
+    weight_decay: float = 0.3
     seed: int = 0
     progress: bool = False
 

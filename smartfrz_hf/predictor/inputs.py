@@ -21,18 +21,21 @@ def dynamics(snapshots: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, s
     \\(u_t = w_t - w_{t-1}\\), \\(b_t\\) the share of the run's summed learning rate spent before the snapshot and
     \\(\Delta b_t = b_t - b_{t-1}\\), the ten quantities of a snapshot are
 
-    1. \\(\log_{10} \|u_t\| / \|w_T\|\\), the relative size of the update;
+    1. \\(\log_{10} \|u_t\| / \|w_T - w_0\|\\), the update against the whole way so far;
     2. \\(\log_{10} \|u_t\| / \overline{\|u\|}\\), the update against the window's mean;
     3. \\(\log_{10} \left(\|u_t\| / \Delta b_t\right) / \left(\sum \|u\| / \sum \Delta b\right)\\), the same for each
        unit of learning rate;
     4. \\(\cos(u_t, u_{t-1})\\), whether updates agree;
     5. \\(\cos(u_t, w_T - w_0)\\), whether the update goes the way of the whole run;
-    6. \\(\log_{10} \|w_t - w_0\| / \|w_T\|\\), the displacement from the start;
-    7. \\(\log_{10} \|w_T - w_{t-1}\| / \|w_T\|\\), the way since then;
+    6. \\(\log_{10} \|w_t - w_0\| / \|w_T - w_0\|\\), the displacement from the start against the whole way;
+    7. \\(\log_{10} \|w_T - w_{t-1}\| / \|w_T - w_0\|\\), the way since then against the whole way;
     8. \\(\|w_T - w_{t-1}\| / \sum_{s \ge t} \|u_s\|\\), the straightness of the path since then;
     9. \\(\log_{10} \left(\|w_T - w_{t-1}\| / (b_T - b_{t-1})\right) (1 - b_T) / \|w_T - w_0\|\\), the way to come if it
        goes on as it did since then, against the way come so far;
     10. the snapshot's age, as a fraction of the window.
+
+    Lengths are measured by the way that the run has come, and not by the weights' own norm: a pretrained model moves by a
+    small part of that, and what a network learns of it on models trained from scratch misleads it there.
 
     Args:
         snapshots (`torch.Tensor` of shape `(units, window, samples)`): oldest first.
@@ -54,7 +57,6 @@ def dynamics(snapshots: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, s
     products = (products @ products.transpose(1, 2)).double()
     inner, along, whole_squared = products[:, :-1, :-1], products[:, :-1, -1], products[:, -1:, -1]
     size, whole_size = inner.diagonal(dim1=1, dim2=2).sqrt(), whole_squared.sqrt()
-    norm = snapshots[:, -1:].norm(dim=-1).double()
     since_squared = _sums_from(_sums_from(inner, 1), 2).diagonal(dim1=1, dim2=2)
     since, path = since_squared.clamp(min=0).sqrt(), _sums_from(size, 1)
     after = torch.cat([since_squared[:, 1:], torch.zeros_like(whole_squared)], dim=1)
@@ -66,13 +68,13 @@ def dynamics(snapshots: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, s
     age = torch.arange(window - 1, -1, -1, device=snapshots.device, dtype=torch.float64) / window
     features = torch.stack(
         [
-            log_ratio(size, norm),
+            log_ratio(size, whole_size),
             log_ratio(size, size.sum(1, keepdim=True) / real.sum().clamp(min=1)),
             log_ratio(size / budget.clamp(min=EPSILON), size.sum(1, keepdim=True) / budget.sum().clamp(min=EPSILON)),
             with_before / (size * before).clamp(min=EPSILON),
             along / (size * whole_size).clamp(min=EPSILON),
-            log_ratio(displaced, norm),
-            log_ratio(since, norm),
+            log_ratio(displaced, whole_size),
+            log_ratio(since, whole_size),
             since / path.clamp(min=EPSILON),
             log_ratio(to_come, whole_size),
             age.expand_as(size),

@@ -10,6 +10,9 @@ from transformers.utils import ModelOutput
 from .configuration import SmartFRZPredictorConfig
 from .inputs import DYNAMICS, dynamics
 
+# Standard deviations. What lies further out than anything seen in training is told as far out, and no further.
+CLIP = 2.0
+
 
 @dataclass
 class SmartFRZPredictorOutput(ModelOutput):
@@ -167,7 +170,7 @@ class SmartFRZPredictor(PreTrainedModel):
         active = torch.ones_like(context[..., 0], dtype=torch.bool) if active is None else active
         unit_attentions = None
         if self.config.form == "dynamics":
-            features = (features - self.feature_mean) / self.feature_std * usable.unsqueeze(-1)
+            features = ((features - self.feature_mean) / self.feature_std).clamp(-CLIP, CLIP) * usable.unsqueeze(-1)
         query, keys, values = self.query(features[..., -1:, :]), self.key(features), self.value(features)
         found, attentions = attend(query, keys, values, usable)
         found = found.squeeze(-2)

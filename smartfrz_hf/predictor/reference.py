@@ -3,7 +3,7 @@
 import math
 
 from .inputs import EPSILON, LEAST, MOST
-from .modeling import SmartFRZPredictor
+from .modeling import CLIP, SmartFRZPredictor
 
 Vector = list[float]
 Layers = list[tuple[list[Vector], Vector]]
@@ -55,7 +55,7 @@ def dynamics_reference(history: list[Vector], start: Vector, usable: list[bool],
     zero = [0.0] * len(start)
     updates = [_minus(history[t], history[t - 1]) if usable[t] else zero for t in range(window)]
     budget = [spent[t] - spent[t - 1] if usable[t] else 0.0 for t in range(window)]
-    norm = _norm(last)
+    whole = _norm(_minus(last, start))
     mean = sum(_norm(u) for u in updates) / max(1, sum(usable))
     mean_speed = sum(_norm(u) for u in updates) / max(sum(budget), EPSILON)
     rows = []
@@ -69,15 +69,15 @@ def dynamics_reference(history: list[Vector], start: Vector, usable: list[bool],
         to_come = since / max(sum(budget[t:]), EPSILON) * (1 - spent[-1])
         rows.append(
             [
-                _log_ratio(size, norm),
+                _log_ratio(size, whole),
                 _log_ratio(size, mean),
                 _log_ratio(size / max(budget[t], EPSILON), mean_speed),
                 _cosine(updates[t], updates[t - 1] if usable[t - 1] else zero),
                 _cosine(updates[t], _minus(last, start)),
-                _log_ratio(_norm(_minus(history[t], start)), norm),
-                _log_ratio(since, norm),
+                _log_ratio(_norm(_minus(history[t], start)), whole),
+                _log_ratio(since, whole),
                 since / max(path, EPSILON),
-                _log_ratio(to_come, _norm(_minus(last, start))),
+                _log_ratio(to_come, whole),
                 (window - 1 - t) / window,
             ]
         )
@@ -121,7 +121,7 @@ def predict_reference(
             usable = [mask[t] and t > 0 and mask[t - 1] for t in range(window)]
             mean, std = predictor.feature_mean.tolist(), predictor.feature_std.tolist()
             encoded = [
-                [(x - m) / s for x, m, s in zip(row, mean, std, strict=True)]
+                [min(max((x - m) / s, -CLIP), CLIP) for x, m, s in zip(row, mean, std, strict=True)]
                 for row in dynamics_reference(history, start, usable, spent)
             ]
         keys, values = [_mlp(layers("key"), x) for x in encoded], [_mlp(layers("value"), x) for x in encoded]
