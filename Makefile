@@ -41,7 +41,7 @@ predictor: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## Make the shipped pred
 	$(BIN)/smartfrz fit runs/base --evaluation benchmarks/results/predictor.json --out predictor_weights/smartfrz-base
 
 predictor-smoke: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## The same road in minutes, on tiny models and data from packages
-	$(BIN)/python benchmarks/smoke_data.py runs/smoke/data
+	$(BIN)/python benchmarks/package_data.py runs/smoke/data digits glue/stsb
 	$(BIN)/smartfrz harvest benchmarks/harvest/smoke.json --out runs/smoke/harvest --processes 2 --data-dir runs/smoke/data
 	$(BIN)/smartfrz evaluate runs/smoke/harvest --out runs/smoke/evaluation.json
 	$(BIN)/smartfrz fit runs/smoke/harvest --evaluation runs/smoke/evaluation.json --out runs/smoke/predictor

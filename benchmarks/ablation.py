@@ -6,18 +6,14 @@ Variants that are there already are not run again.
 
 import argparse
 import json
-import platform
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from workers import in_processes, provenance
 
 from smartfrz_hf import SmartFRZPredictorConfig
 from smartfrz_hf.cli import DEFAULT_LABEL
@@ -109,7 +105,6 @@ def variants() -> dict[str, Variant]:
 
 def judge(name: str, runs: Path, file: Path) -> None:
     """Leave each family out once, with one variant, and write how good it is."""
-    torch.set_num_threads(1)
     variant = variants()[name]
     config = variant.config_class(**variant.config)
     stages = FreezingStages(read_runs(runs), config, variant.label, variant.spacings)
@@ -146,14 +141,10 @@ def main() -> None:
     options.done.mkdir(parents=True, exist_ok=True)
     files = {name: options.done / f"{i:02d}.json" for i, name in enumerate(variants())}
     waiting = [name for name in files if not files[name].exists() and (options.only or "") in name]
-    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        futures = [pool.submit(judge, name, options.runs, files[name]) for name in waiting]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="variants"):
-            future.result()
+    in_processes(judge, [(name, options.runs, files[name]) for name in waiting], options.processes, "variants")
     results = {
         "variants": [json.loads(file.read_text()) for file in files.values() if file.exists()],
-        "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        "machine": {"architecture": platform.machine(), "python": platform.python_version()},
+        **provenance("torch", "transformers", "scikit-learn"),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=2) + "\n")

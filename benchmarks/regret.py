@@ -8,26 +8,21 @@ the only difference. Branches that are there already are not run again.
 
 import argparse
 import json
-import platform
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.utils import logging
+from workers import in_processes, provenance
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
 from smartfrz_hf.harvest.labels import at_probes, rewind_cost
 from smartfrz_hf.harvest.record import RecordingCallback
 from smartfrz_hf.harvest.specs import RunSpec, read_specs
-from smartfrz_hf.harvest.tasks import Prepared, prepare
+from smartfrz_hf.harvest.tasks import prepare
 
 ROOT = Path(__file__).parents[1]
 MOMENTS = (0.15, 0.35, 0.65)
@@ -46,27 +41,8 @@ class Keep(TrainerCallback):
         control.should_save = state.global_step in self.steps
 
 
-@torch.no_grad()
-def judge(ready: Prepared, trainer) -> dict[str, float]:
-    """Loss and accuracy (or rank correlation, for a regression) on the held-out rows."""
-    output = trainer.predict(ready.held_out)
-    labels = output.label_ids
-    if output.predictions.shape[-1] == 1:
-        score = spearmanr(output.predictions.squeeze(-1), labels)[0]
-    else:
-        score = (output.predictions.argmax(-1) == labels).mean()
-    return {"loss": output.metrics["test_loss"], "score": float(score)}
-
-
-def quiet(threads: int) -> None:
-    torch.set_num_threads(threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def full(spec: RunSpec, folder: Path, data_dir: str, threads: int) -> None:
+def full(spec: RunSpec, folder: Path, data_dir: str | None) -> None:
     """The full run: its checkpoints, its labels, and how good it is."""
-    quiet(threads)
     ready = prepare(spec, data_dir)
     keep = Keep()
     recorder = RecordingCallback(ready.probe, probes=24)
@@ -74,30 +50,22 @@ def full(spec: RunSpec, folder: Path, data_dir: str, threads: int) -> None:
         spec, str(folder / "checkpoints"), [recorder, keep], save_strategy="steps", save_steps=10**9
     )
     trainer.train()
-    found = judge(ready, trainer)
+    found = ready.score(trainer)
     tensors = recorder.result()
     save_file(tensors, folder / "run.safetensors")
     summary = found | {"steps": keep.steps, "max_steps": trainer.state.max_steps, "units": recorder.names}
     (folder / "full.json").write_text(json.dumps(summary))
 
 
-def branch(spec: RunSpec, folder: Path, data_dir: str, threads: int, step: int, depth: int) -> None:
+def branch(spec: RunSpec, folder: Path, data_dir: str | None, step: int, depth: int) -> None:
     """Go on from a checkpoint with the front frozen."""
-    quiet(threads)
     ready = prepare(spec, data_dir)
     freeze = SmartFRZCallback(SmartFRZConfig(policy="static", static_depth=depth))
     with tempfile.TemporaryDirectory() as output:
         trainer = ready.trainer(spec, output, [freeze] if depth else [])
         trainer.train(resume_from_checkpoint=str(folder / "checkpoints" / f"checkpoint-{step}"))
-        found = judge(ready, trainer)
+        found = ready.score(trainer)
     (folder / f"branch-{step}-{depth}.json").write_text(json.dumps(found | {"step": step, "depth": depth}))
-
-
-def in_processes(jobs: list[tuple], processes: int, description: str) -> None:
-    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = [pool.submit(*job) for job in jobs]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=description):
-            future.result()
 
 
 def labels_at(tensors: dict[str, torch.Tensor], step: int, depth: int) -> dict[str, float]:
@@ -166,15 +134,14 @@ def main() -> None:
     )
     options = parser.parse_args()
     specs = read_specs(options.specs)
-    threads = max(1, (torch.get_num_threads()) // options.processes)
     for spec in specs:
         (options.runs / spec.name).mkdir(parents=True, exist_ok=True)
     jobs = [
-        (full, spec, options.runs / spec.name, options.data_dir, threads)
+        (spec, options.runs / spec.name, options.data_dir)
         for spec in specs
         if not (options.runs / spec.name / "full.json").exists()
     ]
-    in_processes(jobs, options.processes, "full runs")
+    in_processes(full, jobs, options.processes, "full runs")
     jobs = []
     for spec in specs:
         folder = options.runs / spec.name
@@ -185,8 +152,8 @@ def main() -> None:
         # Frozen to depth 0, a branch has to end where the full run ended.
         for step, depth in [(summary["steps"][1], 0), *branches]:
             if not (folder / f"branch-{step}-{depth}.json").exists():
-                jobs.append((branch, spec, folder, options.data_dir, threads, step, depth))
-    in_processes(jobs, options.processes, "branches")
+                jobs.append((spec, folder, options.data_dir, step, depth))
+    in_processes(branch, jobs, options.processes, "branches")
 
     rows, by_run = [], []
     for spec in specs:
@@ -218,8 +185,7 @@ def main() -> None:
         "moments": MOMENTS,
         "rank_correlation": correlations,
         "rows": rows,
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
-        "machine": {"architecture": platform.machine(), "python": platform.python_version()},
+        **provenance("torch", "transformers", "accelerate"),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")

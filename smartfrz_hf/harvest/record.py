@@ -142,7 +142,7 @@ class RecordingCallback(TrainerCallback):
         samples: int = 1024,
         snapshots: int = 200,
         probes: int = 30,
-        rewinds: int = 8,
+        rewinds: int = 12,
         rewind_rows: int = 64,
         progress: Callable[[float], None] | None = None,
     ):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Image, load_dataset
+from scipy.stats import spearmanr
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -102,14 +103,30 @@ class Prepared:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
+    def score(self, trainer: Trainer) -> dict[str, float]:
+        """Mean `loss` on the held-out rows, and `score`: accuracy, or for a regression Spearman's rank correlation."""
+        output: Any = trainer.predict(self.held_out)
+        if output.predictions.shape[-1] == 1:
+            score = spearmanr(output.predictions.squeeze(-1), output.label_ids)[0]
+        else:
+            score = (output.predictions.argmax(-1) == output.label_ids).mean()
+        return {"loss": output.metrics["test_loss"], "score": float(score)}
 
-def prepare(spec: RunSpec, data_dir: str | os.PathLike | None = None) -> Prepared:
-    """Model and data of a run, after the pretraining that it asks for."""
+
+def prepare(spec: RunSpec, data_dir: str | os.PathLike | None = None, held_out_rows: int = 8 * PROBE_ROWS) -> Prepared:
+    """
+    Model and data of a run, after the pretraining that it asks for.
+
+    Args:
+        spec ([`RunSpec`]): the run.
+        data_dir (`str`, *optional*): folder of local copies of the data.
+        held_out_rows (`int`): most rows that are held out.
+    """
     start = _pretrain(spec, data_dir) if spec.pretraining else None
     set_seed(spec.seed)
     data = load_data(spec.data, data_dir)
     train = data["train"].shuffle(seed=spec.seed).select(range(min(spec.train_rows, len(data["train"]))))
-    held_out = data["validation"].select(range(min(8 * PROBE_ROWS, len(data["validation"]))))
+    held_out = data["validation"].select(range(min(held_out_rows, len(data["validation"]))))
     ready = _prepare_text if "sentence" in " ".join(train.column_names) else _prepare_images
     model, (train, held_out), collator, inputs = ready(spec, [train, held_out])
     if start is not None:
