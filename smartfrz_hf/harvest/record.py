@@ -141,8 +141,8 @@ class RecordingCallback(TrainerCallback):
         probe: list[dict[str, torch.Tensor]],
         samples: int = 1024,
         snapshots: int = 200,
-        probes: int = 30,
-        rewinds: int = 12,
+        probes: int = 20,
+        rewinds: int = 8,
         rewind_rows: int = 64,
         progress: Callable[[float], None] | None = None,
     ):

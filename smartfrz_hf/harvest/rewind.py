@@ -1,11 +1,14 @@
 """The rewind test: what becomes of the finished model when its front goes back to what it was?"""
 
+from collections import Counter
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from ..blocks import BlockStack, Unit
+from ..stand_in import StandIn
 
 T = TypeVar("T")
 
@@ -44,9 +47,11 @@ class Rewinder:
         found = []
         for moment in self._kept:
             row = []
-            for unit, weights in zip(self.stack.units, moment, strict=True):
-                _put(unit, weights)
-                row.append(evaluate())
+            with _Replay(self.stack) as replay:
+                for index, (unit, weights) in enumerate(zip(self.stack.units, moment, strict=True)):
+                    _put(unit, weights)
+                    replay.begin(index)
+                    row.append(evaluate())
             found.append(row)
             for unit, weights in zip(self.stack.units, end, strict=True):
                 _put(unit, weights)
@@ -57,6 +62,43 @@ class Rewinder:
             {name: value.detach().to("cpu", copy=True) for name, value in _tensors(unit).items()}
             for unit in self.stack.units
         ]
+
+
+class _Replay:
+    """
+    Spares the blocks in front of the last one that was put back: what they put out they have put out before, on the same
+    rows in the same order, when they were the last.
+    """
+
+    def __init__(self, stack: BlockStack):
+        units = [(index, unit) for index, unit in enumerate(stack.units) if index and unit.runs_once]
+        self._blocks = {index: unit.modules[unit.name] for index, unit in units}
+        self._outputs: dict[int, list[Any]] = {index: [] for index in self._blocks}
+
+    def __enter__(self) -> "_Replay":
+        self._stand_ins = []
+        for index, block in self._blocks.items():
+            stand_in = StandIn(block, lambda *args, **kwargs: None)
+            stand_in.forward = partial(self._run_or_replay, index, stand_in.original)
+            self._stand_ins.append(stand_in)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for stand_in in self._stand_ins:
+            stand_in.remove()
+
+    def begin(self, last: int) -> None:
+        """Get ready for an evaluation in which the front up to unit `last` is put back."""
+        self._last, self._calls = last, Counter[int]()
+
+    def _run_or_replay(self, index: int, run: Callable[..., Any], *args, **kwargs) -> Any:
+        if index < self._last:
+            self._calls[index] += 1
+            return self._outputs[index][self._calls[index] - 1]
+        output = run(*args, **kwargs)
+        if index == self._last:
+            self._outputs[index].append(output)
+        return output
 
 
 def _tensors(unit: Unit) -> dict[str, torch.Tensor]:
