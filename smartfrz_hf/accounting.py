@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,9 @@ from .blocks import BlockStack
 from .ledger import Flops
 
 HEAD = "head"
+# What a checkpoint keeps of a [`ComputeMeter`]: FLOPs by unit, and numbers.
+PRICES = ("_pass", "_step", "_full_pass", "_full_step")
+COUNTS = ("_depth", "_passes", "_steps", "_all_elements", "_pass_due", "_step_due")
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
@@ -173,6 +177,23 @@ class ComputeMeter:
         """
         self._pass_due = self._step_due = True
         self._depth = depth
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as plain JSON values."""
+        found: dict[str, Any] = {name: asdict(getattr(self, name)) for name in ("spent", "full")}
+        for name in PRICES:
+            prices = getattr(self, name)
+            found[name] = None if prices is None else [asdict(flops) for flops in prices]
+        return found | {name: getattr(self, name) for name in COUNTS}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.spent, self.full = Flops(**state["spent"]), Flops(**state["full"])
+        for name in PRICES:
+            prices = state[name]
+            setattr(self, name, None if prices is None else [Flops(**flops) for flops in prices])
+        for name in COUNTS:
+            setattr(self, name, state[name])
 
     def skip(self, fractions: Sequence[float]) -> None:
         """

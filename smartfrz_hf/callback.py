@@ -1,15 +1,21 @@
 """The callback: observes, asks the policy, tells the Freezer."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .accounting import ComputeMeter
 from .activation_cache import ActivationCache, make_cache
-from .blocks import BlockStack, find_blocks
+from .blocks import BlockStack, Unit, find_blocks
+from .checkpoint import HISTORY, STATE, RunState, load_state, save_state
 from .config import SmartFRZConfig
+from .distributed import Ranks
 from .freezing import Freezer
 from .history import WeightHistory, WeightSampler
 from .ledger import Ledger, Stage
@@ -17,6 +23,10 @@ from .policies import LearningRates, Observation, make_policy
 from .predictor import SmartFRZPredictor
 
 logger = logging.get_logger(__name__)
+
+# What has to be the same for a history to go on.
+OF_HISTORY = ("policy", "record_every", "sampling_seed", "blocks")
+DDP_TYPES = ("MULTI_CPU", "MULTI_GPU", "MULTI_HPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_NPU", "MULTI_SDAA", "MULTI_XPU")
 
 
 class SmartFRZCallback(TrainerCallback):
@@ -29,6 +39,9 @@ class SmartFRZCallback(TrainerCallback):
 
     Attributes:
         ledger ([`Ledger`]): what froze when and why, and what it saved, in the present or last run.
+        resume_from (`str`, *optional*): checkpoint that the run goes on from, where a Trainer says so. Without it, the
+            one of the present step in the output folder.
+        after_freezing (`Callable`, *optional*): called on all ranks after the depth has changed.
 
     Raises:
         ValueError: the configuration does not fit the predictor; and when training starts or the `Trainer` is made,
@@ -48,6 +61,8 @@ class SmartFRZCallback(TrainerCallback):
         self.config = config or SmartFRZConfig()
         self.policy = make_policy(self.config, predictor)
         self.ledger = Ledger()
+        self.resume_from: str | None = None
+        self.after_freezing: Callable[[], object] | None = None
         self._cache: ActivationCache | None = None
         self._running = False
 
@@ -85,14 +100,16 @@ class SmartFRZCallback(TrainerCallback):
         if self._cache is not None:
             self.ledger.cache = self._cache.savings
         self._rates = LearningRates.planned(kwargs.get("lr_scheduler"), state.max_steps)
+        self._ranks = Ranks(args.ddp_timeout)
         self._history: WeightHistory | None = None
         if self.policy.history_size is not None:
             window, samples = self.policy.history_size
             self._sampler = WeightSampler(self._stack.units, samples, self.config.sampling_seed)
-            device = next(self._stack.backbone.parameters()).device
-            self._history = WeightHistory(len(self._stack), window, samples, device)
-            self._history.record(self._sampler, state.global_step)
-        self._decide(state)
+            self._history = WeightHistory(len(self._stack), window, samples, self._device)
+        if not self._resume(args, state):
+            if self._history is not None:
+                self._history.record(self._sampler, state.global_step)
+            self._decide(state)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Say when no training row comes again."""
@@ -120,6 +137,7 @@ class SmartFRZCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Take a snapshot and hold a freezing stage where they are due."""
         step, active = state.global_step, range(self._freezer.depth, len(self._stack))
+        self._step = step
         if self._cache is not None:
             rows_per_step = args.gradient_accumulation_steps * args.train_batch_size
             self._cache.rows_left = (state.max_steps - step) * rows_per_step
@@ -128,6 +146,46 @@ class SmartFRZCallback(TrainerCallback):
         since_first = step - self._first_decision
         if since_first >= 0 and since_first % self._decide_every == 0 and step < state.max_steps:
             self._decide(state)
+        if control.should_save and not control.should_evaluate:
+            self._save_before_trainer(args, state)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Write the state where a checkpoint follows."""
+        if self._running and control.should_save:
+            self._save_before_trainer(args, state)
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write the state where nobody knew of the checkpoint before."""
+        if not (self._checkpoint(args, state) / STATE).is_file():
+            self._save_before_trainer(args, state)
+
+    def save(self, folder: str | Path) -> None:
+        """
+        Write what the run needs to go on from here into the folder of a checkpoint.
+
+        Args:
+            folder (`str`): of the checkpoint.
+        """
+        state = RunState(
+            step=self._step,
+            units=self._stack.names,
+            depth=self._freezer.depth,
+            config=self.config.to_dict(),
+            ledger=self.ledger.state(),
+            meter=self.meter.state(),
+            history=self._history,
+        )
+        save_state(state, folder)
+
+    def _save_before_trainer(self, args: TrainingArguments, state: TrainerState) -> None:
+        # The Trainer writes its own state last, so that a checkpoint which it takes for whole has ours. Where it puts the
+        # checkpoints of a trial, a callback does not know, and no trial is resumed.
+        if args.should_save and not state.is_hyper_param_search:
+            self.save(self._checkpoint(args, state))
+
+    @staticmethod
+    def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
     def on_train_end(self, args, state, control, **kwargs):
         """Leave the model as it was found, but for its weights."""
@@ -145,12 +203,11 @@ class SmartFRZCallback(TrainerCallback):
         decision = self.policy.decide(observation)
         self.ledger.decisions += 1
         depth = decision.depth if self.config.max_depth is None else min(decision.depth, self.config.max_depth)
+        depth = self._ranks.agree(depth, f"the freezing stage of step {state.global_step}")
         if depth <= self._freezer.depth:
             return
-        new = self._freezer.freeze_to(depth)
         self.meter.recount(depth)
-        if self._cache is not None:
-            self._cache.freeze_to(depth)
+        new = self._freeze_to(depth)
         self.ledger.stages.append(Stage(state.global_step, depth, [unit.name for unit in new], decision.reason))
         self.ledger.frozen_parameters = self._freezer.frozen_parameters
         logger.info(
@@ -158,18 +215,84 @@ class SmartFRZCallback(TrainerCallback):
             f"{len(self._stack)} units): {decision.reason}"
         )
 
+    def _freeze_to(self, depth: int) -> list[Unit]:
+        new = self._freezer.freeze_to(depth)
+        if self._cache is not None:
+            self._cache.freeze_to(depth)
+        if self.after_freezing is not None:
+            self.after_freezing()
+        return new
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Take up the state of the checkpoint that the run goes on from; whether there was one."""
+        self._step = state.global_step
+        if not state.global_step:
+            return False
+        folder = Path(self.resume_from) if self.resume_from else self._checkpoint(args, state)
+        found = load_state(folder, self._device)
+        depths = -1 if found is None else found.depth
+        if self._ranks.agree(depths, f"the checkpoint {folder}") != depths:
+            raise ValueError(
+                f"This rank does not find in {folder} what rank 0 finds there: all have to read the same files."
+            )
+        if found is None:
+            logger.warning(
+                f"There is no SmartFRZ state of step {state.global_step} in {folder}: training goes on with nothing frozen "
+                "and an empty history."
+            )
+            return False
+        self._check_state(found, state, folder)
+        if not any(folder.glob("optimizer*")):
+            logger.warning(f"{folder} holds no optimizer state: the optimizer starts anew, frozen units stay frozen.")
+        self.ledger.restore(found.ledger)
+        self.meter.restore(found.meter)
+        self.ledger.spent, self.ledger.full = self.meter.spent, self.meter.full
+        if found.history is not None:
+            self._history = found.history
+        if found.depth:
+            self._freeze_to(found.depth)
+        return True
+
+    def _check_state(self, found: RunState, state: TrainerState, folder: Path) -> None:
+        def refuse(what: str) -> ValueError:
+            return ValueError(
+                f"The SmartFRZ state in {folder} cannot be taken up: {what}. Resume as the run was started, or delete "
+                f"{STATE} there to go on with nothing frozen and an empty history."
+            )
+
+        if found.step != state.global_step:
+            raise refuse(f"it is of step {found.step}, and the checkpoint of step {state.global_step}")
+        if found.units != self._stack.names or not 0 <= found.depth <= len(found.units):
+            raise refuse(f"it is of a model with the units {found.units}, and this one has {self._stack.names}")
+        config = self.config.to_dict()
+        other = {key: value for key, value in found.config.items() if config.get(key, value) != value}
+        for key in OF_HISTORY:
+            if key in other:
+                raise refuse(f"`{key}` was {other[key]!r} and is {config[key]!r} now")
+        shapes = [None if one is None else one.shape for one in (found.history, self._history)]
+        if shapes[0] != shapes[1]:
+            raise refuse(f"{HISTORY} holds a history of shape {shapes[0]}, and the policy needs {shapes[1]}")
+        if other:
+            changed = ", ".join(f"`{key}` was {value!r} and is {config[key]!r}" for key, value in other.items())
+            logger.warning(f"The run goes on with another configuration than it was started with: {changed}.")
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._stack.backbone.parameters()).device
+
     def _check(self, args: TrainingArguments, model: nn.Module) -> BlockStack:
         if args.deepspeed is not None or args.distributed_state.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
                 "SmartFRZ cannot freeze under DeepSpeed ZeRO, which fixes what is trained when it starts; use DDP or "
                 "a single process instead."
             )
-        if args.world_size > 1 or args.n_gpu > 1:
+        if args.n_gpu > 1:
             raise ValueError(
-                f"This version of smartfrz_hf serves one process on one device, and this run has {args.world_size} "
-                f"processes and {args.n_gpu} devices in each; start one process and show it one device "
-                "(`CUDA_VISIBLE_DEVICES=0`), or leave the callback out."
+                f"SmartFRZ does not work with {args.n_gpu} devices in one process (`DataParallel`); start one process a "
+                "device with `accelerate launch` or `torchrun`, or show it one device (`CUDA_VISIBLE_DEVICES=0`)."
             )
+        if args.world_size > 1:
+            self._check_distributed(args)
         stack = find_blocks(model, self.config.blocks)
         if not any(unit.trainable for unit in stack.units):
             raise ValueError(
@@ -178,10 +301,33 @@ class SmartFRZCallback(TrainerCallback):
             )
         return stack
 
+    def _check_distributed(self, args: TrainingArguments) -> None:
+        kind = args.distributed_state.distributed_type
+        if args.fsdp or kind.value not in DDP_TYPES:
+            name = "FSDP" if args.fsdp else kind.value
+            raise ValueError(
+                f"This version of smartfrz_hf serves several processes under DDP only, not {name}, which fixes what is "
+                "trained when it starts; leave that out, or the callback."
+            )
+        if self.after_freezing is not None:
+            return
+        unused = args.ddp_find_unused_parameters
+        if unused is False or (unused is None and args.activation_checkpointing):
+            raise ValueError(
+                "DDP stops at the first step after a unit froze unless it looks for unused parameters. Use "
+                "`SmartFRZTrainer`, or `SmartFRZMixin` over a Trainer of your own; or set "
+                "`ddp_find_unused_parameters=True`."
+            )
+        logger.warning(
+            "With the callback alone, DDP goes on sending the gradients of frozen units, which are zero. `SmartFRZTrainer`, "
+            "or `SmartFRZMixin` over a Trainer of your own, spares that."
+        )
+
     def _release(self) -> None:
         if self._running:
             if self._cache is not None:
                 self._cache.close()
             self._freezer.unfreeze_to(0)
             self.meter.close()
+            self._ranks.close()
             self._running = False

@@ -112,6 +112,11 @@ class WeightHistory:
         return self._ring.shape[1]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """`(units, window, samples)`."""
+        return tuple(self._ring.shape)
+
+    @property
     def filled(self) -> int:
         """Snapshots at hand, at most `window`."""
         return min(len(self.steps), self.window)

@@ -133,5 +133,22 @@ class Ledger:
         return logs
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
+        """All of it as plain JSON values, for people."""
         return asdict(self) | {"freeze_steps": self.freeze_steps, **self.logs()}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: the stages and decisions so far, and what the cache did."""
+        return {
+            "stages": [asdict(stage) for stage in self.stages],
+            "decisions": self.decisions,
+            "frozen_parameters": self.frozen_parameters,
+            "cache": None if self.cache is None else asdict(self.cache),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave; a cache starts anew, with the savings so far."""
+        self.stages = [Stage(**stage) for stage in state["stages"]]
+        self.decisions, self.frozen_parameters = state["decisions"], state["frozen_parameters"]
+        if self.cache is not None and state["cache"] is not None:
+            for name in ("rows", "hits", "seconds_saved", "bytes_read"):
+                setattr(self.cache, name, state["cache"][name])

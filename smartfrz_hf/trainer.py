@@ -1,11 +1,15 @@
-"""`SmartFRZTrainer`: what only a Trainer can do for freezing: logs for every tracker, and honest FLOPs."""
+"""`SmartFRZTrainer`: what only a Trainer can do for freezing: DDP, checkpoints, logs for every tracker, honest FLOPs."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .callback import SmartFRZCallback
+from .checkpoint import last_complete_checkpoint
 from .config import SmartFRZConfig
+from .distributed import rebuild_reducer
 from .ledger import Ledger
 from .predictor import SmartFRZPredictor
 
@@ -37,6 +41,7 @@ class SmartFRZMixin(_Widened):
         self, *args, smartfrz: SmartFRZConfig | None = None, predictor: SmartFRZPredictor | None = None, **kwargs
     ):
         self.smartfrz = SmartFRZCallback(smartfrz, predictor)
+        self.smartfrz.after_freezing = lambda: rebuild_reducer(self.model_wrapped)
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.smartfrz]
         super().__init__(*args, **kwargs)
 
@@ -44,6 +49,25 @@ class SmartFRZMixin(_Widened):
     def ledger(self) -> Ledger:
         """What froze when and why, and what it saved."""
         return self.smartfrz.ledger
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Train. With `resume_from_checkpoint=True`, go on from the last checkpoint that was written to its end, and from the
+        start if there is none.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.smartfrz.save(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.smartfrz.resume_from = checkpoint
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the figures of [`Ledger.logs`] (`freeze/depth` and others) added to training logs."""

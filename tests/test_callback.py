@@ -209,12 +209,17 @@ def test_deepspeed_is_refused(tmp_path, monkeypatch):
         smartfrz().on_init_end(args, None, None, model=build("bert"))
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
+def test_what_is_distributed_in_another_way_than_ddp_is_refused(tmp_path, monkeypatch):
     from training import arguments
 
     args = arguments(tmp_path)
+    monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="2 devices in one process .*accelerate launch"):
+        smartfrz().on_init_end(args, None, None, model=build("bert"))
+    monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 0))
     monkeypatch.setattr(type(args), "world_size", property(lambda self: 2))
-    with pytest.raises(ValueError, match="this run has 2"):
+    args.fsdp = ["full_shard"]
+    with pytest.raises(ValueError, match="under DDP only, not FSDP"):
         smartfrz().on_init_end(args, None, None, model=build("bert"))
 
 

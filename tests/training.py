@@ -58,8 +58,10 @@ def arguments(folder, **changes):
     return TrainingArguments(**defaults | changes)
 
 
-def train(folder, callbacks=(), model=None, trainer_class=Trainer, dataset=None, trainer_kwargs=None, **changes):
-    """Train a tiny BERT (or `model`) and give the trainer back."""
+def train(
+    folder, callbacks=(), model=None, trainer_class=Trainer, dataset=None, trainer_kwargs=None, resume=None, **changes
+):
+    """Train a tiny BERT (or `model`), from a checkpoint if there is one to resume, and give the trainer back."""
     model = build("bert") if model is None else model
     images = getattr(model, "main_input_name", "") == "pixel_values"
     trainer = trainer_class(
@@ -70,7 +72,7 @@ def train(folder, callbacks=(), model=None, trainer_class=Trainer, dataset=None,
         callbacks=list(callbacks),
         **trainer_kwargs or {},
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 

@@ -1,0 +1,132 @@
+"""The state of a run in its checkpoints: two files beside those of the Trainer."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .history import WeightHistory
+
+STATE = "smartfrz_state.json"
+HISTORY = "smartfrz_state.safetensors"
+FORMAT = 1
+
+
+@dataclass
+class RunState:
+    """
+    What a run has to know to go on as if it had never stopped.
+
+    Attributes:
+        step (`int`): optimizer steps done.
+        units (`list[str]`): names of the model's units.
+        depth (`int`): frozen units.
+        config (`dict`): of the run, as [`SmartFRZConfig.to_dict`] gives it.
+        ledger (`dict`): as [`Ledger.state`] gives it.
+        meter (`dict`): as [`ComputeMeter.state`] gives it.
+        history ([`WeightHistory`], *optional*): if the policy looks at one.
+    """
+
+    step: int
+    units: list[str]
+    depth: int
+    config: dict[str, Any]
+    ledger: dict[str, Any]
+    meter: dict[str, Any]
+    history: WeightHistory | None = None
+
+
+def _version() -> str:
+    try:
+        return version("smartfrz_hf")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def save_state(state: RunState, folder: str | os.PathLike) -> None:
+    """
+    Write the two files, each in one move, the one that names the other last.
+
+    Args:
+        state ([`RunState`]): what to write.
+        folder (`str`): of the checkpoint; made if it is not there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {key: value for key, value in vars(state).items() if key != "history"}
+    values |= {"format": FORMAT, "version": _version(), "history": None}
+    if state.history is not None:
+        partial = folder / f".{HISTORY}.partial"
+        state.history.save(partial)
+        values["history"] = hashlib.sha256(partial.read_bytes()).hexdigest()
+        partial.replace(folder / HISTORY)
+    partial = folder / f".{STATE}.partial"
+    with partial.open("w") as file:
+        file.write(json.dumps(values, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / STATE)
+
+
+def load_state(folder: str | os.PathLike, device: Any = None) -> RunState | None:
+    """
+    Read what [`save_state`] wrote.
+
+    Args:
+        folder (`str`): of the checkpoint.
+        device (`torch.device`, *optional*): where the history is put. Defaults to the CPU.
+
+    Returns:
+        [`RunState`], or `None` where the checkpoint was made without SmartFRZ.
+
+    Raises:
+        ValueError: the files are damaged, do not belong together, or were written by a newer version.
+    """
+    folder = Path(folder)
+    if not (folder / STATE).is_file():
+        return None
+    remedy = f"Take another checkpoint, or delete {STATE} there to go on with nothing frozen and an empty history."
+    try:
+        values = json.loads((folder / STATE).read_text())
+        if values["format"] > FORMAT:
+            raise ValueError(
+                f"{folder / STATE} was written by version {values['version']} of smartfrz_hf, in a format that this "
+                f"one does not know. Install that version. {remedy}"
+            )
+        known = {key: values[key] for key in ("step", "units", "depth", "config", "ledger", "meter")}
+        digest = values["history"]
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / STATE} is damaged ({type(error).__name__}: {error}). {remedy}") from error
+    history = None
+    if digest is not None:
+        file = folder / HISTORY
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{file} is missing or not the one that {STATE} was written with. {remedy}")
+        history = WeightHistory.load(file, device)
+    return RunState(**known, history=history)
+
+
+def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
+    """
+    The latest checkpoint that was written to its end. The Trainer writes its state last, so that a process that was killed
+    while it wrote leaves a folder without a readable one.
+
+    Args:
+        folder (`str`): the Trainer's output folder.
+    """
+
+    def step(path: Path) -> int:
+        number = path.name.rpartition("-")[2]
+        return int(number) if number.isdigit() else -1
+
+    def complete(path: Path) -> bool:
+        try:
+            return json.loads((path / "trainer_state.json").read_text())["global_step"] == step(path)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    found = [path for path in Path(folder).glob("checkpoint-*") if step(path) >= 0 and complete(path)]
+    return str(max(found, key=step)) if found else None

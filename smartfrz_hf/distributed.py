@@ -1,0 +1,82 @@
+"""Several processes: one decision for all of them, and a DDP reducer that sends active gradients only."""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Ranks:
+    """
+    Brings the ranks of a run to one answer. Does nothing in a run of one process.
+
+    What is agreed on crosses a group of its own on the CPU, so that no accelerator has to wait and a rank that has died is
+    an error with its number, whatever backend the gradients take.
+
+    Args:
+        timeout (`float`): seconds that ranks wait for each other.
+    """
+
+    def __init__(self, timeout: float):
+        self._timeout = timedelta(seconds=timeout)
+        self.count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self._group: Any = None
+        if self.count > 1:
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def agree(self, value: int, about: str) -> int:
+        """
+        The value of rank 0, on all ranks.
+
+        Args:
+            value (`int`): what this rank would say.
+            about (`str`): what it is about, for the error.
+
+        Raises:
+            RuntimeError: a rank has not answered in time, or has died; the message has its number where it is known.
+        """
+        if self.count == 1:
+            return value
+        word = torch.tensor([value])
+        try:
+            dist.monitored_barrier(self._group, timeout=self._timeout)
+            dist.broadcast(word, src=0, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Rank {dist.get_rank()} of {self.count} had no answer from another rank on {about}: {error}"
+            ) from error
+        return int(word)
+
+    def close(self) -> None:
+        """Give the group back."""
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group, self.count = None, 1
+
+
+def rebuild_reducer(model: nn.Module) -> bool:
+    """
+    Have DDP send the gradients of those parameters only that ask for one now. To be called on all ranks, between two steps.
+
+    The wrapper stays the same object, which a training loop holds on to; its own means of coming back from a pickle make
+    the new reducer. Communication hooks, and those that a compiler or an optimizer has put on gradients, are kept.
+
+    Args:
+        model (`torch.nn.Module`): what the training loop calls; nothing happens unless it is DDP's wrapper.
+
+    Returns:
+        `bool`: whether there was a reducer to rebuild.
+    """
+    ddp = getattr(model, "_orig_mod", model)  # what `torch.compile` wraps
+    if not isinstance(ddp, DistributedDataParallel):
+        return False
+    hooks, ddp._comm_hooks = list(ddp._comm_hooks), []
+    ddp._remove_autograd_hooks()
+    ddp.__setstate__(ddp.__getstate__())
+    ddp._has_rebuilt_buckets = False
+    for hook, state in hooks:
+        ddp.register_comm_hook(state, hook)
+    return True

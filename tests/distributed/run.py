@@ -1,0 +1,121 @@
+"""What each rank of a distributed test does: trains as the command line says and writes what it saw, one file a rank."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from architectures import TEXT
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+from training import Rows, arguments, predictor_that_says
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
+
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer
+from smartfrz_hf.policies import Decision
+
+STAGES = {5: 2, 9: 3, 13: 5}
+
+
+class Counting:
+    """A communication hook that averages as DDP does, and adds up the bytes of each step."""
+
+    def __init__(self):
+        self.bytes = 0
+
+    def average(self, state, bucket):
+        buffer = bucket.buffer()
+        self.bytes += buffer.numel() * buffer.element_size()
+        future = dist.all_reduce(buffer.div_(dist.get_world_size()), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+
+class Watching(TrainerCallback):
+    """Puts the hook on DDP, and notes what each step sent, and the bytes of the gradients that there were."""
+
+    def __init__(self):
+        self.hook, self.trainer, self.sent, self.active, self.hashes = Counting(), None, [], [], []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if isinstance(self.trainer.model_wrapped, DistributedDataParallel):
+            self.trainer.model_wrapped.register_comm_hook(None, self.hook.average)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.sent.append(self.hook.bytes)
+        self.active.append(sum(p.numel() * 4 for p in model.parameters() if p.grad is not None))
+        self.hook.bytes = 0
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--world_size", type=int, default=2)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--unlike", action="store_true", help="ranks other than 0 would freeze sooner")
+    parser.add_argument("--alone", choices=["find", "do not find"], help="the callback in a plain Trainer")
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--dies_at", type=int, help="rank 1 leaves before the freezing stage of this step")
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForSequenceClassification(BertConfig(**TEXT | nothing))
+    model.accepts_loss_kwargs = False  # its head ignores `num_items_in_batch` (transformers#47688)
+    args = arguments(
+        options.folder,
+        max_steps=options.steps,
+        per_device_train_batch_size=8 // options.world_size,
+        gradient_accumulation_steps=options.accumulation,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=4,
+        ddp_timeout=20,
+        average_tokens_across_devices=False,
+        ddp_find_unused_parameters={"find": True, None: False}.get(options.alone, False),
+        dataloader_num_workers=0,
+    )
+    assert args.world_size == options.world_size, f"{args.world_size} processes, not {options.world_size}"
+    rank = args.process_index
+    config = SmartFRZConfig(first_decision=1, decide_every=1, record_every=1)
+    watching = Watching()
+    if options.alone:
+        callback = SmartFRZCallback(config, predictor_that_says(0.9))
+        trainer = Trainer(model, args, train_dataset=Rows(48), callbacks=[callback, watching])
+    else:
+        trainer = SmartFRZTrainer(
+            model,
+            args,
+            train_dataset=Rows(48),
+            callbacks=[watching],
+            smartfrz=config,
+            predictor=predictor_that_says(0.9),
+        )
+        callback = trainer.smartfrz
+    watching.trainer = trainer
+
+    def decide(seen):
+        if options.dies_at == seen.step and rank == 1:
+            raise SystemExit(3)
+        ahead = 2 if options.unlike and rank else 0
+        return Decision(max(depth for step, depth in {0: 0, **STAGES}.items() if step <= seen.step + ahead), "told")
+
+    callback.policy.decide = decide
+    trainer.train(resume_from_checkpoint=str(options.resume) if options.resume else None)
+    save_file(
+        {key: v.contiguous() for key, v in model.state_dict().items()}, options.folder / f"end-{rank}.safetensors"
+    )
+    found = {
+        "world_size": args.world_size,
+        "stages": [[stage.step, stage.depth] for stage in callback.ledger.stages],
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+        "sent": watching.sent,
+        "active": watching.active,
+    }
+    (options.folder / f"end-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Two real processes under DDP (gloo): one decision, no byte for what is frozen, and the run that one process makes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parents[1]
+CONFIG = TESTS.parent / "examples" / "accelerate_configs" / "ddp_cpu.yaml"
+STAGES = [[5, 2], [9, 3], [13, 5]]
+
+
+def launch(folder, *words, ranks=2):
+    """Run `run.py` on some ranks, and give the process that started them back."""
+    folder.mkdir(exist_ok=True)
+    accelerate = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    command = [sys.executable, *(accelerate if ranks > 1 else []), str(TESTS / "distributed" / "run.py"), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    words = [*words, f"--world_size={ranks}"]
+    return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def results(folder, *words, ranks=2):
+    done = launch(folder, *words, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads((folder / f"end-{rank}.json").read_text()) for rank in range(ranks)]
+    assert [part["world_size"] for part in found] == [ranks] * ranks
+    weights = [load_file(folder / f"end-{rank}.safetensors") for rank in range(ranks)]
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in weights[0].items()), "ranks drifted apart"
+    return found, weights[0]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp") / "two"
+    return folder, *results(folder)
+
+
+def test_only_active_gradients_travel(two):
+    for part in two[1]:
+        assert part["sent"] == part["active"]
+        at = {step: part["sent"][step] for step in (0, 5, 9, 13)}
+        assert at[0] > at[5] > at[9] > at[13] > 0
+        assert part["sent"] == [at[max(begin for begin in at if begin <= step)] for step in range(16)]
+
+
+def test_two_ranks_train_as_one_with_twice_the_batch(two, tmp_path):
+    (one,), weights = results(tmp_path / "one", ranks=1)
+    assert two[1][0]["stages"] == one["stages"] == STAGES
+    assert two[1][0]["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    for key, value in weights.items():
+        torch.testing.assert_close(two[2][key], value, atol=1e-4, rtol=1e-4)
+
+
+def test_accumulation(tmp_path):
+    found, _ = results(tmp_path / "two", "--accumulation=4")
+    (one,), _ = results(tmp_path / "one", "--accumulation=4", ranks=1)
+    assert found[0]["stages"] == one["stages"] == STAGES
+    assert found[0]["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert found[0]["sent"] == found[0]["active"]
+
+
+def test_rank_0_decides(two, tmp_path):
+    found, weights = results(tmp_path / "unlike", "--unlike")
+    assert [part["stages"] for part in found] == [STAGES, STAGES]
+    assert all(torch.equal(value, two[2][key]) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("step", [4, 8, 12])
+def test_resuming_on_two_ranks_equals_never_having_stopped(two, tmp_path, step):
+    found, weights = results(tmp_path / "again", f"--resume={two[0] / f'checkpoint-{step}'}")
+    assert all(torch.equal(value, two[2][key]) for key, value in weights.items())
+    assert found[0]["stages"] == STAGES and found[0]["losses"] == two[1][0]["losses"]
+    assert found[1]["sent"] == two[1][1]["sent"][step:]
+
+
+def test_a_rank_that_dies_is_an_error_with_its_number(tmp_path):
+    done = launch(tmp_path / "dead", "--dies_at=9")
+    assert done.returncode != 0
+    assert "Rank 0 of 2 had no answer from another rank on the freezing stage of step 9" in done.stderr
+
+
+def test_callback_alone(two, tmp_path):
+    """It works, and sends as many bytes as before; or says what would help."""
+    found, weights = results(tmp_path / "alone", "--alone=find")
+    assert found[0]["stages"] == STAGES and len(set(found[0]["sent"])) == 1
+    for key, value in weights.items():
+        torch.testing.assert_close(two[2][key], value, atol=1e-5, rtol=1e-5)
+    done = launch(tmp_path / "refused", "--alone=do not find")
+    assert done.returncode != 0 and "Use `SmartFRZTrainer`, or `SmartFRZMixin`" in done.stderr

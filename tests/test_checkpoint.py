@@ -1,0 +1,203 @@
+"""A run that was stopped goes on, bit for bit, as if it had never been."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import build
+from safetensors.torch import load_file
+from training import Rows, predictor_that_says, train
+from transformers import Trainer
+from transformers.utils import logging as transformers_logging
+
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictor, SmartFRZPredictorConfig, SmartFRZTrainer
+from smartfrz_hf.checkpoint import HISTORY, STATE, last_complete_checkpoint
+
+STAGES = {"first_decision": 5, "decide_every": 2}
+
+
+def undecided_predictor():
+    """One whose answers depend on the whole history, and which freezes a tiny BERT unit by unit."""
+    torch.manual_seed(28)
+    return SmartFRZPredictor(SmartFRZPredictorConfig(window=4, samples=32))
+
+
+def run(folder, alone=False, resume=None, policy="smartfrz", model=None, predictor=None, config=None, **changes):
+    """Train, with a checkpoint at each step, and give the trainer and its callback back."""
+    settings = {"policy": policy, "linear_depth": 1.0, "record_every": 1, "freeze_threshold": 0.5} | STAGES
+    made = SmartFRZConfig(**settings | (config or {}))
+    predictor = predictor or undecided_predictor()
+    changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 20, "logging_steps": 1} | changes
+    arguments = {"model": model or build("bert"), "dataset": Rows(40), "folder": folder, "resume": resume}
+    if alone:
+        callback = SmartFRZCallback(made, predictor)
+        return train(callbacks=[callback], **arguments, **changes), callback
+    kwargs = {"smartfrz": made, "predictor": predictor}
+    trainer = train(trainer_class=SmartFRZTrainer, trainer_kwargs=kwargs, **arguments, **changes)
+    return trainer, trainer.smartfrz
+
+
+def losses(trainer):
+    return {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
+
+
+def assert_same_end(first, second):
+    (trainer, callback), (other, other_callback) = first, second
+    assert losses(trainer) == losses(other)
+    for (key, p), (_, q) in zip(trainer.model.state_dict().items(), other.model.state_dict().items(), strict=True):
+        assert torch.equal(p, q), key
+    for p, q in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
+        assert trainer.optimizer.state[p].keys() == other.optimizer.state[q].keys()
+        for key, value in trainer.optimizer.state[p].items():
+            assert torch.equal(value, other.optimizer.state[q][key]), key
+    ledger, other_ledger = callback.ledger, other_callback.ledger
+    assert ledger.stages == other_ledger.stages and ledger.decisions == other_ledger.decisions
+    assert ledger.spent.backward == pytest.approx(other_ledger.spent.backward, rel=1e-9)
+    assert ledger.full.total == pytest.approx(other_ledger.full.total, rel=1e-9)
+
+
+SETTINGS = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "activation checkpointing": {"activation_checkpointing": True},
+    "no cache": {"config": {"activation_cache": False}},
+    "linear": {"policy": "linear"},
+}
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback alone"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_resuming_equals_never_having_stopped(tmp_path, name, alone):
+    """40 shuffled rows in batches of 4, dropout, 20 steps: stopped before, at and after freezing stages, in mid-epoch."""
+    whole = run(tmp_path, alone, **SETTINGS[name])
+    stages = [stage.step for stage in whole[1].ledger.stages]
+    assert len(stages) >= 2 and 0 < whole[1].ledger.stages[0].depth < 5, "the test needs several stages"
+    for step in (stages[0] - 1, stages[0], stages[1] + 1):
+        resumed = run(
+            tmp_path, alone, resume=str(tmp_path / f"checkpoint-{step}"), save_strategy="no", **SETTINGS[name]
+        )
+        assert_same_end(whole, resumed)
+
+
+def test_frozen_units_are_frozen_from_the_first_resumed_step(tmp_path):
+    whole, callback = run(tmp_path)
+    stage = callback.ledger.stages[0]
+    resumed, again = run(tmp_path, resume=str(tmp_path / f"checkpoint-{stage.step}"), max_steps=stage.step + 1)
+    before = load_file(tmp_path / f"checkpoint-{stage.step}" / "model.safetensors")
+    for unit in again._stack.units[: stage.depth]:
+        for key, parameter in unit.named_parameters().items():
+            assert torch.equal(parameter, before[key]) and parameter not in resumed.optimizer.state
+
+
+@pytest.fixture
+def warnings_of_library(caplog):
+    transformers_logging.enable_propagation()
+    caplog.set_level(logging.WARNING)
+    yield caplog
+    transformers_logging.disable_propagation()
+
+
+def test_checkpoint_of_a_plain_trainer(tmp_path, warnings_of_library):
+    train(tmp_path, trainer_class=Trainer, max_steps=8, save_strategy="steps", save_steps=8)
+    trainer, callback = run(tmp_path, resume=str(tmp_path / "checkpoint-8"))
+    assert "There is no SmartFRZ state of step 8" in warnings_of_library.text
+    assert callback._history.steps[0] == 8 and all(stage.step > 8 for stage in callback.ledger.stages)
+    assert trainer.state.global_step == 20
+
+
+def test_checkpoint_without_optimizer(tmp_path, warnings_of_library):
+    _, first = run(tmp_path, save_only_model=True)
+    _, again = run(tmp_path, resume=str(tmp_path / "checkpoint-9"))
+    assert "holds no optimizer state" in warnings_of_library.text
+    early = [stage for stage in first.ledger.stages if stage.step <= 9]
+    assert early and again.ledger.stages[: len(early)] == early
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    run(tmp_path, max_steps=6)
+    checkpoint = tmp_path / "checkpoint-6"
+    kept = {name: (checkpoint / name).read_bytes() for name in (STATE, HISTORY)}
+
+    def refused(match, **settings):
+        with pytest.raises(ValueError, match=match) as raised:
+            run(tmp_path, resume=str(checkpoint), **settings)
+        assert "delete smartfrz_state.json" in str(raised.value)
+        for name, content in kept.items():
+            (checkpoint / name).write_bytes(content)
+
+    def change(**values):
+        (checkpoint / STATE).write_text(json.dumps(json.loads(kept[STATE]) | values))
+
+    refused("`sampling_seed` was 0 and is 1 now", config={"sampling_seed": 1})
+    refused("`policy` was 'smartfrz' and is 'linear' now", policy="linear")
+    refused("history of shape", predictor=predictor_that_says(0.9, window=6))
+    change(units=["stem", "block"])
+    refused("a model with the units")
+    change(depth=9)
+    refused("a model with the units")
+    change(step=5)
+    refused("it is of step 5")
+    change(format=99, version="9.9")
+    refused("written by version 9.9 of smartfrz_hf")
+    (checkpoint / STATE).write_bytes(kept[STATE][:100])
+    refused("damaged")
+    (checkpoint / HISTORY).write_bytes(kept[HISTORY][:-1] + b"\0")
+    refused("missing or not the one")
+    (checkpoint / HISTORY).unlink()
+    refused("missing or not the one")
+
+
+def test_another_threshold_is_said_and_taken(tmp_path, warnings_of_library):
+    run(tmp_path, max_steps=6)
+    _, callback = run(tmp_path, resume=str(tmp_path / "checkpoint-6"), config={"freeze_threshold": 1.0})
+    assert "`freeze_threshold` was 0.5 and is 1.0" in warnings_of_library.text
+    assert all(stage.step <= 6 for stage in callback.ledger.stages)
+
+
+def test_best_model_and_early_end(tmp_path):
+    trainer, callback = run(
+        tmp_path, eval_strategy="steps", eval_steps=4, save_steps=4, load_best_model_at_end=True, save_total_limit=1
+    )
+    best = Path(trainer.state.best_model_checkpoint)
+    for key, value in load_file(best / "model.safetensors").items():
+        assert torch.equal(trainer.model.state_dict()[key], value)
+    assert (best / STATE).is_file() and all(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_last_complete_checkpoint(tmp_path):
+    assert last_complete_checkpoint(tmp_path) is None
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob'), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-last").mkdir()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["step 4", "step 9", "writing 10"])
+def test_killed_processes_go_on(tmp_path, moment):
+    """SIGKILL, to the process itself: no handler, no clean-up."""
+
+    def start(folder, *words):
+        command = [sys.executable, str(Path(__file__).with_name("killed.py")), str(folder), *words]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    whole = start(tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = start(tmp_path / "killed", *moment.split())
+    assert killed.returncode == -signal.SIGKILL
+    again = start(tmp_path / "killed")
+    assert again.returncode == 0, again.stderr
+    expected, found = (load_file(tmp_path / name / "end.safetensors") for name in ("whole", "killed"))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    ends = [json.loads((tmp_path / name / "end.json").read_text()) for name in ("whole", "killed")]
+    assert ends[0]["stages"] == ends[1]["stages"] and len(ends[0]["stages"]) >= 2
+    assert ends[0]["resumed_at"] == 0 and ends[1]["resumed_at"] > 0
