@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -13,9 +12,9 @@ from transformers.utils import logging
 from .accounting import ComputeMeter
 from .activation_cache import ActivationCache, make_cache
 from .blocks import BlockStack, Unit, find_blocks
-from .checkpoint import HISTORY, STATE, RunState, load_state, save_state
+from .checkpoint import STATE, RunState, check_state, load_state, save_state
 from .config import SmartFRZConfig
-from .distributed import Ranks
+from .distributed import Ranks, check_engine
 from .freezing import Freezer
 from .history import WeightHistory, WeightSampler
 from .ledger import Ledger, Stage
@@ -23,10 +22,6 @@ from .policies import LearningRates, Observation, make_policy
 from .predictor import SmartFRZPredictor
 
 logger = logging.get_logger(__name__)
-
-# What has to be the same for a history to go on.
-OF_HISTORY = ("policy", "record_every", "sampling_seed", "blocks")
-DDP_TYPES = ("MULTI_CPU", "MULTI_GPU", "MULTI_HPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_NPU", "MULTI_SDAA", "MULTI_XPU")
 
 
 class SmartFRZCallback(TrainerCallback):
@@ -241,7 +236,8 @@ class SmartFRZCallback(TrainerCallback):
                 "and an empty history."
             )
             return False
-        self._check_state(found, state, folder)
+        shape = None if self._history is None else self._history.shape
+        check_state(found, folder, state.global_step, self._stack.names, shape, self.config.to_dict())
         if not any(folder.glob("optimizer*")):
             logger.warning(f"{folder} holds no optimizer state: the optimizer starts anew, frozen units stay frozen.")
         self.ledger.restore(found.ledger)
@@ -253,46 +249,12 @@ class SmartFRZCallback(TrainerCallback):
             self._freeze_to(found.depth)
         return True
 
-    def _check_state(self, found: RunState, state: TrainerState, folder: Path) -> None:
-        def refuse(what: str) -> ValueError:
-            return ValueError(
-                f"The SmartFRZ state in {folder} cannot be taken up: {what}. Resume as the run was started, or delete "
-                f"{STATE} there to go on with nothing frozen and an empty history."
-            )
-
-        if found.step != state.global_step:
-            raise refuse(f"it is of step {found.step}, and the checkpoint of step {state.global_step}")
-        if found.units != self._stack.names or not 0 <= found.depth <= len(found.units):
-            raise refuse(f"it is of a model with the units {found.units}, and this one has {self._stack.names}")
-        config = self.config.to_dict()
-        other = {key: value for key, value in found.config.items() if config.get(key, value) != value}
-        for key in OF_HISTORY:
-            if key in other:
-                raise refuse(f"`{key}` was {other[key]!r} and is {config[key]!r} now")
-        shapes = [None if one is None else one.shape for one in (found.history, self._history)]
-        if shapes[0] != shapes[1]:
-            raise refuse(f"{HISTORY} holds a history of shape {shapes[0]}, and the policy needs {shapes[1]}")
-        if other:
-            changed = ", ".join(f"`{key}` was {value!r} and is {config[key]!r}" for key, value in other.items())
-            logger.warning(f"The run goes on with another configuration than it was started with: {changed}.")
-
     @property
     def _device(self) -> torch.device:
         return next(self._stack.backbone.parameters()).device
 
     def _check(self, args: TrainingArguments, model: nn.Module) -> BlockStack:
-        if args.deepspeed is not None or args.distributed_state.distributed_type == DistributedType.DEEPSPEED:
-            raise ValueError(
-                "SmartFRZ cannot freeze under DeepSpeed ZeRO, which fixes what is trained when it starts; use DDP or "
-                "a single process instead."
-            )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"SmartFRZ does not work with {args.n_gpu} devices in one process (`DataParallel`); start one process a "
-                "device with `accelerate launch` or `torchrun`, or show it one device (`CUDA_VISIBLE_DEVICES=0`)."
-            )
-        if args.world_size > 1:
-            self._check_distributed(args)
+        check_engine(args, only_active_sent=self.after_freezing is not None)
         stack = find_blocks(model, self.config.blocks)
         if not any(unit.trainable for unit in stack.units):
             raise ValueError(
@@ -300,28 +262,6 @@ class SmartFRZCallback(TrainerCallback):
                 "SmartFRZ to freeze. Leave the callback out, or let some parameters require gradients."
             )
         return stack
-
-    def _check_distributed(self, args: TrainingArguments) -> None:
-        kind = args.distributed_state.distributed_type
-        if args.fsdp or kind.value not in DDP_TYPES:
-            name = "FSDP" if args.fsdp else kind.value
-            raise ValueError(
-                f"This version of smartfrz_hf serves several processes under DDP only, not {name}, which fixes what is "
-                "trained when it starts; leave that out, or the callback."
-            )
-        if self.after_freezing is not None:
-            return
-        unused = args.ddp_find_unused_parameters
-        if unused is False or (unused is None and args.activation_checkpointing):
-            raise ValueError(
-                "DDP stops at the first step after a unit froze unless it looks for unused parameters. Use "
-                "`SmartFRZTrainer`, or `SmartFRZMixin` over a Trainer of your own; or set "
-                "`ddp_find_unused_parameters=True`."
-            )
-        logger.warning(
-            "With the callback alone, DDP goes on sending the gradients of frozen units, which are zero. `SmartFRZTrainer`, "
-            "or `SmartFRZMixin` over a Trainer of your own, spares that."
-        )
 
     def _release(self) -> None:
         if self._running:

@@ -8,11 +8,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from .history import WeightHistory
+
+logger = logging.get_logger(__name__)
 
 STATE = "smartfrz_state.json"
 HISTORY = "smartfrz_state.safetensors"
 FORMAT = 1
+# What has to be the same for a history to go on.
+OF_HISTORY = ("policy", "record_every", "sampling_seed", "blocks")
 
 
 @dataclass
@@ -107,6 +113,53 @@ def load_state(folder: str | os.PathLike, device: Any = None) -> RunState | None
             raise ValueError(f"{file} is missing or not the one that {STATE} was written with. {remedy}")
         history = WeightHistory.load(file, device)
     return RunState(**known, history=history)
+
+
+def check_state(
+    state: RunState,
+    folder: str | os.PathLike,
+    step: int,
+    units: list[str],
+    shape: tuple[int, ...] | None,
+    config: dict[str, Any],
+) -> None:
+    """
+    See whether a run can go on from a state. What may differ in the configuration is said in a warning.
+
+    Args:
+        state ([`RunState`]): what was found.
+        folder (`str`): where.
+        step (`int`): optimizer steps done in the checkpoint.
+        units (`list[str]`): names of the model's units.
+        shape (`tuple[int, ...]`, *optional*): of the history that the policy needs, if it needs one.
+        config (`dict`): of the run, as [`SmartFRZConfig.to_dict`] gives it.
+
+    Raises:
+        ValueError: it cannot; the message says why and what helps.
+    """
+
+    def refuse(what: str) -> ValueError:
+        return ValueError(
+            f"The SmartFRZ state in {folder} cannot be taken up: {what}. Resume as the run was started, or delete "
+            f"{STATE} there to go on with nothing frozen and an empty history."
+        )
+
+    if state.step != step:
+        raise refuse(f"it is of step {state.step}, and the checkpoint of step {step}")
+    if state.units != units or not 0 <= state.depth <= len(units):
+        raise refuse(
+            f"it is of a model with the units {state.units}, {state.depth} of them frozen, and this has {units}"
+        )
+    other = {key: value for key, value in state.config.items() if config.get(key, value) != value}
+    for key in OF_HISTORY:
+        if key in other:
+            raise refuse(f"`{key}` was {other[key]!r} and is {config[key]!r} now")
+    found = None if state.history is None else state.history.shape
+    if found != shape:
+        raise refuse(f"{HISTORY} holds a history of shape {found}, and the policy needs {shape}")
+    if other:
+        changed = ", ".join(f"`{key}` was {value!r} and is {config[key]!r}" for key, value in other.items())
+        logger.warning(f"The run goes on with another configuration than it was started with: {changed}.")
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:

@@ -5,8 +5,58 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+DDP_TYPES = ("MULTI_CPU", "MULTI_GPU", "MULTI_HPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_NPU", "MULTI_SDAA", "MULTI_XPU")
+
+
+def check_engine(args: TrainingArguments, only_active_sent: bool) -> None:
+    """
+    Refuse what freezing cannot serve.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): of the run.
+        only_active_sent (`bool`): whether somebody calls [`rebuild_reducer`] after each freeze.
+
+    Raises:
+        ValueError: the message says why, and what to do instead.
+    """
+    kind = args.distributed_state.distributed_type
+    if args.deepspeed is not None or kind == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "SmartFRZ cannot freeze under DeepSpeed ZeRO, which fixes what is trained when it starts; use DDP or "
+            "a single process instead."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"SmartFRZ does not work with {args.n_gpu} devices in one process (`DataParallel`); start one process a "
+            "device with `accelerate launch` or `torchrun`, or show it one device (`CUDA_VISIBLE_DEVICES=0`)."
+        )
+    if args.world_size == 1:
+        return
+    if args.fsdp or kind.value not in DDP_TYPES:
+        raise ValueError(
+            f"This version of smartfrz_hf serves several processes under DDP only, not {'FSDP' if args.fsdp else kind.value}; "
+            "leave that out, or the callback."
+        )
+    if only_active_sent:
+        return
+    unused = args.ddp_find_unused_parameters
+    if unused is False or (unused is None and args.activation_checkpointing):
+        raise ValueError(
+            "DDP stops at the first step after a unit froze unless it looks for unused parameters. Use "
+            "`SmartFRZTrainer`, or `SmartFRZMixin` over a Trainer of your own; or set `ddp_find_unused_parameters=True`."
+        )
+    logger.warning(
+        "With the callback alone, DDP goes on sending the gradients of frozen units, which are zero. `SmartFRZTrainer`, or "
+        "`SmartFRZMixin` over a Trainer of your own, spares that."
+    )
 
 
 class Ranks:

@@ -49,7 +49,7 @@ def test_is_a_command_line_beside_training_arguments(tmp_path):
     assert (config.policy, config.static_depth, config.blocks) == ("static", 2.0, ["a.*", "b.*"])
     assert parser.parse_args_into_dataclasses(["--output_dir", "x"])[1] == SmartFRZConfig()
     help_text = parser.format_help()
-    assert "Probability, within [0, 1]" in help_text
+    assert "How soon a unit counts as converged." in " ".join(help_text.split())
 
 
 def test_saves_and_loads(tmp_path, caplog):

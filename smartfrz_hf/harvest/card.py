@@ -32,8 +32,6 @@ trainer = Trainer(..., callbacks=[SmartFRZCallback(SmartFRZConfig(predictor="…
 Freezing blocks of Transformers models while a `Trainer` fine-tunes or trains them, through `SmartFRZCallback` or
 `SmartFRZTrainer`. How soon they freeze is set by `SmartFRZConfig(operating_point=…)`:
 
-| operating point | probability from | units frozen, over time | cost, mean over runs | worst run |
-|---|---|---|---|---|
 {points}
 
 Cost is what the finished model loses, as a share of what training gained, when its frozen front is put back to what it was at
@@ -101,6 +99,18 @@ def score_table(part: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def point_table(points: dict[str, dict[str, float]]) -> str:
+    """The operating points as a Markdown table."""
+    lines = [
+        "| operating point | probability from | units frozen, over time | cost, mean over runs | worst run |",
+        "|---|---|---|---|---|",
+    ]
+    for name, point in points.items():
+        cost = f"{point['cost']:.1%} | {point['worst_cost']:.1%}"
+        lines.append(f"| `{name}` | {point['threshold']:.2f} | {point['frozen']:.0%} | {cost} |")
+    return "\n".join(lines)
+
+
 def _verdict(evaluation: dict[str, Any]) -> str:
     margins = []
     for part, name in (("leave_one_family_out", "families"), ("leave_one_task_out", "tasks")):
@@ -127,10 +137,6 @@ def write_card(name: str, evaluation: dict[str, Any]) -> str:
         f"| {', '.join(sorted({run['optimizer'] for run in part}))} | {len(part)} |"
         for key, part in sorted(groups.items())
     )
-    points = "\n".join(
-        f"| `{name}` | {point['threshold']:.2f} | {point['frozen']:.0%} | {point['cost']:.1%} | {point['worst_cost']:.1%} |"
-        for name, point in evaluation["operating_points"].items()
-    )
     scores = "\n\n".join(
         f"Leave one {what} out ({evaluation[part]['rows']:,} rows, {evaluation[part]['positive']:.0%} positive):\n\n"
         + score_table(evaluation[part])
@@ -150,7 +156,7 @@ def write_card(name: str, evaluation: dict[str, Any]) -> str:
         run_count=len(evaluation["runs"]),
         label=evaluation["label"],
         meaning=meaning(evaluation["label"]),
-        points=points,
+        points=point_table(evaluation["operating_points"]),
         runs=runs,
         scores=scores,
         folds=folds,

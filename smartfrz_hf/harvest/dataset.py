@@ -70,11 +70,16 @@ class FreezingStages(Dataset):
         return len(self.columns["run"])
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        item = {key: self.columns[key][row] for key in (*INPUTS, "labels")}
-        if self.drop_front and torch.rand(()) < 0.5:
-            units = int(item["active"].sum())
-            item["active"] = item["active"] & (torch.arange(len(item["active"])) >= torch.randint(units, ()))
-        return item
+        return {key: value[0] for key, value in self.__getitems__([row]).items()}
+
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """A batch at once: rows are small, and so many that fetching them one by one would take most of the time."""
+        batch = {key: self.columns[key][rows] for key in (*INPUTS, "labels")}
+        if self.drop_front:
+            present = batch["active"].sum(1)
+            front = (torch.rand(len(rows)) * present).long() * (torch.rand(len(rows)) < 0.5)
+            batch["active"] = batch["active"] & (torch.arange(batch["active"].shape[1]) >= front.unsqueeze(1))
+        return batch
 
 
 def _rows(

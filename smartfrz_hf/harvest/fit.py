@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
@@ -61,15 +62,20 @@ def fit(
             warmup_steps=0.05,
             weight_decay=options.weight_decay,
             seed=options.seed,
+            remove_unused_columns=False,
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=not options.progress,
             use_cpu=not torch.cuda.is_available(),
         )
-        trainer = Trainer(predictor, args, train_dataset=stages)
+        trainer = Trainer(predictor, args, train_dataset=stages, data_collator=_as_it_is)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return predictor.cpu().eval()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 @torch.no_grad()
