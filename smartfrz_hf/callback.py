@@ -95,6 +95,7 @@ class SmartFRZCallback(TrainerCallback):
         if self._cache is not None:
             self.ledger.cache = self._cache.savings
         self._rates = LearningRates.planned(kwargs.get("lr_scheduler"), state.max_steps)
+        self._restarts = self._rates.restarts if self.config.unfreeze_on_restart and self.policy.history_size else []
         self._ranks = Ranks(args.ddp_timeout)
         self._history: WeightHistory | None = None
         if self.policy.history_size is not None:
@@ -138,6 +139,8 @@ class SmartFRZCallback(TrainerCallback):
             self._cache.rows_left = (state.max_steps - step) * rows_per_step
         if self._history is not None and active and step % self._record_every == 0:
             self._history.record(self._sampler, step, active)
+        if step in self._restarts and self._freezer.depth:
+            self._unfreeze(args, state)
         since_first = step - self._first_decision
         if since_first >= 0 and since_first % self._decide_every == 0 and step < state.max_steps:
             self._decide(state)
@@ -217,6 +220,26 @@ class SmartFRZCallback(TrainerCallback):
         if self.after_freezing is not None:
             self.after_freezing()
         return new
+
+    def _unfreeze(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Let everything train again: what was learned of the weights says nothing about where a new cycle takes them."""
+        if self._cache is not None and self._cache.savings.off is None:
+            savings = self._cache.savings
+            self._cache.close()
+            self._cache = make_cache(self.config, self._freezer, self.meter, args, state)
+            if self._cache is not None:
+                self._cache.savings = savings
+        units = self._freezer.unfreeze_to(0)
+        self.meter.recount(0)
+        if self.after_freezing is not None:
+            self.after_freezing()
+        if self._history is not None:
+            self._history = WeightHistory(*self._history.shape, self._device)
+            self._history.record(self._sampler, state.global_step)
+        reason = "the learning rate rises again"
+        self.ledger.stages.append(Stage(state.global_step, 0, [unit.name for unit in units], reason))
+        self.ledger.frozen_parameters = 0
+        logger.info(f"step {state.global_step}: all {len(self._stack)} units train again, as {reason}")
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Take up the state of the checkpoint that the run goes on from; whether there was one."""

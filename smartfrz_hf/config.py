@@ -38,6 +38,9 @@ class SmartFRZConfig:
             each stands for comes with the predictor, and what each cost on runs held out is in its model card.
         freeze_threshold (`float`, *optional*):
             Probability from which a unit counts as converged, within `[0, 1]`, instead of the operating point's.
+        unfreeze_on_restart (`bool`, *optional*, defaults to `True`):
+            Whether everything trains again, with an empty history, when the learning rate has fallen and rises again
+            (warm restarts). Only for policies that look at the history.
         max_depth (`int`, *optional*):
             Most units that may freeze, counted from the front, stem included. No limit when it is not given.
 
@@ -115,6 +118,9 @@ class SmartFRZConfig:
     freeze_threshold: float | None = field(
         default=None,
         metadata={"help": "Probability from which a unit counts as converged. Default: the operating point's."},
+    )
+    unfreeze_on_restart: bool = field(
+        default=True, metadata={"help": "Train everything again when the learning rate has fallen and rises again."}
     )
     max_depth: int | None = field(
         default=None, metadata={"help": "Most units (stem included) that may freeze. Default: no limit."}

@@ -32,7 +32,7 @@ class Stage:
     Attributes:
         step (`int`): optimizer steps done.
         depth (`int`): frozen units from then on.
-        units (`list[str]`): names of the units that froze.
+        units (`list[str]`): names of the units that froze; or, where the depth has fallen, that train again.
         reason (`str`): why, in the policy's words.
     """
 
@@ -106,8 +106,22 @@ class Ledger:
 
     @property
     def freeze_steps(self) -> dict[str, int]:
-        """The step at which each frozen unit froze, by the unit's name."""
-        return {unit: stage.step for stage in self.stages for unit in stage.units}
+        """The step at which each unit that is frozen froze, by the unit's name."""
+        return {unit: spans[-1][0] for unit, spans in self.frozen_spans.items() if spans[-1][1] == self.max_steps}
+
+    @property
+    def frozen_spans(self) -> dict[str, list[tuple[int, int]]]:
+        """From which step to which each unit was, or is to be, frozen; units that never were are left out."""
+        spans: dict[str, list[tuple[int, int]]] = {}
+        depth = 0
+        for stage in self.stages:
+            for unit in stage.units:
+                if stage.depth > depth:
+                    spans.setdefault(unit, []).append((stage.step, self.max_steps))
+                else:
+                    spans[unit][-1] = (spans[unit][-1][0], stage.step)
+            depth = stage.depth
+        return spans
 
     @property
     def frozen_fraction(self) -> float:

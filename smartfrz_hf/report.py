@@ -28,17 +28,13 @@ def plot_timeline(ledger: Ledger, path: str | os.PathLike, title: str = "Freeze 
     figure = Figure(figsize=(9, 1.2 + 0.38 * len(ledger.units)), layout="constrained")
     axes = figure.subplots()
     for row, unit in enumerate(ledger.units):
-        frozen_at = ledger.freeze_steps.get(unit, ledger.max_steps)
-        axes.barh(row, frozen_at, color=ACTIVE, label="training" if row == 0 else None)
-        if frozen_at < ledger.max_steps:
-            first = unit == next(iter(ledger.freeze_steps))
-            rest = ledger.max_steps - frozen_at
-            axes.barh(row, rest, left=frozen_at, color=FROZEN, label="frozen" if first else None)
-            inside = frozen_at < 0.9 * ledger.max_steps  # a label behind a late freeze would leave the chart
+        axes.barh(row, ledger.max_steps, color=ACTIVE, label="training" if row == 0 else None)
+        for begin, end in ledger.frozen_spans.get(unit, ()):
+            first = unit == next(iter(ledger.frozen_spans)) and begin == ledger.frozen_spans[unit][0][0]
+            axes.barh(row, end - begin, left=begin, color=FROZEN, label="frozen" if first else None)
+            inside = begin < 0.9 * ledger.max_steps  # a label behind a late freeze would leave the chart
             offset, side = ((4, 0), "left") if inside else ((-4, 0), "right")
-            axes.annotate(
-                f"step {frozen_at}", (frozen_at, row), offset, textcoords="offset points", va="center", ha=side
-            )
+            axes.annotate(f"step {begin}", (begin, row), offset, textcoords="offset points", va="center", ha=side)
     axes.set_yticks(range(len(ledger.units)), ledger.units)
     axes.set_xlim(0, ledger.max_steps)
     axes.set_xlabel("optimizer step")

@@ -83,6 +83,22 @@ def test_several_units_freeze_in_one_stage_and_later_ones_follow(tmp_path):
     assert "0.900, 0.800 against 0.5" in callback.ledger.stages[0].reason
 
 
+def test_everything_trains_again_when_the_learning_rate_rises_again(tmp_path):
+    restarts = {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}, "max_steps": 22}
+    callback, watcher = smartfrz(0.9, first_decision=5, decide_every=2, record_every=1, max_depth=3), Watcher()
+    trainer = train(tmp_path, [callback, watcher], **restarts)
+    assert [(s.step, s.depth) for s in callback.ledger.stages] == [(5, 3), (12, 0), (15, 3)]
+    assert callback.ledger.frozen_spans["stem"] == [(5, 12), (15, 22)] and callback.ledger.freeze_steps["stem"] == 15
+    key = "bert.encoder.layer.0.output.dense.weight"
+    still = [torch.equal(a[key], b[key]) for a, b in zip(watcher.weights, watcher.weights[1:], strict=False)]
+    # From the end of step 5 to that of 12, and again from 15 on.
+    assert still == [False] * 4 + [True] * 7 + [False] * 3 + [True] * 7
+    assert 0 < callback.ledger.compute_saved < 1 and all(p.requires_grad for p in trainer.model.parameters())
+    left = smartfrz(0.9, first_decision=5, decide_every=2, record_every=1, max_depth=3, unfreeze_on_restart=False)
+    train(tmp_path, [left], **restarts)
+    assert [(s.step, s.depth) for s in left.ledger.stages] == [(5, 3)]
+
+
 def test_static_freezes_before_the_first_step(tmp_path):
     callback, watcher = SmartFRZCallback(SmartFRZConfig(policy="static", static_depth=2)), Watcher()
     model = build("bert")

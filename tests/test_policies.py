@@ -1,5 +1,7 @@
 """Each policy answers as its rule says."""
 
+import math
+
 import pytest
 import torch
 from torch.optim import SGD
@@ -116,3 +118,15 @@ def test_learning_rates():
     )
     nothing = LearningRates([0.0, 0.0])
     assert nothing.relative.tolist() == nothing.spent.tolist() == [0, 0]
+
+
+def test_restarts_of_a_schedule():
+    def cosine(steps):
+        return [0.5 + 0.5 * math.cos(math.pi * step / steps) for step in range(steps)]
+
+    warm = [step / 10 for step in range(10)]
+    assert LearningRates(warm + cosine(40) + cosine(40) + cosine(40)).restarts == [50, 90]
+    # Rises more slowly, and only some of the way.
+    assert LearningRates([1.0, 0.5, 0.2, 0.1, 0.15, 0.2, 0.3, 0.2]).restarts == [5]
+    for rates in (warm + cosine(40), [1.0] * 20, warm + [1.0] * 9, [1.0, 0.6, 0.9, 0.6], [1.0, 0.01, 0.05, 0.0]):
+        assert LearningRates(rates).restarts == []

@@ -30,6 +30,22 @@ class LearningRates:
         self.relative = (values / values.max().clamp(min=TINY)).float()
         self.spent = (before / values.sum().clamp(min=TINY)).float()
 
+    @property
+    def restarts(self) -> list[int]:
+        """
+        Steps before which the rate rises again: it had fallen below half of its last peak, and has come to twice its lowest
+        since and to a tenth of that peak.
+        """
+        found, peak, lowest = [], 0.0, float("inf")
+        for step, rate in enumerate(self.relative.tolist()):
+            if lowest < peak / 2 and rate >= max(2 * lowest, peak / 10):
+                found.append(step)
+                peak, lowest = rate, rate
+            elif rate > peak:
+                peak, lowest = rate, rate
+            lowest = min(lowest, rate)
+        return found
+
     @classmethod
     def planned(cls, scheduler: LRScheduler | None, max_steps: int) -> "LearningRates":
         """
