@@ -88,6 +88,7 @@ def variants() -> dict[str, Variant]:
         found[f"as shipped, shown {samples} samples"] = Variant("other input", judged={"samples": samples})
     for spacing in (2, 4):
         found[f"as shipped, shown spacing {spacing}"] = Variant("other input", judged={"spacings": (spacing,)})
+    found["without the sum over the front"] = Variant("network", {"front_sum": False})
     found["without attention across units"] = Variant("network", {"unit_attention": False})
     found["half as wide"] = Variant(
         "network", {"encoder_size": 8, "attention_size": 4, "unit_size": 8, "head_size": 8}

@@ -112,9 +112,10 @@ class WeightHistory:
         return self._ring.shape[1]
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, int, int]:
         """`(units, window, samples)`."""
-        return tuple(self._ring.shape)
+        units, window, samples = self._ring.shape
+        return units, window, samples
 
     @property
     def filled(self) -> int:

@@ -25,7 +25,7 @@ STAGES = {"first_decision": 5, "decide_every": 2}
 def undecided_predictor():
     """One whose answers depend on the whole history, and which freezes a tiny BERT unit by unit."""
     torch.manual_seed(28)
-    return SmartFRZPredictor(SmartFRZPredictorConfig(window=4, samples=32))
+    return SmartFRZPredictor(SmartFRZPredictorConfig(window=4, samples=32, front_sum=False))
 
 
 def run(folder, alone=False, resume=None, policy="smartfrz", model=None, predictor=None, config=None, **changes):

@@ -78,7 +78,7 @@ def train(
 
 def predictor_that_says(probability, window=4, samples=32):
     """A predictor with a constant answer."""
-    predictor = SmartFRZPredictor(SmartFRZPredictorConfig(window=window, samples=samples))
+    predictor = SmartFRZPredictor(SmartFRZPredictorConfig(window=window, samples=samples, front_sum=False))
     with torch.no_grad():
         for parameter in predictor.parameters():
             parameter.zero_()

@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
+from ..predictor.inputs import CONTEXT
 from .dataset import INPUTS, FreezingStages
 from .fit import FitOptions, fit
 from .labels import at_probes, rewind_cost
@@ -37,7 +38,7 @@ def logits(predictor: SmartFRZPredictor, stages: FreezingStages, batch_size: int
 def rule_inputs(stages: FreezingStages) -> dict[str, np.ndarray]:
     """The quantities that simple rules go by, by rule, higher where a unit seems converged: `(rows, units)`."""
     columns = stages.columns
-    depth, progress, _, rest = columns["context"].unbind(-1)
+    depth, progress, _, rest = columns["context"][..., :CONTEXT].unbind(-1)
     found = {
         "relative weight change": -columns["weight_change"],
         "change of gradient norm (AutoFreeze)": -columns["gradient_change"],

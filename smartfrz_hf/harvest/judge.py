@@ -37,6 +37,7 @@ CONFIG_KEYS = (
     "attention_size",
     "unit_size",
     "unit_attention",
+    "front_sum",
     "head_size",
 )
 

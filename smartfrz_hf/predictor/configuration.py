@@ -29,6 +29,8 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         attention_size (`int`, *optional*, defaults to `8`): size of queries, keys and values.
         unit_size (`int`, *optional*, defaults to `16`): size of the vector that stands for a unit (`"dynamics"` only).
         unit_attention (`bool`, *optional*, defaults to `True`): whether units attend to each other (`"dynamics"` only).
+        front_sum (`bool`, *optional*, defaults to `True`): whether the odds against freezing add up over the units of
+            the front (`"dynamics"` only).
         head_size (`int`, *optional*, defaults to `16`): width of the hidden layers of the head.
         operating_points (`dict[str, float]`, *optional*): probability from which a unit counts as converged, for
             `"conservative"`, `"balanced"` and `"aggressive"` freezing.
@@ -46,6 +48,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
     attention_size: int = 8
     unit_size: int = 16
     unit_attention: bool = True
+    front_sum: bool = True
     head_size: int = 16
     operating_points: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_POINTS))
 

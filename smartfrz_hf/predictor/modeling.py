@@ -12,6 +12,7 @@ from .inputs import DYNAMICS, dynamics
 
 # Standard deviations. What lies further out than anything seen in training is told as far out, and no further.
 CLIP = 2.0
+LEAST = -1e4  # log of the odds against freezing of a unit that is not there
 
 
 @dataclass
@@ -63,7 +64,7 @@ def attend(
 
 
 class SmartFRZPredictor(PreTrainedModel):
-    """
+    r"""
     Says how likely it is that each unit has converged, so that the front of the model may freeze up to it.
 
     Three MLPs turn each snapshot of a unit into a query, a key and a value. The query of the last snapshot alone
@@ -71,7 +72,9 @@ class SmartFRZPredictor(PreTrainedModel):
     small MLP makes the log-odds of what attention gives, each unit for itself, as in the paper. With
     `form="dynamics"`, what attention gives and where in the run and in the model the unit stands become one vector a
     unit; the units of a model attend to each other, since none can settle before what feeds it; and an MLP makes the
-    log-odds.
+    log-odds of each unit. What freezing the front costs is the sum of what its units still had to do, and so are the
+    odds against freezing: those of the front up to unit \\(u\\) are \\(\sum_{k \le u} e^{-z_k}\\), with
+    \\(z_k\\) the log-odds of the units alone.
 
     Args:
         config ([`SmartFRZPredictorConfig`]): form and sizes.
@@ -181,7 +184,10 @@ class SmartFRZPredictor(PreTrainedModel):
                     self.unit_query(found), self.unit_key(found), self.unit_value(found), active
                 )
                 found = found + shared
-        logits = self.head(found).squeeze(-1) / self.temperature
+        logits = self.head(found).squeeze(-1)
+        if self.config.form == "dynamics" and self.config.front_sum:
+            logits = -(-logits).masked_fill(~active, LEAST).logcumsumexp(-1)
+        logits = logits / self.temperature
         loss = None
         if labels is not None:
             wanted = labels.to(logits.dtype)

@@ -132,5 +132,8 @@ def predict_reference(
         query, key, value = ([_mlp(layers(f"unit_{name}"), x) for x in found] for name in ("query", "key", "value"))
         shared = [_attend(q, key, value, [True] * len(found))[0] for q in query]
         found = [[x + y for x, y in zip(a, b, strict=True)] for a, b in zip(found, shared, strict=True)]
+    logits = [_mlp(layers("head"), x)[0] for x in found]
+    if config.form == "dynamics" and config.front_sum:
+        logits = [-math.log(sum(math.exp(-z) for z in logits[: unit + 1])) for unit in range(len(logits))]
     temperature = float(predictor.temperature)
-    return [_mlp(layers("head"), x)[0] / temperature for x in found], attentions
+    return [z / temperature for z in logits], attentions
