@@ -72,7 +72,10 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def summarize(runs: list[dict], ways: list[str]) -> dict[str, dict]:
-    """By task, and over all tasks together, each way's score in points, what it lost against full training, and what it took."""
+    """
+    By task, and over all tasks together, each way's score in points, what it lost against full training, and what it took. A
+    way that has not been tried with all seeds is left out.
+    """
     full = {(run["task"], run["seed"]): run for run in runs if run["way"] == "full"}
 
     def entry(part: list[dict]) -> dict[str, dict[str, float]]:
@@ -119,6 +122,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "held_out", help="folder of finished runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run of each way each")
     parser.add_argument("--ways", nargs="+", default=["full", "balanced", "static", "linear"], choices=WAYS)
+    parser.add_argument("--tasks", nargs="+", help="run these only; results are of all that is finished. Default: all")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time; they share the cores")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "held_out.json", help="results file"
@@ -132,12 +136,14 @@ def main() -> None:
         jobs = [
             (spec, way, options.runs, options.data_dir)
             for spec in specs
+            if spec.name in (options.tasks or [spec.name])
             for way in part
             if not result_file(options.runs, spec, way).exists()
         ]
         in_processes(run, jobs, options.processes, "runs")
-    runs = [json.loads(result_file(options.runs, spec, way).read_text()) for spec in specs for way in ways]
-    results = {"seeds": options.seeds, "tasks": summarize(runs, ways), "runs": runs}
+    files = [result_file(options.runs, spec, way) for spec in specs for way in [*WAYS, FEWER]]
+    runs = [json.loads(file.read_text()) for file in files if file.exists()]
+    results = {"seeds": options.seeds, "tasks": summarize(runs, [*WAYS, FEWER]), "runs": runs}
     results |= provenance("torch", "transformers", "accelerate")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=2) + "\n")

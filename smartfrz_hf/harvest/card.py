@@ -34,9 +34,10 @@ Freezing blocks of Transformers models while a `Trainer` fine-tunes or trains th
 
 {points}
 
-Cost is what the finished model loses, as a share of what training gained, when its frozen front is put back to what it was at
-the moment of freezing (the *rewind test*); in a real run the units behind it adapt, so that this is more than one pays. Each
-figure is of model families that neither the predictor nor the probability had seen.
+Cost is what becomes of the finished model when its frozen front is put back to what it was at the moment of freezing (the *rewind
+test*): how far that moves the logits, as a share of how far the whole run has moved them (mean squares). In a real run the units
+behind the front adapt, so that this is more than one pays. Each figure is of model families that neither the predictor nor the
+probability had seen.
 
 ## Training data
 

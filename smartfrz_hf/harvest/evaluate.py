@@ -16,11 +16,11 @@ from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
 from ..predictor.inputs import CONTEXT
 from .dataset import INPUTS, FreezingStages
 from .fit import FitOptions, fit
-from .labels import at_probes, rewind_cost
+from .labels import at_probes
 from .table import RecordedRun
 
 PREDICTOR = "predictor"
-# What freezing may cost on average, as a share of what training gained, by the rewind test.
+# What freezing may cost on average: by the rewind test, the share of how far a run has moved the logits.
 COSTS = {"conservative": 0.01, "balanced": 0.03, "aggressive": 0.1}
 TEMPERATURES = np.geomspace(0.25, 8, 61)
 
@@ -180,7 +180,8 @@ def cross_validate(
 
 def path_cost(held_out: HeldOut, moments: np.ndarray) -> np.ndarray:
     """
-    What a path of freezes would cost, by the rewind test: the dearest of its freezes, as a share of what training gained.
+    What a path of freezes would cost, by the rewind test: the dearest of its freezes, as a share of how far the run has
+    moved the logits. Not the loss: where a run overfits, or gains next to nothing, a share of its gain means nothing.
 
     Args:
         held_out ([`HeldOut`]): the stages and runs.
@@ -192,13 +193,10 @@ def path_cost(held_out: HeldOut, moments: np.ndarray) -> np.ndarray:
     found = []
     for run, when in zip(held_out.stages.runs, moments, strict=True):
         tensors, units = run.tensors, len(run.units)
-        steps, rewound = (
-            tensors["probe_steps"],
-            rewind_cost(tensors["rewind_losses"], *tensors["rewind_range"].tolist()),
-        )
-        cost = at_probes(rewound, tensors["rewind_steps"], steps).clamp(min=0).numpy()
+        steps = tensors["probe_steps"]
+        shifts = at_probes(tensors["rewind_shifts"], tensors["rewind_steps"], steps).numpy()
         probes = np.abs(steps.numpy()[:, None] / int(steps[-1]) - when[:units]).argmin(0)
-        found.append(cost[probes, np.arange(units)].max())
+        found.append(shifts[probes, np.arange(units)].max())
     return np.array(found)
 
 
@@ -208,11 +206,11 @@ def operating_points(held_out: HeldOut) -> dict[str, dict[str, float]]:
 
     Returns:
         `dict`: by name, `threshold`; and, on runs of each fold with the threshold chosen on the others, `cost` and
-        `worst_cost` (mean and highest over the runs; share of what training gained, by the rewind test) and `frozen`
+        `worst_cost` (mean and highest over the runs, by the rewind test) and `frozen`
         (mean share of units and time).
     """
     probabilities = held_out.probabilities()
-    grid = np.linspace(0.02, 0.98, 49)
+    grid = np.append(np.linspace(0.02, 0.98, 49), [0.985, 0.99, 0.995])
     moments = np.stack([held_out.moments(probabilities >= threshold) for threshold in grid])
     costs = np.stack([path_cost(held_out, when) for when in moments])
     run = held_out.stages.columns["run"].numpy()
