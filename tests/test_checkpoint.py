@@ -180,24 +180,34 @@ def test_last_complete_checkpoint(tmp_path):
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
+def start(folder, *words):
+    """Train in a process of its own, which may be told when to kill itself."""
+    command = [sys.executable, str(Path(__file__).with_name("killed.py")), str(folder), *words]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def end(folder):
+    return json.loads((folder / "end.json").read_text()), load_file(folder / "end.safetensors")
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    done = start(folder)
+    assert done.returncode == 0, done.stderr
+    return end(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["step 4", "step 9", "writing 10"])
-def test_killed_processes_go_on(tmp_path, moment):
+def test_killed_processes_go_on(tmp_path, never_killed, moment):
     """SIGKILL, to the process itself: no handler, no clean-up."""
-
-    def start(folder, *words):
-        command = [sys.executable, str(Path(__file__).with_name("killed.py")), str(folder), *words]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    whole = start(tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    killed = start(tmp_path / "killed", *moment.split())
-    assert killed.returncode == -signal.SIGKILL
-    again = start(tmp_path / "killed")
+    assert start(tmp_path, *moment.split()).returncode == -signal.SIGKILL
+    again = start(tmp_path)
     assert again.returncode == 0, again.stderr
-    expected, found = (load_file(tmp_path / name / "end.safetensors") for name in ("whole", "killed"))
-    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
-    ends = [json.loads((tmp_path / name / "end.json").read_text()) for name in ("whole", "killed")]
-    assert ends[0]["stages"] == ends[1]["stages"] and len(ends[0]["stages"]) >= 2
-    assert ends[0]["resumed_at"] == 0 and ends[1]["resumed_at"] > 0
+    (expected, expected_weights), (found, weights) = never_killed, end(tmp_path)
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(value, weights[key]) for key, value in expected_weights.items())
+    assert found["stages"] == expected["stages"] and len(found["stages"]) >= 2
+    assert expected["resumed_at"] == 0 and found["resumed_at"] == {"step 4": 4, "step 9": 8, "writing 10": 8}[moment]
