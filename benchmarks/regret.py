@@ -60,10 +60,12 @@ def full(spec: RunSpec, folder: Path, data_dir: str | None) -> None:
 def branch(spec: RunSpec, folder: Path, data_dir: str | None, step: int, depth: int) -> None:
     """Go on from a checkpoint with the front frozen."""
     ready = prepare(spec, data_dir)
+    checkpoint = str(folder / "checkpoints" / f"checkpoint-{step}")
     freeze = SmartFRZCallback(SmartFRZConfig(policy="static", static_depth=depth))
+    freeze.resume_from = checkpoint
     with tempfile.TemporaryDirectory() as output:
-        trainer = ready.trainer(spec, output, [freeze] if depth else [])
-        trainer.train(resume_from_checkpoint=str(folder / "checkpoints" / f"checkpoint-{step}"))
+        trainer = ready.trainer(spec, output, [freeze])
+        trainer.train(resume_from_checkpoint=checkpoint)
         found = ready.score(trainer)
     (folder / f"branch-{step}-{depth}.json").write_text(json.dumps(found | {"step": step, "depth": depth}))
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from .accounting import ComputeMeter
 from .activation_cache import ActivationCache, make_cache
 from .blocks import BlockStack, Unit, find_blocks
-from .checkpoint import STATE, RunState, check_state, load_state, save_state
+from .checkpoint import STATE, RunState, check_state, load_renamed, load_state, save_state
 from .config import SmartFRZConfig
 from .distributed import Ranks, check_engine
 from .freezing import Freezer
@@ -247,6 +247,8 @@ class SmartFRZCallback(TrainerCallback):
         if not state.global_step:
             return False
         folder = Path(self.resume_from) if self.resume_from else self._checkpoint(args, state)
+        if load_renamed(self._stack.model, folder):
+            logger.warning(f"The Trainer did not know the names of the weights in {folder}; they are loaded now.")
         found = load_state(folder, self._device)
         depths = -1 if found is None else found.depth
         if self._ranks.agree(depths, f"the checkpoint {folder}") != depths:

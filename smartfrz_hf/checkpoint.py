@@ -8,6 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .history import WeightHistory
@@ -160,6 +163,34 @@ def check_state(
     if other:
         changed = ", ".join(f"`{key}` was {value!r} and is {config[key]!r}" for key, value in other.items())
         logger.warning(f"The run goes on with another configuration than it was started with: {changed}.")
+
+
+def load_renamed(model: nn.Module, folder: str | os.PathLike) -> bool:
+    """
+    Load the weights of a checkpoint whose tensors have other names than the model's.
+
+    `save_pretrained` writes some models (ViT, DeiT) under the names that they had in earlier versions of Transformers, and the
+    Trainer, which looks for the present ones, then resumes with new weights and says nothing (Transformers 5.23).
+
+    Args:
+        model (`torch.nn.Module`): what the Trainer trains.
+        folder (`str`): of the checkpoint.
+
+    Returns:
+        `bool`: whether there was something to mend.
+    """
+    files = list(Path(folder).glob("model*.safetensors"))
+    if not isinstance(model, PreTrainedModel) or not files:
+        return False
+    names = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    if names <= set(model.state_dict()):
+        return False
+    found = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
+    model.load_state_dict(found.state_dict())
+    return True
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:

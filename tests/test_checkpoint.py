@@ -28,13 +28,23 @@ def undecided_predictor():
     return SmartFRZPredictor(SmartFRZPredictorConfig(window=4, samples=32, front_sum=False))
 
 
-def run(folder, alone=False, resume=None, policy="smartfrz", model=None, predictor=None, config=None, **changes):
+def run(
+    folder,
+    alone=False,
+    resume=None,
+    policy="smartfrz",
+    model=None,
+    predictor=None,
+    config=None,
+    dataset=None,
+    **changes,
+):
     """Train, with a checkpoint at each step, and give the trainer and its callback back."""
     settings = {"policy": policy, "linear_depth": 1.0, "record_every": 1, "freeze_threshold": 0.5} | STAGES
     made = SmartFRZConfig(**settings | (config or {}))
     predictor = predictor or undecided_predictor()
     changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 20, "logging_steps": 1} | changes
-    arguments = {"model": model or build("bert"), "dataset": Rows(40), "folder": folder, "resume": resume}
+    arguments = {"model": model or build("bert"), "dataset": dataset or Rows(40), "folder": folder, "resume": resume}
     if alone:
         callback = SmartFRZCallback(made, predictor)
         return train(callbacks=[callback], **arguments, **changes), callback
@@ -83,6 +93,26 @@ def test_resuming_equals_never_having_stopped(tmp_path, name, alone):
             tmp_path, alone, resume=str(tmp_path / f"checkpoint-{step}"), save_strategy="no", **SETTINGS[name]
         )
         assert_same_end(whole, resumed)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "resnet", "deberta-v2", "gpt2"])
+@pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback alone"])
+def test_weights_saved_under_other_names_are_found(tmp_path, name, alone):
+    """The Trainer itself does not find those of ViT and DeiT, and goes on with new ones."""
+    data = Rows(40, images=name in ("vit", "deit", "resnet"))
+    if name == "gpt2":
+        for row in data.rows:
+            row["labels"] = row["input_ids"]
+    settings = {
+        "policy": "linear",
+        "max_steps": 6,
+        "dataset": data,
+        "config": {"decide_every": 1, "first_decision": 1},
+    }
+    whole = run(tmp_path, alone, model=build(name), **settings)
+    torch.manual_seed(1)
+    again = run(tmp_path, alone, model=build(name), resume=str(tmp_path / "checkpoint-3"), **settings)
+    assert_same_end(whole, again)
 
 
 def test_frozen_units_are_frozen_from_the_first_resumed_step(tmp_path):
