@@ -258,7 +258,7 @@ def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path):
             for key, value in zip(INPUTS, args, strict=False):
                 torch.testing.assert_close(value, columns[key][at][0], msg=f"{key} at step {step}")
             compared += 1
-    assert compared > 20
+    assert compared > 12
     assert all(a[0] < b[0] for a, b in pairwise(inputs))
 
 
