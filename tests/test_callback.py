@@ -80,7 +80,7 @@ def test_several_units_freeze_in_one_stage_and_later_ones_follow(tmp_path):
     callback.policy.score = lambda *_: next(answers)
     train(tmp_path, [callback])
     assert [(s.step, s.depth) for s in callback.ledger.stages] == [(5, 2), (10, 3), (15, 5)]
-    assert "0.900, 0.800 against 0.5" in callback.ledger.stages[0].reason
+    assert "0.900, 0.800 against 0.7" in callback.ledger.stages[0].reason
 
 
 def test_everything_trains_again_when_the_learning_rate_rises_again(tmp_path):
