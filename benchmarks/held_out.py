@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
+from safetensors.torch import load_file, save_file
 from workers import in_processes, provenance
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
 from smartfrz_hf.harvest.specs import RunSpec, read_specs
-from smartfrz_hf.harvest.tasks import prepare
+from smartfrz_hf.harvest.tasks import prepare, pretrain
 
 ROOT = Path(__file__).parents[1]
 HELD_OUT_ROWS = 4000
@@ -37,9 +38,21 @@ def result_file(folder: Path, spec: RunSpec, way: str) -> Path:
     return folder / f"{spec.name}-{spec.seed}-{way.replace(' ', '_')}.json"
 
 
+def start_file(folder: Path, spec: RunSpec) -> Path:
+    return folder / f"{spec.name}-{spec.seed}-start.safetensors"
+
+
+def make_start(spec: RunSpec, folder: Path, data_dir: str | None) -> None:
+    """Write the backbone that all ways start from."""
+    file = start_file(folder, spec)
+    save_file({name: value.contiguous() for name, value in pretrain(spec, data_dir).items()}, f"{file}.new")
+    Path(f"{file}.new").rename(file)
+
+
 def run(spec: RunSpec, way: str, folder: Path, data_dir: str | None) -> None:
     """Train in one way, and write what that cost and how good the model is."""
-    ready = prepare(spec, data_dir, held_out_rows=HELD_OUT_ROWS)
+    start = load_file(start_file(folder, spec)) if spec.pretraining else None
+    ready = prepare(spec, data_dir, HELD_OUT_ROWS, start)
     steps = full_steps = spec.epochs * -(-len(ready.train) // spec.batch_size)
     config = WAYS.get(way)
     if way == FEWER:
@@ -131,12 +144,15 @@ def main() -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     specs = [replace(spec, seed=seed) for seed in options.seeds for spec in read_specs(options.specs)]
     ways = [*options.ways, FEWER] if {"full", "balanced"} <= set(options.ways) else options.ways
+    wanted = [spec for spec in specs if spec.name in (options.tasks or [spec.name])]
+    starts = [(spec, options.runs, options.data_dir) for spec in wanted if spec.pretraining]
+    starts = [job for job in starts if not start_file(options.runs, job[0]).exists()]
+    in_processes(make_start, starts, options.processes, "pretraining")
     # How few steps are trained in the last way follows from what the others took.
     for part in (options.ways, [way for way in ways if way == FEWER]):
         jobs = [
             (spec, way, options.runs, options.data_dir)
-            for spec in specs
-            if spec.name in (options.tasks or [spec.name])
+            for spec in wanted
             for way in part
             if not result_file(options.runs, spec, way).exists()
         ]

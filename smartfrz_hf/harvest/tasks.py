@@ -113,7 +113,12 @@ class Prepared:
         return {"loss": output.metrics["test_loss"], "score": float(score)}
 
 
-def prepare(spec: RunSpec, data_dir: str | os.PathLike | None = None, held_out_rows: int = 8 * PROBE_ROWS) -> Prepared:
+def prepare(
+    spec: RunSpec,
+    data_dir: str | os.PathLike | None = None,
+    held_out_rows: int = 8 * PROBE_ROWS,
+    start: dict[str, torch.Tensor] | None = None,
+) -> Prepared:
     """
     Model and data of a run, after the pretraining that it asks for.
 
@@ -121,8 +126,10 @@ def prepare(spec: RunSpec, data_dir: str | os.PathLike | None = None, held_out_r
         spec ([`RunSpec`]): the run.
         data_dir (`str`, *optional*): folder of local copies of the data.
         held_out_rows (`int`): most rows that are held out.
+        start (`dict[str, torch.Tensor]`, *optional*): what [`pretrain`] gave for this run, where that has been done.
     """
-    start = _pretrain(spec, data_dir) if spec.pretraining else None
+    if start is None and spec.pretraining:
+        start = pretrain(spec, data_dir)
     set_seed(spec.seed)
     data = load_data(spec.data, data_dir)
     train = data["train"].shuffle(seed=spec.seed).select(range(min(spec.train_rows, len(data["train"]))))
@@ -139,8 +146,17 @@ def prepare(spec: RunSpec, data_dir: str | os.PathLike | None = None, held_out_r
     return Prepared(model, train, held_out, collator, probe)
 
 
-def _pretrain(spec: RunSpec, data_dir: str | os.PathLike | None) -> dict[str, torch.Tensor]:
-    """The backbone that the run starts from."""
+def pretrain(spec: RunSpec, data_dir: str | os.PathLike | None = None) -> dict[str, torch.Tensor]:
+    """
+    Carry out the run that comes first.
+
+    Args:
+        spec ([`RunSpec`]): a run that asks for pretraining.
+        data_dir (`str`, *optional*): folder of local copies of the data.
+
+    Returns:
+        `dict[str, torch.Tensor]`: the backbone that the run starts from.
+    """
     first = replace(spec, **{"pretraining": {}} | spec.pretraining)
     ready = prepare(first, data_dir)
     with TemporaryDirectory() as folder:
