@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 .NOTPARALLEL:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench-demo bench-step bench-regret bench-held-out predictor predictor-smoke check format clean
+.PHONY: help demo test test-distributed bench-demo bench-step bench-regret bench-held-out predictor predictor-smoke check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Fine-tune a small model with 
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run all tests; PYTEST_ARGS="-m 'not slow'" for the fast ones
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-distributed: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run the tests with two processes, which `make test` runs too
+	$(BIN)/python -m pytest tests/distributed $(PYTEST_ARGS)
 
 bench-demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Repeat the demo over three seeds, into benchmarks/results
 	$(BIN)/python benchmarks/demo.py

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ablation
 import ddp_bytes
+import held_out
 import regret
 
 from smartfrz_hf.harvest.card import point_table, score_table
@@ -15,9 +17,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "method_card.md")
 # By name of the table: the results file, and what makes the table of it.
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
+    "ablation": ("ablation", ablation.table),
     "ddp bytes": ("ddp_bytes", ddp_bytes.table),
     "held-out families": ("predictor", lambda found: score_table(found["leave_one_family_out"])),
     "held-out tasks": ("predictor", lambda found: score_table(found["leave_one_task_out"])),
+    "held-out runs": ("held_out", held_out.table),
     "operating points": ("predictor", lambda found: point_table(found["operating_points"])),
     "regret": ("labels", regret.regret_table),
     "regret by label": ("labels", regret.correlation_table),
