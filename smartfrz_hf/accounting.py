@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from .blocks import BlockStack
+from .distributed import local_part
 from .ledger import Flops
 
 HEAD = "head"
@@ -119,7 +120,8 @@ class ComputeMeter:
 
     Optimizer: the counter does not see elementwise work, so a convention stands in for it. In each optimizer step, an
     element of a parameter that has a gradient costs 2 FLOPs for the plain update, and 5 for each tensor of the
-    parameter's shape in the optimizer's state: 2 for SGD, 7 with momentum, 12 for AdamW.
+    parameter's shape in the optimizer's state: 2 for SGD, 7 with momentum, 12 for AdamW. Under FSDP2 a process updates its
+    shard only, and is charged for that.
 
     Args:
         model ([`~torch.nn.Module`]): the model that the training loop calls.
@@ -288,14 +290,14 @@ class ComputeMeter:
         for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
             state = optimizer.state.get(parameter, {}).values()
             tensors = sum(isinstance(value, torch.Tensor) and value.shape == parameter.shape for value in state)
-            step[self._units.get(parameter, len(self._stack))] += (2 + 5 * tensors) * parameter.numel()
-            elements += parameter.numel()
+            step[self._units.get(parameter, len(self._stack))] += (2 + 5 * tensors) * local_part(parameter).numel()
+            elements += local_part(parameter).numel()
         self._step = [Flops(optimizer=cost) for cost in step]
         if self._full_step is None:
             rate = sum(step) / elements if elements else 0.0
             for parameter in self._trainable:
                 if self._units[parameter] < self._depth:
-                    step[self._units[parameter]] += rate * parameter.numel()
+                    step[self._units[parameter]] += rate * local_part(parameter).numel()
             self._full_step = [Flops(optimizer=cost) for cost in step]
 
     def _nothing(self) -> list[Flops]:

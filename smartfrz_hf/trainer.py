@@ -1,4 +1,4 @@
-"""`SmartFRZTrainer`: what only a Trainer can do for freezing: DDP, checkpoints, logs for every tracker, honest FLOPs."""
+"""`SmartFRZTrainer`: what only a Trainer can do for freezing: DDP, FSDP2, checkpoints, logs for every tracker, honest FLOPs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,8 @@ class SmartFRZMixin(_Widened):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.smartfrz.resume_from = checkpoint
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with self.smartfrz.without_optimizer_state(self.model, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the figures of [`Ledger.logs`] (`freeze/depth` and others) added to training logs."""
