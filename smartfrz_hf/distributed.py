@@ -1,6 +1,5 @@
 """Several processes: one decision for all of them, and under DDP and FSDP2 nothing sent for what is frozen."""
 
-from collections.abc import Set
 from datetime import timedelta
 from typing import Any
 
@@ -100,7 +99,7 @@ def _check_fsdp(args: TrainingArguments, config: SmartFRZConfig, with_mixin: boo
     if not with_mixin and args.save_strategy != "no":
         raise ValueError(
             "A plain Trainer cannot load the optimizer state of a checkpoint of FSDP2 in which something is frozen. Use "
-            "`SmartFRZTrainer`, or `SmartFRZMixin` over a Trainer of your own; or write no checkpoints (`save_strategy=\"no\"`)."
+            '`SmartFRZTrainer`, or `SmartFRZMixin` over a Trainer of your own; or write no checkpoints (`save_strategy="no"`).'
         )
 
 
@@ -124,14 +123,14 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def gather_for_backward(model: nn.Module, frozen: Set[nn.Module]) -> None:
+def gather_for_backward(model: nn.Module, frozen: set[nn.Module]) -> None:
     """
     Have FSDP2 gather no weights of frozen modules in the backward pass, which it does ahead of need for the block in front of
     the one that runs. Does nothing to another model.
 
     Args:
         model (`torch.nn.Module`): all of it.
-        frozen (`Set[torch.nn.Module]`): the modules that no backward work reaches.
+        frozen (`set[torch.nn.Module]`): the modules that no backward work reaches.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

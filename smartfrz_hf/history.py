@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class WeightSampler:
         rank, shape = self._mesh.get_local_rank(), read.parameter.shape
         if not isinstance(read.parameter, DTensor):
             return read if rank == 0 else _Read(read.parameter, tuple(i[:0] for i in read.index), read.places[:0])
-        (placement,) = read.parameter.placements
+        placement: Any = read.parameter.placements[0]
         rows = -(-shape[placement.dim] // self._mesh.size())  # the last shards may be shorter, or empty
         along = read.index[placement.dim] - rows * rank
         here = (along >= 0) & (along < rows)

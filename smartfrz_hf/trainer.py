@@ -67,7 +67,7 @@ class SmartFRZMixin(_Widened):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.smartfrz.resume_from = checkpoint
-        with self.smartfrz.without_optimizer_state(self.model, checkpoint):
+        with self.smartfrz.without_optimizer_state(self.model_wrapped, checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,6 +1,7 @@
 """What each rank of a distributed test does: trains as the command line says and writes what it saw, one file a rank."""
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from training import Rows, arguments, predictor_that_says
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer, find_blocks
+from smartfrz_hf.history import WeightSampler
 from smartfrz_hf.policies import Decision
 
 STAGES = {5: 2, 9: 3, 13: 5}
+FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
 
 
 class Counting:
@@ -64,8 +67,9 @@ def bytes_sent(parameter):
 class Watching(TrainerCallback):
     """Puts the hook on DDP, and notes what each step sent, and the bytes of the gradients that there were."""
 
-    def __init__(self, sharded):
+    def __init__(self, sharded, copied):
         self.hook = Sharding() if sharded else Counting()
+        self.copied, self.callback = copied, None
         self.trainer, self.sent, self.active, self.gathers, self.states = None, [], [], [], []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -84,6 +88,12 @@ class Watching(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         names = {p: name for name, p in model.named_parameters()}
         self.states.append(sorted(names[p] for p in optimizer.state))
+        if isinstance(self.hook, Sharding):
+            self.copied.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
+            units = find_blocks(self.copied).units
+            every = range(len(units))
+            samples = WeightSampler(units, self.callback._sampler.samples).read_all(every)
+            assert torch.equal(self.callback._sampler.read_all(every), samples), "shards give other samples"
 
 
 def whole(tensor):
@@ -99,9 +109,9 @@ def main():
     parser.add_argument("--unlike", action="store_true", help="ranks other than 0 would freeze sooner")
     parser.add_argument("--alone", choices=["find", "do not find"], help="the callback in a plain Trainer")
     parser.add_argument("--resume", type=Path)
-    parser.add_argument("--fsdp", choices=["sharded", "full", "args"], help="FSDP2: what it saves; or told by arguments")
-    parser.add_argument("--config", default="{}", help="of SmartFRZ, more of it")
-    parser.add_argument("--arguments", default="{}", help="of training, more of them")
+    parser.add_argument("--fsdp", choices=["launcher", "arguments"], help="FSDP2, and who asks for it")
+    parser.add_argument("--arguments", type=json.loads, default={}, help="of training, more of them")
+    parser.add_argument("--stages", type=json.loads, default=STAGES, help="which depth from which step on")
     parser.add_argument("--dies_at", type=int, help="rank 1 leaves before the freezing stage of this step")
     options = parser.parse_args()
 
@@ -122,39 +132,46 @@ def main():
         average_tokens_across_devices=False,
         ddp_find_unused_parameters={"find": True, None: False}.get(options.alone, False),
         dataloader_num_workers=0,
-        **json.loads(options.arguments),
+        **(FSDP if options.fsdp == "arguments" else {}) | options.arguments,
     )
-    if options.fsdp:  # Accelerate shards on accelerators only, and takes the CPU for one when it is told so
+    if (
+        options.fsdp is not None
+    ):  # Accelerate shards on accelerators only, and takes the CPU for one when it is told so
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     assert args.world_size == options.world_size, f"{args.world_size} processes, not {options.world_size}"
     rank = args.process_index
-    config = SmartFRZConfig(first_decision=1, decide_every=1, record_every=1, **json.loads(options.config))
-    watching = Watching(options.fsdp)
+    config = SmartFRZConfig(first_decision=1, decide_every=1, record_every=1)
+    watching = Watching(options.fsdp, copy.deepcopy(model))
     if options.alone:
         callback = SmartFRZCallback(config, predictor_that_says(0.9))
-        trainer = Trainer(model, args, train_dataset=Rows(48), callbacks=[callback, watching])
+        trainer = Trainer(model, args, train_dataset=Rows(48), eval_dataset=Rows(8), callbacks=[callback, watching])
     else:
         trainer = SmartFRZTrainer(
             model,
             args,
             train_dataset=Rows(48),
+            eval_dataset=Rows(8),
             callbacks=[watching],
             smartfrz=config,
             predictor=predictor_that_says(0.9),
         )
         callback = trainer.smartfrz
-    watching.trainer = trainer
+    watching.trainer, watching.callback = trainer, callback
+    stages = {int(step): depth for step, depth in options.stages.items()}
 
     def decide(seen):
         if options.dies_at == seen.step and rank == 1:
             raise SystemExit(3)
         ahead = 2 if options.unlike and rank else 0
-        return Decision(max(depth for step, depth in {0: 0, **STAGES}.items() if step <= seen.step + ahead), "told")
+        return Decision(
+            max((step, depth) for step, depth in {0: 0, **stages}.items() if step <= seen.step + ahead)[1], "told"
+        )
 
     callback.policy.decide = decide
     trainer.train(resume_from_checkpoint=str(options.resume) if options.resume else None)
     weights = {key: whole(value) for key, value in model.state_dict().items()}
     save_file(weights, options.folder / f"end-{rank}.safetensors")
+    assert all(p.requires_grad for p in model.parameters())
     callback._history.save(options.folder / f"history-{rank}.safetensors")
     found = {
         "world_size": args.world_size,
