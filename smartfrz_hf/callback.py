@@ -192,7 +192,7 @@ class SmartFRZCallback(TrainerCallback):
             return
         # What trains again since this very step has no state yet.
         before = [stage["depth"] for stage in found.ledger["stages"] if stage["step"] < found.step]
-        units = find_blocks(model, self.config.blocks).units[: max(found.depth, *before[-1:])]
+        units = find_blocks(model, self.config.blocks).units[: max([found.depth, *before[-1:]])]
         parameters = [p for unit in units for p in unit.named_parameters().values() if p.requires_grad]
         try:
             for parameter in parameters:

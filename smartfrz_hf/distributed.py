@@ -9,7 +9,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -89,6 +88,11 @@ def _check_fsdp(args: TrainingArguments, config: SmartFRZConfig, with_mixin: boo
         raise ValueError(
             f"SmartFRZ under FSDP2 serves sharding over all processes only, not {parallel}; leave `dp_shard_size` alone above 1."
         )
+    if state.fsdp_plugin.activation_checkpointing:
+        raise ValueError(
+            "SmartFRZ does not work with the activation checkpointing of FSDP's plugin, which wraps the blocks; use "
+            "`TrainingArguments(activation_checkpointing=True)` instead."
+        )
     if config.frozen_dtype or config.offload_frozen:
         raise ValueError(
             "`frozen_dtype` and `offload_frozen` do not work under FSDP2, which keeps the weights itself; use its own "
@@ -106,11 +110,6 @@ def _check_fsdp(args: TrainingArguments, config: SmartFRZConfig, with_mixin: boo
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 holds the model's parameters, or some of them."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor: its shard under FSDP2, else all of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard(model: nn.Module) -> None:

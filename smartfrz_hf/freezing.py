@@ -61,7 +61,7 @@ class Freezer:
     What freezing a unit does: its parameters ask for no gradient, hold none, and lose their optimizer state, but stay
     in the optimizer's groups, so that checkpoints load; its dropout is off and its running statistics stand still,
     whatever `model.train()` says; activation checkpointing is off in it; and the autograd graph is cut where the first
-    active block starts, so that no backward work reaches it.
+    active block starts, so that no backward work reaches it. Under FSDP2 its weights are gathered for the forward pass only.
 
     Args:
         stack ([`BlockStack`]): the units of the model.

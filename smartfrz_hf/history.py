@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .blocks import Unit
-from .distributed import local_part
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,8 @@ class WeightSampler:
             if tensor is None:
                 parts.append(torch.zeros(len(read.places), device=read.places.device))
             else:
-                parts.append(local_part(tensor)[read.index].float())
+                held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                parts.append(held[read.index].float())
         if self._mesh is None:
             return torch.cat(parts)
         sample = torch.zeros(self.samples, device=parts[0].device)

@@ -9,7 +9,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .callback import SmartFRZCallback
 from .checkpoint import last_complete_checkpoint
 from .config import SmartFRZConfig
-from .distributed import rebuild_reducer
+from .distributed import rebuild_reducer, reshard
 from .ledger import Ledger
 from .predictor import SmartFRZPredictor
 
@@ -57,6 +57,10 @@ class SmartFRZMixin(_Widened):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+        if self.model is not None:
+            reshard(
+                self.model
+            )  # an evaluation leaves gathered weights, and then Accelerate does not find the optimizer's (1.15)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -246,6 +246,7 @@ def test_what_is_distributed_in_another_way_is_refused(tmp_path, monkeypatch):
     ("plugin", "changes", "config", "why"),
     [
         ({"fsdp_version": 1}, {}, {}, "cannot freeze under FSDP1.*use FSDP2"),
+        ({"activation_checkpointing": True}, {}, {}, "use `TrainingArguments.activation_checkpointing=True"),
         ({}, {}, {"frozen_dtype": "bfloat16"}, "`frozen_dtype` and `offload_frozen` do not work under FSDP2"),
         ({}, {"torch_compile": True}, {}, "does not work with `torch_compile`"),
         ({}, {"save_strategy": "steps"}, {}, "A plain Trainer cannot load .* Use `SmartFRZTrainer`"),

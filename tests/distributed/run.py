@@ -126,13 +126,13 @@ def main():
         per_device_train_batch_size=8 // options.world_size,
         gradient_accumulation_steps=options.accumulation,
         logging_steps=1,
-        save_strategy="steps",
-        save_steps=4,
         ddp_timeout=20,
         average_tokens_across_devices=False,
         ddp_find_unused_parameters={"find": True, None: False}.get(options.alone, False),
         dataloader_num_workers=0,
-        **(FSDP if options.fsdp == "arguments" else {}) | options.arguments,
+        **{"save_strategy": "steps", "save_steps": 4}
+        | (FSDP if options.fsdp == "arguments" else {})
+        | options.arguments,
     )
     if (
         options.fsdp is not None
