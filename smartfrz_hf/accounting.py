@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -36,6 +37,11 @@ CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
+
+
+def _updated_here(parameter: nn.Parameter) -> float:
+    """Elements that this process updates: all, or its share of them under FSDP2."""
+    return parameter.numel() / (parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1)
 
 
 class _UnitTracker:
@@ -119,7 +125,8 @@ class ComputeMeter:
 
     Optimizer: the counter does not see elementwise work, so a convention stands in for it. In each optimizer step, an
     element of a parameter that has a gradient costs 2 FLOPs for the plain update, and 5 for each tensor of the
-    parameter's shape in the optimizer's state: 2 for SGD, 7 with momentum, 12 for AdamW.
+    parameter's shape in the optimizer's state: 2 for SGD, 7 with momentum, 12 for AdamW. Under FSDP2 a process is
+    charged for its share of the elements.
 
     Args:
         model ([`~torch.nn.Module`]): the model that the training loop calls.
@@ -283,19 +290,19 @@ class ComputeMeter:
 
     def _count_step(self, optimizer: Optimizer) -> None:
         """Work out what an optimizer step costs."""
-        elements = 0
+        elements = 0.0
         step = [0.0] * (len(self._stack) + 1)
         for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
             state = optimizer.state.get(parameter, {}).values()
             tensors = sum(isinstance(value, torch.Tensor) and value.shape == parameter.shape for value in state)
-            step[self._units.get(parameter, len(self._stack))] += (2 + 5 * tensors) * parameter.numel()
-            elements += parameter.numel()
+            step[self._units.get(parameter, len(self._stack))] += (2 + 5 * tensors) * _updated_here(parameter)
+            elements += _updated_here(parameter)
         self._step = [Flops(optimizer=cost) for cost in step]
         if self._full_step is None:
             rate = sum(step) / elements if elements else 0.0
             for parameter in self._trainable:
                 if self._units[parameter] < self._depth:
-                    step[self._units[parameter]] += rate * parameter.numel()
+                    step[self._units[parameter]] += rate * _updated_here(parameter)
             self._full_step = [Flops(optimizer=cost) for cost in step]
 
     def _nothing(self) -> list[Flops]:

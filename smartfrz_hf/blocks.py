@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
+
+from .distributed import is_sharded, reshard
 
 logger = logging.get_logger(__name__)
 
@@ -142,7 +145,7 @@ def find_blocks(model: nn.Module, blocks: Sequence[str] | None = None) -> BlockS
     ['stem', 'encoder.layer.0', 'encoder.layer.1']
     ```
     """
-    model = unwrap_model(model)
+    outermost, model = model, unwrap_model(model)
     if blocks is None:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(
@@ -153,7 +156,7 @@ def find_blocks(model: nn.Module, blocks: Sequence[str] | None = None) -> BlockS
     else:
         names = _match(model, blocks)
     backbone = _backbone(model, names)
-    order, once = _trace(backbone)
+    order, once = _trace(backbone, outermost)
     modules = dict(model.named_modules())
     if all(modules[name] in order for name in names):
         names.sort(key=lambda name: order[modules[name]])
@@ -244,27 +247,31 @@ def _dummy_batch(backbone: Any) -> dict[str, torch.Tensor]:
     return {name: value.to(backbone.device) for name, value in backbone.dummy_inputs.items()}
 
 
-def _trace(backbone: nn.Module) -> tuple[dict[nn.Module, int], set[nn.Module]]:
+def _trace(backbone: nn.Module, outermost: nn.Module) -> tuple[dict[nn.Module, int], set[nn.Module]]:
     """
     When each module of the backbone first starts in a forward pass, as its rank among all of them, and which modules
     start only once.
 
     Draws no random number, changes no mode and no running statistic. Both are empty when the model cannot be run on a
-    dummy batch.
+    dummy batch. FSDP2 has the whole model run, on all ranks.
     """
     if not isinstance(backbone, PreTrainedModel):
         return {}, set()
+    runs = outermost if is_sharded(outermost) else backbone
     starts: list[nn.Module] = []
     hooks = [m.register_forward_pre_hook(lambda module, _: starts.append(module)) for m in backbone.modules()]
     try:
-        with evaluation_mode(backbone):
-            backbone(**_dummy_batch(backbone))
+        with evaluation_mode(runs):
+            runs(**_dummy_batch(backbone))
     except Exception as error:  # the model's own code runs here, on a batch it may not expect
         logger.debug(f"{type(backbone).__name__} did not run on a dummy batch, order of registration is used: {error}")
         starts = []
+        if isinstance(runs, FSDPModule):
+            runs.reset_iter_state()
     finally:
         for hook in hooks:
             hook.remove()
+        reshard(runs)
     counts = Counter(starts)
     return {module: rank for rank, module in enumerate(counts)}, {m for m, count in counts.items() if count == 1}
 

@@ -1,6 +1,7 @@
 """The callback: observes, asks the policy, tells the Freezer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from .activation_cache import ActivationCache, make_cache
 from .blocks import BlockStack, Unit, find_blocks
 from .checkpoint import STATE, RunState, check_state, load_renamed, load_state, save_state
 from .config import SmartFRZConfig
-from .distributed import Ranks, check_engine
+from .distributed import Ranks, check_engine, is_sharded, reshard
 from .freezing import Freezer
 from .history import WeightHistory, WeightSampler
 from .ledger import Ledger, Stage
@@ -175,6 +176,32 @@ class SmartFRZCallback(TrainerCallback):
         )
         save_state(state, folder)
 
+    @contextmanager
+    def without_optimizer_state(self, model: nn.Module, folder: str | Path | None) -> Iterator[None]:
+        """
+        Meanwhile, under FSDP2, have those parameters ask for no gradient whose optimizer state a checkpoint does not hold. The
+        state of all others has to be there, or it does not load.
+
+        Args:
+            model (`torch.nn.Module`): what the Trainer trains.
+            folder (`str`, *optional*): of the checkpoint; nothing happens without it.
+        """
+        found = load_state(folder) if folder and is_sharded(model) else None
+        if found is None:
+            yield
+            return
+        # What trains again since this very step has no state yet.
+        before = [stage["depth"] for stage in found.ledger["stages"] if stage["step"] < found.step]
+        units = find_blocks(model, self.config.blocks).units[: max([found.depth, *before[-1:]])]
+        parameters = [p for unit in units for p in unit.named_parameters().values() if p.requires_grad]
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
     def _save_before_trainer(self, args: TrainingArguments, state: TrainerState) -> None:
         # The Trainer writes its own state last, so that a checkpoint which it takes for whole has ours. Where it puts the
         # checkpoints of a trial, a callback does not know, and no trial is resumed.
@@ -247,7 +274,7 @@ class SmartFRZCallback(TrainerCallback):
         if not state.global_step:
             return False
         folder = Path(self.resume_from) if self.resume_from else self._checkpoint(args, state)
-        if load_renamed(self._stack.model, folder):
+        if not is_sharded(self._stack.model) and load_renamed(self._stack.model, folder):
             logger.warning(f"The Trainer did not know the names of the weights in {folder}; they are loaded now.")
         found = load_state(folder, self._device)
         depths = -1 if found is None else found.depth
@@ -279,7 +306,7 @@ class SmartFRZCallback(TrainerCallback):
         return next(self._stack.backbone.parameters()).device
 
     def _check(self, args: TrainingArguments, model: nn.Module) -> BlockStack:
-        check_engine(args, only_active_sent=self.after_freezing is not None)
+        check_engine(args, model, self.config, with_mixin=self.after_freezing is not None)
         stack = find_blocks(model, self.config.blocks)
         if not any(unit.trainable for unit in stack.units):
             raise ValueError(
@@ -292,6 +319,7 @@ class SmartFRZCallback(TrainerCallback):
         if self._running:
             if self._cache is not None:
                 self._cache.close()
+            reshard(self._stack.model)
             self._freezer.unfreeze_to(0)
             self.meter.close()
             self._ranks.close()

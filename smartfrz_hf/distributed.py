@@ -1,28 +1,35 @@
-"""Several processes: one decision for all of them, and a DDP reducer that sends active gradients only."""
+"""Several processes: one decision for all of them, and under DDP and FSDP2 nothing sent for what is frozen."""
 
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 from transformers.utils import logging
+
+from .config import SmartFRZConfig
 
 logger = logging.get_logger(__name__)
 
 DDP_TYPES = ("MULTI_CPU", "MULTI_GPU", "MULTI_HPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_NPU", "MULTI_SDAA", "MULTI_XPU")
 
 
-def check_engine(args: TrainingArguments, only_active_sent: bool) -> None:
+def check_engine(args: TrainingArguments, model: nn.Module, config: SmartFRZConfig, with_mixin: bool) -> None:
     """
     Refuse what freezing cannot serve.
 
     Args:
         args ([`~transformers.TrainingArguments`]): of the run.
-        only_active_sent (`bool`): whether somebody calls [`rebuild_reducer`] after each freeze.
+        model (`torch.nn.Module`): what the Trainer trains.
+        config ([`SmartFRZConfig`]): of the run.
+        with_mixin (`bool`): whether [`SmartFRZMixin`] widens the Trainer: it calls [`rebuild_reducer`] after each freeze, and
+            loads checkpoints of FSDP2.
 
     Raises:
         ValueError: the message says why, and what to do instead.
@@ -38,14 +45,24 @@ def check_engine(args: TrainingArguments, only_active_sent: bool) -> None:
             f"SmartFRZ does not work with {args.n_gpu} devices in one process (`DataParallel`); start one process a "
             "device with `accelerate launch` or `torchrun`, or show it one device (`CUDA_VISIBLE_DEVICES=0`)."
         )
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "SmartFRZ does not work with a model that `from_pretrained(distributed_config=...)` has sharded; load it whole, and "
+            "have Accelerate shard it (FSDP2)."
+        )
+    if kind == DistributedType.FSDP:
+        _check_fsdp(args, config, with_mixin)
+        return
     if args.world_size == 1:
         return
-    if args.fsdp or kind.value not in DDP_TYPES:
+    if kind.value not in DDP_TYPES:
         raise ValueError(
-            f"This version of smartfrz_hf serves several processes under DDP only, not {'FSDP' if args.fsdp else kind.value}; "
-            "leave that out, or the callback."
+            f"This version of smartfrz_hf serves several processes under DDP and FSDP2, not {kind.value}; leave that out, or "
+            "the callback."
         )
-    if only_active_sent:
+    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        logger.warning_once("Accelerate shards no model on the CPU: this run asks for FSDP and is one of DDP.")
+    if with_mixin:
         return
     unused = args.ddp_find_unused_parameters
     if unused is False or (unused is None and args.activation_checkpointing):
@@ -57,6 +74,67 @@ def check_engine(args: TrainingArguments, only_active_sent: bool) -> None:
         "With the callback alone, DDP goes on sending the gradients of frozen units, which are zero. `SmartFRZTrainer`, or "
         "`SmartFRZMixin` over a Trainer of your own, spares that."
     )
+
+
+def _check_fsdp(args: TrainingArguments, config: SmartFRZConfig, with_mixin: bool) -> None:
+    state = AcceleratorState()
+    if state.fsdp_plugin.fsdp_version == 1:
+        raise ValueError(
+            "SmartFRZ cannot freeze under FSDP1, which flattens the parameters of a block, frozen or not, into one; use FSDP2 "
+            "(`fsdp_version: 2`) or DDP instead."
+        )
+    parallel = state.parallelism_config
+    if parallel is not None and parallel.total_size > parallel.dp_shard_size:
+        raise ValueError(
+            f"SmartFRZ under FSDP2 serves sharding over all processes only, not {parallel}; leave `dp_shard_size` alone above 1."
+        )
+    if state.fsdp_plugin.activation_checkpointing:
+        raise ValueError(
+            "SmartFRZ does not work with the activation checkpointing of FSDP's plugin, which wraps the blocks; use "
+            "`TrainingArguments(activation_checkpointing=True)` instead."
+        )
+    if config.frozen_dtype or config.offload_frozen:
+        raise ValueError(
+            "`frozen_dtype` and `offload_frozen` do not work under FSDP2, which keeps the weights itself; use its own "
+            "`mixed_precision` and `cpu_offload` instead."
+        )
+    if args.torch_compile:
+        raise ValueError("SmartFRZ under FSDP2 does not work with `torch_compile`; leave that out, or use DDP.")
+    if not with_mixin and args.save_strategy != "no":
+        raise ValueError(
+            "A plain Trainer cannot load the optimizer state of a checkpoint of FSDP2 in which something is frozen. Use "
+            '`SmartFRZTrainer`, or `SmartFRZMixin` over a Trainer of your own; or write no checkpoints (`save_strategy="no"`).'
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 holds the model's parameters, or some of them."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """
+    Make the parameters shards again where FSDP2 has left gathered ones in their place, as it does after a forward pass without
+    a backward pass. Does nothing to another model.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gather_for_backward(model: nn.Module, frozen: set[nn.Module]) -> None:
+    """
+    Have FSDP2 gather no weights of frozen modules in the backward pass, which it does ahead of need for the block in front of
+    the one that runs. Does nothing to another model.
+
+    Args:
+        model (`torch.nn.Module`): all of it.
+        frozen (`set[torch.nn.Module]`): the modules that no backward work reaches.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            together = module._get_fsdp_state()._modules  # modules whose weights are gathered at once
+            module.set_unshard_in_backward(not frozen.issuperset(together))
 
 
 class Ranks:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from .blocks import BlockStack, Unit
+from .distributed import gather_for_backward
 from .frozen_weights import FrozenWeights
 
 logger = logging.get_logger(__name__)
@@ -60,7 +61,7 @@ class Freezer:
     What freezing a unit does: its parameters ask for no gradient, hold none, and lose their optimizer state, but stay
     in the optimizer's groups, so that checkpoints load; its dropout is off and its running statistics stand still,
     whatever `model.train()` says; activation checkpointing is off in it; and the autograd graph is cut where the first
-    active block starts, so that no backward work reaches it.
+    active block starts, so that no backward work reaches it. Under FSDP2 its weights are gathered for the forward pass only.
 
     Args:
         stack ([`BlockStack`]): the units of the model.
@@ -117,6 +118,7 @@ class Freezer:
                 self._found.append(self._freeze(unit))
             self._say_what_is_tied(new)
             self._cut()
+            self._spare_gathers()
         return new
 
     def unfreeze_to(self, depth: int = 0) -> list[Unit]:
@@ -140,6 +142,7 @@ class Freezer:
             for parameter, flag in found.requires_grad.items():
                 parameter.requires_grad_(flag)
         self._cut()
+        self._spare_gathers()
         if not self.depth and self._had_input_grads:
             model: Any = self.stack.model
             model.enable_input_require_grads()
@@ -189,6 +192,10 @@ class Freezer:
         # for a gradient anyway.
         if unit.runs_once:
             self._hook = unit.modules[unit.name].register_forward_pre_hook(cut, with_kwargs=True)
+
+    def _spare_gathers(self) -> None:
+        frozen = [module for unit in self.stack.units[: self.depth] for module in unit.modules.values()]
+        gather_for_backward(self.stack.model, {child for module in frozen for child in module.modules()})
 
     def _say_what_is_tied(self, units: list[Unit]) -> None:
         frozen = {p: name for unit in units for name, p in unit.named_parameters().items()}

@@ -2,15 +2,29 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from .blocks import Unit
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Which elements of a parameter belong to a sample, as far as this process holds them, and where they go in it."""
+
+    parameter: nn.Parameter
+    index: tuple[torch.Tensor, ...]
+    places: torch.Tensor
 
 
 class WeightSampler:
@@ -20,7 +34,8 @@ class WeightSampler:
 
     Positions are drawn once, without replacement, evenly over all trainable floating-point matrices and convolution
     kernels of the unit; a unit with fewer weights than `samples` repeats them in turn. Each read is one indexed
-    gather per parameter, on its device: no parameter is ever copied whole.
+    gather per parameter, on its device: no parameter is ever copied whole. Under FSDP2 each process reads what lies in its
+    shards, and all of them put their parts together, sample by sample.
 
     Args:
         units (`Sequence[Unit]`): the units, in order.
@@ -33,10 +48,12 @@ class WeightSampler:
 
     def __init__(self, units: Sequence[Unit], samples: int, seed: int = 0):
         self.samples = samples
+        sharded = (p for unit in units for p in unit.named_parameters().values() if isinstance(p, DTensor))
+        self._mesh: DeviceMesh | None = next((p.device_mesh for p in sharded), None)
         generator = np.random.default_rng(seed)
         self._reads = [self._draw(unit, generator) for unit in units]
 
-    def _draw(self, unit: Unit, generator: np.random.Generator) -> list[tuple[nn.Parameter, tuple[torch.Tensor, ...]]]:
+    def _draw(self, unit: Unit, generator: np.random.Generator) -> list[_Read]:
         parameters = [p for p in unit.named_parameters().values() if p.is_floating_point() and p.numel()]
         if not parameters:
             raise ValueError(f"Unit {unit.name!r} has no floating-point weights to record.")
@@ -50,12 +67,28 @@ class WeightSampler:
             positions = np.sort(np.arange(self.samples) % ends[-1])
         reads = []
         for parameter, end in zip(parameters, ends, strict=True):
-            inside = positions[(positions >= end - parameter.numel()) & (positions < end)] - (end - parameter.numel())
-            if len(inside):
-                flat = torch.from_numpy(inside).to(parameter.device)
+            start = end - parameter.numel()
+            (places,) = np.nonzero((positions >= start) & (positions < end))
+            if len(places):
+                flat = torch.from_numpy(positions[places] - start).to(parameter.device)
                 # An index per dimension reads strided weights (channels-last kernels) without a copy.
-                reads.append((parameter, torch.unravel_index(flat, parameter.shape)))
+                index = torch.unravel_index(flat, parameter.shape)
+                reads.append(self._in_shard(_Read(parameter, index, torch.from_numpy(places).to(parameter.device))))
         return reads
+
+    def _in_shard(self, read: _Read) -> _Read:
+        """What of it this process holds; a parameter that is not sharded is read by the first one."""
+        if self._mesh is None:
+            return read
+        rank, shape = self._mesh.get_local_rank(), read.parameter.shape
+        if not isinstance(read.parameter, DTensor):
+            return read if rank == 0 else _Read(read.parameter, tuple(i[:0] for i in read.index), read.places[:0])
+        placement: Any = read.parameter.placements[0]
+        rows = -(-shape[placement.dim] // self._mesh.size())  # the last shards may be shorter, or empty
+        along = read.index[placement.dim] - rows * rank
+        here = (along >= 0) & (along < rows)
+        index = [along if dim == placement.dim else i for dim, i in enumerate(read.index)]
+        return _Read(read.parameter, tuple(i[here] for i in index), read.places[here])
 
     @torch.no_grad()
     def read(self, unit: int) -> torch.Tensor:
@@ -68,7 +101,20 @@ class WeightSampler:
         Returns:
             `torch.Tensor` of shape `(samples,)`, `float32`.
         """
-        return torch.cat([parameter[index].float() for parameter, index in self._reads[unit]])
+        return self.read_all([unit])[0]
+
+    @torch.no_grad()
+    def read_all(self, units: Sequence[int]) -> torch.Tensor:
+        """
+        The weights of several units at their positions, now. Under FSDP2 to be called on all ranks.
+
+        Args:
+            units (`Sequence[int]`): indices of the units.
+
+        Returns:
+            `torch.Tensor` of shape `(units, samples)`, `float32`.
+        """
+        return self._put_together([self._take(unit, lambda parameter: parameter) for unit in units])
 
     def read_gradient(self, unit: int) -> torch.Tensor:
         """
@@ -80,14 +126,30 @@ class WeightSampler:
         Returns:
             `torch.Tensor` of shape `(samples,)`, `float32`.
         """
-        return torch.cat(
-            [
-                torch.zeros(len(index[0]), device=parameter.device)
-                if parameter.grad is None
-                else parameter.grad[index].float()
-                for parameter, index in self._reads[unit]
-            ]
-        )
+        return self._put_together([self._take(unit, lambda parameter: parameter.grad)])[0]
+
+    def _take(self, unit: int, what: Callable[[nn.Parameter], torch.Tensor | None]) -> torch.Tensor:
+        """A sample of one unit, zero where another process holds it."""
+        parts = []
+        for read in self._reads[unit]:
+            tensor = what(read.parameter)
+            if tensor is None:
+                parts.append(torch.zeros(len(read.places), device=read.places.device))
+            else:
+                held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                parts.append(held[read.index].float())
+        if self._mesh is None:
+            return torch.cat(parts)
+        sample = torch.zeros(self.samples, device=parts[0].device)
+        sample[torch.cat([read.places for read in self._reads[unit]])] = torch.cat(parts)
+        return sample
+
+    def _put_together(self, samples: list[torch.Tensor]) -> torch.Tensor:
+        found = torch.stack([sample.to(samples[0].device) for sample in samples])
+        if self._mesh is not None:
+            # Each element comes from one process. As whole numbers they add up to the same bits, also those of -0 and NaN.
+            dist.all_reduce(found.view(torch.int32), group=self._mesh.get_group())
+        return found
 
 
 class WeightHistory:
@@ -132,10 +194,10 @@ class WeightHistory:
             units (`Iterable[int]`, *optional*): the units to record: the active ones. Defaults to all.
         """
         slot = len(self.steps) % self.window
-        for unit in range(len(self._ring)) if units is None else units:
-            self._ring[unit, slot] = sampler.read(unit).to(self._ring.device)
-            if not self.steps:
-                self.start[unit] = self._ring[unit, slot]
+        units = list(range(len(self._ring)) if units is None else units)
+        self._ring[units, slot] = sampler.read_all(units).to(self._ring.device)
+        if not self.steps:
+            self.start[units] = self._ring[units, slot]
         self.steps.append(step)
 
     def snapshots(self) -> torch.Tensor:

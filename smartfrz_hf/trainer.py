@@ -1,4 +1,4 @@
-"""`SmartFRZTrainer`: what only a Trainer can do for freezing: DDP, checkpoints, logs for every tracker, honest FLOPs."""
+"""`SmartFRZTrainer`: what only a Trainer can do for freezing: DDP, FSDP2, checkpoints, logs for every tracker, honest FLOPs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .callback import SmartFRZCallback
 from .checkpoint import last_complete_checkpoint
 from .config import SmartFRZConfig
-from .distributed import rebuild_reducer
+from .distributed import rebuild_reducer, reshard
 from .ledger import Ledger
 from .predictor import SmartFRZPredictor
 
@@ -57,6 +57,10 @@ class SmartFRZMixin(_Widened):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+        if self.model is not None:
+            reshard(
+                self.model
+            )  # an evaluation leaves gathered weights, and then Accelerate does not find the optimizer's (1.15)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -67,7 +71,8 @@ class SmartFRZMixin(_Widened):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.smartfrz.resume_from = checkpoint
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with self.smartfrz.without_optimizer_state(self.model_wrapped, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the figures of [`Ledger.logs`] (`freeze/depth` and others) added to training logs."""

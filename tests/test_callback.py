@@ -1,10 +1,13 @@
 """The callback in a plain Trainer: exact when nothing freezes, and a frozen prefix that stays frozen."""
 
 import logging
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from architectures import ARCHITECTURES, build
 from torch import nn
 from training import Rows, Watcher, predictor_that_says, smartfrz, train
@@ -225,7 +228,7 @@ def test_deepspeed_is_refused(tmp_path, monkeypatch):
         smartfrz().on_init_end(args, None, None, model=build("bert"))
 
 
-def test_what_is_distributed_in_another_way_than_ddp_is_refused(tmp_path, monkeypatch):
+def test_what_is_distributed_in_another_way_is_refused(tmp_path, monkeypatch):
     from training import arguments
 
     args = arguments(tmp_path)
@@ -234,9 +237,40 @@ def test_what_is_distributed_in_another_way_than_ddp_is_refused(tmp_path, monkey
         smartfrz().on_init_end(args, None, None, model=build("bert"))
     monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 0))
     monkeypatch.setattr(type(args), "world_size", property(lambda self: 2))
-    args.fsdp = ["full_shard"]
-    with pytest.raises(ValueError, match="under DDP only, not FSDP"):
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MEGATRON_LM)
+    with pytest.raises(ValueError, match="under DDP and FSDP2, not MEGATRON_LM"):
         smartfrz().on_init_end(args, None, None, model=build("bert"))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "changes", "config", "why"),
+    [
+        ({"fsdp_version": 1}, {}, {}, "cannot freeze under FSDP1.*use FSDP2"),
+        ({"activation_checkpointing": True}, {}, {}, "use `TrainingArguments.activation_checkpointing=True"),
+        ({}, {}, {"frozen_dtype": "bfloat16"}, "`frozen_dtype` and `offload_frozen` do not work under FSDP2"),
+        ({}, {"torch_compile": True}, {}, "does not work with `torch_compile`"),
+        ({}, {"save_strategy": "steps"}, {}, "A plain Trainer cannot load .* Use `SmartFRZTrainer`"),
+    ],
+)
+def test_what_fsdp_cannot_serve_is_refused(tmp_path, monkeypatch, plugin, changes, config, why):
+    from training import arguments
+
+    args = arguments(tmp_path, **changes)
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2} | plugin)
+    state = SimpleNamespace(fsdp_plugin=plugin, parallelism_config=None)
+    monkeypatch.setattr("smartfrz_hf.distributed.AcceleratorState", lambda: state)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match=why):
+        smartfrz(**config).on_init_end(args, None, None, model=build("bert"))
+
+
+def test_a_model_sharded_while_loading_is_refused(tmp_path, monkeypatch):
+    from training import arguments
+
+    model = build("bert")
+    monkeypatch.setattr(type(model), "is_distributed_loading_by_transformers", True)
+    with pytest.raises(ValueError, match="load it whole"):
+        smartfrz().on_init_end(arguments(tmp_path), None, None, model=model)
 
 
 def test_predictor_that_does_not_fit_is_refused(tmp_path):

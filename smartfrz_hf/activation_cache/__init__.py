@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from ..accounting import ComputeMeter
 from ..config import SmartFRZConfig
+from ..distributed import is_sharded
 from ..freezing import Freezer
 from .cache import ActivationCache
 from .store import ActivationStore
@@ -26,6 +27,9 @@ def make_cache(
         return None
     if args.torch_compile:
         logger.warning("The activation cache is off: it does not work with `torch_compile`.")
+        return None
+    if is_sharded(freezer.stack.model):
+        logger.warning("The activation cache is off: under FSDP2 all ranks have to run each block together.")
         return None
     memory, disk = config.cache_memory, config.cache_disk
     if memory < 1:

@@ -1,21 +1,28 @@
 """What each rank of a distributed test does: trains as the command line says and writes what it saw, one file a rank."""
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from architectures import TEXT
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from training import Rows, arguments, predictor_that_says
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer, find_blocks
+from smartfrz_hf.history import WeightSampler
 from smartfrz_hf.policies import Decision
 
 STAGES = {5: 2, 9: 3, 13: 5}
+FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
 
 
 class Counting:
@@ -31,20 +38,66 @@ class Counting:
         return future.then(lambda done: done.value()[0])
 
 
+class Sharding:
+    """Counts what FSDP2 sends: the bytes of reduce-scatters, and how often weights are gathered in the backward pass."""
+
+    def __init__(self):
+        self.bytes = self.gathers = 0
+        self.reduce_scatter, dist.reduce_scatter_single = dist.reduce_scatter_single, self.reduce
+        self.all_gather, dist.all_gather_single = dist.all_gather_single, self.gather
+
+    def reduce(self, *args, **kwargs):
+        tensor = kwargs["input"] if "input" in kwargs else args[1]
+        self.bytes += tensor.numel() * tensor.element_size()
+        return self.reduce_scatter(*args, **kwargs)
+
+    def gather(self, *args, **kwargs):
+        self.gathers += torch._C._current_graph_task_id() >= 0
+        return self.all_gather(*args, **kwargs)
+
+
+def bytes_sent(parameter):
+    """Of its gradient. FSDP2 makes up the rows to a multiple of the ranks."""
+    shape = list(parameter.shape)
+    if isinstance(parameter, DTensor):
+        shape[0] = -(-shape[0] // dist.get_world_size()) * dist.get_world_size()
+    return 4 * torch.Size(shape).numel()
+
+
 class Watching(TrainerCallback):
     """Puts the hook on DDP, and notes what each step sent, and the bytes of the gradients that there were."""
 
-    def __init__(self):
-        self.hook, self.trainer, self.sent, self.active, self.hashes = Counting(), None, [], [], []
+    def __init__(self, sharded, copied):
+        self.hook = Sharding() if sharded else Counting()
+        self.copied, self.callback = copied, None
+        self.trainer, self.sent, self.active, self.gathers, self.states = None, [], [], [], []
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        assert isinstance(model, FSDPModule) == isinstance(self.hook, Sharding)
         if isinstance(self.trainer.model_wrapped, DistributedDataParallel):
             self.trainer.model_wrapped.register_comm_hook(None, self.hook.average)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.sent.append(self.hook.bytes)
-        self.active.append(sum(p.numel() * 4 for p in model.parameters() if p.grad is not None))
+        self.active.append(sum(bytes_sent(p) for p in model.parameters() if p.grad is not None))
         self.hook.bytes = 0
+        if isinstance(self.hook, Sharding):
+            self.gathers.append(self.hook.gathers)
+            self.hook.gathers = 0
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        names = {p: name for name, p in model.named_parameters()}
+        self.states.append(sorted(names[p] for p in optimizer.state))
+        if isinstance(self.hook, Sharding):
+            self.copied.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
+            units = find_blocks(self.copied).units
+            every = range(len(units))
+            samples = WeightSampler(units, self.callback._sampler.samples).read_all(every)
+            assert torch.equal(self.callback._sampler.read_all(every), samples), "shards give other samples"
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).contiguous()
 
 
 def main():
@@ -56,6 +109,9 @@ def main():
     parser.add_argument("--unlike", action="store_true", help="ranks other than 0 would freeze sooner")
     parser.add_argument("--alone", choices=["find", "do not find"], help="the callback in a plain Trainer")
     parser.add_argument("--resume", type=Path)
+    parser.add_argument("--fsdp", choices=["launcher", "arguments"], help="FSDP2, and who asks for it")
+    parser.add_argument("--arguments", type=json.loads, default={}, help="of training, more of them")
+    parser.add_argument("--stages", type=json.loads, default=STAGES, help="which depth from which step on")
     parser.add_argument("--dies_at", type=int, help="rank 1 leaves before the freezing stage of this step")
     options = parser.parse_args()
 
@@ -70,49 +126,62 @@ def main():
         per_device_train_batch_size=8 // options.world_size,
         gradient_accumulation_steps=options.accumulation,
         logging_steps=1,
-        save_strategy="steps",
-        save_steps=4,
         ddp_timeout=20,
         average_tokens_across_devices=False,
         ddp_find_unused_parameters={"find": True, None: False}.get(options.alone, False),
         dataloader_num_workers=0,
+        **{"save_strategy": "steps", "save_steps": 4}
+        | (FSDP if options.fsdp == "arguments" else {})
+        | options.arguments,
     )
+    if (
+        options.fsdp is not None
+    ):  # Accelerate shards on accelerators only, and takes the CPU for one when it is told so
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     assert args.world_size == options.world_size, f"{args.world_size} processes, not {options.world_size}"
     rank = args.process_index
     config = SmartFRZConfig(first_decision=1, decide_every=1, record_every=1)
-    watching = Watching()
+    watching = Watching(options.fsdp, copy.deepcopy(model))
     if options.alone:
         callback = SmartFRZCallback(config, predictor_that_says(0.9))
-        trainer = Trainer(model, args, train_dataset=Rows(48), callbacks=[callback, watching])
+        trainer = Trainer(model, args, train_dataset=Rows(48), eval_dataset=Rows(8), callbacks=[callback, watching])
     else:
         trainer = SmartFRZTrainer(
             model,
             args,
             train_dataset=Rows(48),
+            eval_dataset=Rows(8),
             callbacks=[watching],
             smartfrz=config,
             predictor=predictor_that_says(0.9),
         )
         callback = trainer.smartfrz
-    watching.trainer = trainer
+    watching.trainer, watching.callback = trainer, callback
+    stages = {int(step): depth for step, depth in options.stages.items()}
 
     def decide(seen):
         if options.dies_at == seen.step and rank == 1:
             raise SystemExit(3)
         ahead = 2 if options.unlike and rank else 0
-        return Decision(max(depth for step, depth in {0: 0, **STAGES}.items() if step <= seen.step + ahead), "told")
+        return Decision(
+            max((step, depth) for step, depth in {0: 0, **stages}.items() if step <= seen.step + ahead)[1], "told"
+        )
 
     callback.policy.decide = decide
     trainer.train(resume_from_checkpoint=str(options.resume) if options.resume else None)
-    save_file(
-        {key: v.contiguous() for key, v in model.state_dict().items()}, options.folder / f"end-{rank}.safetensors"
-    )
+    weights = {key: whole(value) for key, value in model.state_dict().items()}
+    save_file(weights, options.folder / f"end-{rank}.safetensors")
+    assert all(p.requires_grad for p in model.parameters())
+    callback._history.save(options.folder / f"history-{rank}.safetensors")
     found = {
         "world_size": args.world_size,
         "stages": [[stage.step, stage.depth] for stage in callback.ledger.stages],
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "sent": watching.sent,
         "active": watching.active,
+        "gathers": watching.gathers,
+        "states": watching.states,
+        "spent": callback.ledger.to_dict()["spent"],
     }
     (options.folder / f"end-{rank}.json").write_text(json.dumps(found))
 

@@ -11,22 +11,22 @@ import torch
 from safetensors.torch import load_file
 
 TESTS = Path(__file__).parents[1]
-CONFIG = TESTS.parent / "examples" / "accelerate_configs" / "ddp_cpu.yaml"
+RECIPES = TESTS.parent / "examples" / "accelerate_configs"
 STAGES = [[5, 2], [9, 3], [13, 5]]
 
 
-def launch(folder, *words, ranks=2):
+def launch(folder, *words, ranks=2, recipe="ddp_cpu"):
     """Run `run.py` on some ranks, and give the process that started them back."""
     folder.mkdir(exist_ok=True)
-    accelerate = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    accelerate = ["-m", "accelerate.commands.launch", "--config_file", str(RECIPES / f"{recipe}.yaml")]
     command = [sys.executable, *(accelerate if ranks > 1 else []), str(TESTS / "distributed" / "run.py"), str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     words = [*words, f"--world_size={ranks}"]
     return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=300)
 
 
-def results(folder, *words, ranks=2):
-    done = launch(folder, *words, ranks=ranks)
+def results(folder, *words, ranks=2, recipe="ddp_cpu"):
+    done = launch(folder, *words, ranks=ranks, recipe=recipe)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((folder / f"end-{rank}.json").read_text()) for rank in range(ranks)]
     assert [part["world_size"] for part in found] == [ranks] * ranks
