@@ -185,18 +185,19 @@ def _to_blob(key: bytes, row: PackedRow) -> bytearray:
     """The checksum of all that follows, the key and the row."""
     blob = to_bytes(row, HEADER.size)
     HEADER.pack_into(blob, 0, 0, key)
-    blob[:CHECKSUM_BYTES] = _checksum(blob)
+    blob[:CHECKSUM_BYTES] = checksum(blob)
     return blob
 
 
 def _from_blob(key: bytes, blob: bytearray) -> PackedRow | None:
     """The row that was written under `key`, sharing the memory of `blob`, or `None` where a bit of it changed."""
-    if len(blob) < HEADER.size or blob[:CHECKSUM_BYTES] != _checksum(blob) or HEADER.unpack_from(blob)[1] != key:
+    if len(blob) < HEADER.size or blob[:CHECKSUM_BYTES] != checksum(blob) or HEADER.unpack_from(blob)[1] != key:
         return None
     return from_bytes(blob, HEADER.size)
 
 
-def _checksum(blob: bytearray) -> bytes:
+def checksum(blob: bytearray) -> bytes:
+    """Of all that follows the place for it."""
     return xxhash.xxh3_64_digest(memoryview(blob)[CHECKSUM_BYTES:])
 
 

@@ -6,7 +6,6 @@ import os
 import socket
 import tempfile
 import weakref
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ RECORD = np.dtype(
 HEADER = np.dtype([("count", "u8"), ("used", "u8", 2), ("broken", "u8", 2), ("room", "V24")])
 # The index has no memory but for the records that there are.
 MOST_ROWS = 2**22
-CHECKSUM_BYTES = 4
+CHECKSUM_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ class SharedStore:
         trouble (`str`, *optional*): why memory or disk is out of use, in one line, on the rank that saw it.
 
     Raises:
+        ImportError: `disk_bytes` is above 0 and the extra `smartfrz_hf[disk]` is not installed.
         OSError: the system gives no such memory.
     """
 
@@ -137,6 +137,11 @@ class SharedStore:
         self.sizes, self.made_in, self.found_in = ANY_SIZE, range(1), range(0)
         self.full = False
         self.trouble = trouble
+        if budgets[DISK]:
+            # Without a disk budget xxhash need not be installed.
+            from .disk import checksum
+
+            self._checksum = checksum
         self._files, self._budgets, self._dtype = files, budgets, dtype
         self._numbers: dict[bytes, int] = {}
         self._closed = False
@@ -241,7 +246,7 @@ class SharedStore:
         blob = bytearray(int(record["size"]))
         tier = int(record["tier"])
         read = os.preadv(self._files[1 + tier], [blob], int(record["start"]))
-        if tier == MEMORY or (read == len(blob) and blob[:CHECKSUM_BYTES] == _checksum(blob)):
+        if tier == MEMORY or (read == len(blob) and blob[:CHECKSUM_BYTES] == self._checksum(blob)):
             return blob
         record["whole"] = 0
         logger.warning_once("Activations were damaged on disk; they are dropped and computed anew.")
@@ -282,7 +287,7 @@ class SharedStore:
             header["used"][tier] += _aligned(len(blob))
             record["room"] = _aligned(len(blob))
         if tier == DISK:
-            blob[:CHECKSUM_BYTES] = _checksum(blob)
+            blob[:CHECKSUM_BYTES] = self._checksum(blob)
         try:
             _write_all(self._files[1 + tier], blob, int(record["start"]))
         except OSError as error:
@@ -312,7 +317,12 @@ def share(ranks: Ranks, memory_bytes: int, disk_bytes: int, folder: str | None, 
 
     Returns:
         [`SharedStore`], or `None` on all ranks of a host where they cannot share.
+
+    Raises:
+        ImportError: `disk_bytes` is above 0 and the extra `smartfrz_hf[disk]` is not installed.
     """
+    if disk_bytes:
+        from . import disk  # noqa: F401  (what is missing is missed on all ranks, before any waits for another)
     about = "the activation cache"
     hosts = ranks.gather(_host(), about)
     here = [rank for rank, host in enumerate(hosts) if host == hosts[dist.get_rank()]]
@@ -358,10 +368,6 @@ def _close(files: list[int]) -> None:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _checksum(blob: bytearray) -> bytes:
-    return zlib.crc32(memoryview(blob)[CHECKSUM_BYTES:]).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def _write_all(file: int, blob: bytearray, start: int) -> None:

@@ -50,6 +50,7 @@ def main():
     parser.add_argument("--no_cache", action="store_true")
     parser.add_argument("--inexact", action="store_true")
     parser.add_argument("--memory", type=float, default=2.0**26)
+    parser.add_argument("--disk", type=float, default=0.0)
     parser.add_argument("--model", default="bert")
     parser.add_argument("--padding", choices=["fixed", "dynamic"], default="fixed")
     parser.add_argument("--stages", type=json.loads, default={"0": 3}, help="from step to depth")
@@ -103,6 +104,8 @@ def main():
             activation_cache=not options.no_cache,
             cache_exact=not options.inexact,
             cache_memory=options.memory,
+            cache_disk=options.disk,
+            cache_folder=str(options.folder),
             first_decision=1,
             decide_every=1,
             record_every=1,
