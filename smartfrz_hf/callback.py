@@ -92,12 +92,12 @@ class SmartFRZCallback(TrainerCallback):
         self._record_every = self.config.steps("record_every", state.max_steps)
         self._first_decision = self.config.steps("first_decision", state.max_steps)
         self._decide_every = self.config.steps("decide_every", state.max_steps)
-        self._cache = make_cache(self.config, self._freezer, self.meter, args, state)
+        self._ranks = Ranks(args.ddp_timeout)
+        self._cache = make_cache(self.config, self._freezer, self.meter, args, state, self._ranks)
         if self._cache is not None:
             self.ledger.cache = self._cache.savings
         self._rates = LearningRates.planned(kwargs.get("lr_scheduler"), state.max_steps)
         self._restarts = self._rates.restarts if self.config.unfreeze_on_restart and self.policy.history_size else []
-        self._ranks = Ranks(args.ddp_timeout)
         self._history: WeightHistory | None = None
         if self.policy.history_size is not None:
             window, samples = self.policy.history_size
@@ -250,11 +250,14 @@ class SmartFRZCallback(TrainerCallback):
 
     def _unfreeze(self, args: TrainingArguments, state: TrainerState) -> None:
         """Let everything train again: what was learned of the weights says nothing about where a new cycle takes them."""
-        if self._cache is not None and self._cache.savings.off is None:
+        if self._cache is not None:
             savings = self._cache.savings
             self._cache.close()
-            self._cache = make_cache(self.config, self._freezer, self.meter, args, state)
+            # On all ranks, though it may have turned itself off on some.
+            self._cache = make_cache(self.config, self._freezer, self.meter, args, state, self._ranks)
             if self._cache is not None:
+                if savings.off is not None:
+                    self._cache.close()
                 self._cache.savings = savings
         units = self._freezer.unfreeze_to(0)
         self.meter.recount(0)

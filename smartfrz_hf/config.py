@@ -64,9 +64,11 @@ class SmartFRZConfig:
         activation_cache (`bool`, *optional*, defaults to `True`):
             Whether what crosses the frozen front is kept, so that the front need not run again for a row seen before.
         cache_memory (`float`, *optional*, defaults to `0.25`):
-            Memory it may take: below `1` a fraction of the memory free when training starts, from `1` on bytes.
+            Memory it may take: below `1` a fraction of the memory free when training starts, from `1` on bytes. That of
+            all ranks of a host together, which share one cache.
         cache_disk (`float`, *optional*, defaults to `0`):
-            Disk it may take once memory is spent: below `1` a fraction of the free disk, from `1` on bytes.
+            Disk it may take once memory is spent, all ranks of a host together: below `1` a fraction of the free disk,
+            from `1` on bytes.
         cache_folder (`str`, *optional*):
             Folder for the part on disk, which is removed at the end. Defaults to that for temporary files.
         cache_dtype (`str`, *optional*, defaults to `"exact"`):

@@ -1,5 +1,7 @@
 """Several processes: one decision for all of them, and under DDP and FSDP2 nothing sent for what is frozen."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -169,14 +171,37 @@ class Ranks:
         if self.count == 1:
             return value
         word = torch.tensor([value])
+        with self._answering(about):
+            dist.broadcast(word, src=0, group=self._group)
+        return int(word)
+
+    def gather(self, value: Any, about: str) -> list[Any]:
+        """
+        What each rank says, on all ranks.
+
+        Args:
+            value (`Any`): what this rank says; can be pickled.
+            about (`str`): what it is about, for the error.
+
+        Raises:
+            RuntimeError: as for `agree`.
+        """
+        values = [value] * self.count
+        if self.count > 1:
+            with self._answering(about):
+                dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    @contextmanager
+    def _answering(self, about: str) -> Iterator[None]:
+        """Wait for all ranks; what goes wrong is said with the number of the rank."""
         try:
             dist.monitored_barrier(self._group, timeout=self._timeout)
-            dist.broadcast(word, src=0, group=self._group)
+            yield
         except RuntimeError as error:
             raise RuntimeError(
                 f"Rank {dist.get_rank()} of {self.count} had no answer from another rank on {about}: {error}"
             ) from error
-        return int(word)
 
     def close(self) -> None:
         """Give the group back."""

@@ -45,13 +45,13 @@ class Stage:
 @dataclass
 class CacheSavings:
     """
-    What the activation cache did for the forward passes of the frozen front.
+    What the activation cache did for the forward passes of the frozen front on this rank.
 
     Attributes:
         rows (`int`): rows that were looked up.
         hits (`int`): rows among them that were found.
         seconds_saved (`float`): seconds of forward passes that were not run, less what the cache itself took.
-        bytes_memory, bytes_disk (`int`): bytes held now, in memory and on disk.
+        bytes_memory, bytes_disk (`int`): bytes held now, in memory and on disk, by all ranks of the host.
         bytes_read (`int`): bytes read from it so far.
         off (`str`, *optional*): why it was turned off; `None` while it is on.
     """

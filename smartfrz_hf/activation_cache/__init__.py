@@ -1,7 +1,10 @@
 """What crosses the frozen front of a model, kept by the content of each row."""
 
+import os
 import shutil
+import sys
 import tempfile
+from typing import TYPE_CHECKING
 
 import psutil
 from transformers import TrainerState, TrainingArguments
@@ -9,20 +12,31 @@ from transformers.utils import logging
 
 from ..accounting import ComputeMeter
 from ..config import SmartFRZConfig
-from ..distributed import is_sharded
+from ..distributed import Ranks, is_sharded
 from ..freezing import Freezer
 from .cache import ActivationCache
 from .store import ActivationStore
 
 __all__ = ["ActivationCache", "ActivationStore", "make_cache"]
 
+if TYPE_CHECKING:
+    from .shared import SharedStore
+
 logger = logging.get_logger(__name__)
 
 
 def make_cache(
-    config: SmartFRZConfig, freezer: Freezer, meter: ComputeMeter, args: TrainingArguments, state: TrainerState
+    config: SmartFRZConfig,
+    freezer: Freezer,
+    meter: ComputeMeter,
+    args: TrainingArguments,
+    state: TrainerState,
+    ranks: Ranks,
 ) -> ActivationCache | None:
-    """The cache that a configuration asks for, or `None` if it asks for none or leaves it no room."""
+    """
+    The cache that a configuration asks for, or `None` if it asks for none or leaves it no room. To be called on all ranks:
+    those of one host share one store.
+    """
     if not config.activation_cache or not (config.cache_memory or config.cache_disk):
         return None
     if args.torch_compile:
@@ -40,9 +54,19 @@ def make_cache(
         except OSError as error:
             logger.warning(f"The activation cache stays in memory, as its folder cannot be used: {error}")
             disk = 0
-    store = ActivationStore(int(memory), int(disk), config.cache_folder, config.cache_dtype)
+    store: ActivationStore | SharedStore | None = None
+    if ranks.count > 1:
+        if sys.platform == "linux":
+            from .shared import share
+
+            store = share(ranks, int(memory), int(disk), config.cache_folder, config.cache_dtype)
+        if store is None:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count))
+            memory, disk = memory / here, disk / here
+    if store is None:
+        store = ActivationStore(int(memory), int(disk), config.cache_folder, config.cache_dtype)
     rows = state.max_steps * args.gradient_accumulation_steps * args.train_batch_size
     # How long a pass over an iterable dataset is, nobody knows; a quarter of the run is time enough for rows to return.
     passes = state.num_train_epochs if 0 < state.num_train_epochs <= state.max_steps else 4
     weights = freezer.weights if config.offload_frozen else None
-    return ActivationCache(freezer.stack, store, meter, config.cache_exact, round(rows / passes), weights)
+    return ActivationCache(freezer.stack, store, meter, config.cache_exact, round(rows / passes), weights, ranks.count)

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from ..accounting import ComputeMeter
@@ -13,9 +14,12 @@ from ..blocks import BlockStack
 from ..frozen_weights import FrozenWeights
 from ..ledger import CacheSavings
 from .calls import Call, fingerprints, read_call
-from .exactness import Exactness
+from .exactness import Exactness, name_front, positions
 from .prefix import Prefix, Unservable
 from .store import ActivationStore
+
+if TYPE_CHECKING:
+    from .shared import SharedStore
 
 logger = logging.get_logger(__name__)
 
@@ -36,12 +40,13 @@ class ActivationCache:
 
     Args:
         stack ([`BlockStack`]): the units of the model.
-        store ([`ActivationStore`]): where activations are kept; closed with the cache.
+        store ([`ActivationStore`] or [`SharedStore`]): where activations are kept; closed with the cache.
         meter ([`ComputeMeter`], *optional*): told what did not run.
         exact (`bool`, *optional*, defaults to `True`): whether an activation is used again only where it has the bits
             that computing it anew would give, not merely the same value up to rounding.
-        rows_per_epoch (`int`, *optional*): training rows in one pass over the data, if known.
+        rows_per_epoch (`int`, *optional*): training rows in one pass over the data, if known; those of this rank.
         weights ([`FrozenWeights`], *optional*): offloaded while all rows that come are found.
+        ranks (`int`, *optional*, defaults to `1`): among how many the rows of an epoch are dealt.
 
     Attributes:
         savings ([`CacheSavings`]): what it has saved so far.
@@ -52,15 +57,18 @@ class ActivationCache:
     def __init__(
         self,
         stack: BlockStack,
-        store: ActivationStore,
+        store: "ActivationStore | SharedStore",
         meter: ComputeMeter | None = None,
         exact: bool = True,
         rows_per_epoch: int | None = None,
         weights: FrozenWeights | None = None,
+        ranks: int = 1,
     ):
         self.stack, self.store, self.meter = stack, store, meter
         self.rows_per_epoch, self.last_epoch, self.weights = rows_per_epoch, False, weights
         self.rows_left: int | None = None
+        self._shared = None if isinstance(store, ActivationStore) else store
+        self._ranks = ranks
         self.savings = CacheSavings()
         self._prefix: Prefix | None = Prefix(stack, self._forward, self._wake)
         self._exactness = Exactness(self._prefix, exact)
@@ -70,7 +78,7 @@ class ActivationCache:
         self._gains: list[float] = []
         self._losses = self._in_a_row = 0
         self._front: list[Mapping[str, torch.Tensor | None]] = []
-        self._weights: list[tuple[int, int]] = []
+        self._weights: list[tuple[int, int] | bytes] = []
 
     @property
     def depth(self) -> int:
@@ -91,6 +99,7 @@ class ActivationCache:
         # The tables themselves, which are quick to walk through and show a parameter that takes another's place.
         self._front = [table for module in modules for table in (module._parameters, module._buffers)]
         self._weights = self._weight_versions()
+        self._name_fronts()
 
     def close(self) -> None:
         """Give the model its forward pass back and free what is kept."""
@@ -131,7 +140,7 @@ class ActivationCache:
         prefix, store, began = self._prefix, self.store, perf_counter()
         assert prefix is not None
         names, ends = fingerprints(call)
-        keys = self._exactness.classify(call, names, ends)
+        keys = self._name(call, names, ends)
         depths = self.store.depths(keys)
         groups = self._plan(call, depths)
         found: list[tuple[int, torch.Tensor] | None] = []
@@ -153,13 +162,14 @@ class ActivationCache:
         hidden = self._assemble(call, found, groups)
         if keep:
             moved = [row for rows in groups.values() for row in rows]
+            self._tell_sizes(call, groups)
             self._keep(keys, ends, hidden, moved)
         if self._row_seconds is not None:
             self._count(call.rows * self._row_seconds - (perf_counter() - began))
         self._tell_meter(call, groups)
         output = prefix.serve(call, hidden)
         self._in_a_row = 0 if groups else self._in_a_row + call.rows
-        if self.weights is not None and self._in_a_row > len(store) and not self.weights.parked:
+        if self.weights is not None and self._in_a_row > len(store) / self._ranks and not self.weights.parked:
             self.weights.park(prefix.idle)
             self._weights = self._weight_versions()
         return output
@@ -180,17 +190,33 @@ class ActivationCache:
             if self._exactness.is_due(call):
                 boundary.append(hidden.clone())
             else:
-                self._keep(self._exactness.classify(call, names, ends), ends, hidden, keep)
+                self._keep(self._name(call, names, ends), ends, hidden, keep)
                 self._count(-lookup - (perf_counter() - began - taken))
 
         output = prefix.watch(call, cross)
         if boundary:
             began = perf_counter()
-            if self._exactness.calibrate(call, boundary[0]):
-                self.store.clear()
-            self._keep(self._exactness.classify(call, names, ends), ends, boundary[0], keep)
+            if self._exactness.calibrate(call, boundary[0]) and isinstance(self.store, ActivationStore):
+                self.store.clear()  # a shared one knows from what batches its rows are
+            self._keep(self._name(call, names, ends), ends, boundary[0], keep)
             self.savings.seconds_saved -= perf_counter() - began
         return output
+
+    def _name(self, call: Call, names: list[bytes], ends: list[int]) -> list[bytes]:
+        """The keys of a batch's activations; a shared store is told which of other ranks are as good as one's own."""
+        if self._shared is not None:
+            size = positions(call)
+            self._shared.sizes, self._shared.made_in = self._exactness.sizes(call), range(size, size + 1)
+        return self._exactness.classify(call, names, ends)
+
+    def _tell_sizes(self, call: Call, groups: dict[int, list[int]]) -> None:
+        """Tell a shared store in batches of what size the rows that did not cross the boundary before were computed."""
+        if self._shared is not None and groups:
+            least = self._exactness.least_rows(call)
+            sizes = [max(len(rows), least) * (call.length or 1) for rows in groups.values()]
+            if any(groups):  # some go on from where they were left
+                sizes += self._shared.found_in[0], self._shared.found_in[-1]
+            self._shared.made_in = range(min(sizes), max(sizes) + 1)
 
     def _plan(self, call: Call, depths: list[int | None]) -> dict[int, list[int]] | None:
         """Which rows to compute from which depth, or `None` if all rows have to be computed from the start."""
@@ -257,7 +283,7 @@ class ActivationCache:
             return True
         if self._kind(call) in self._proved and not self._exactness.is_due(call):
             return True
-        new = max(0, self.rows_per_epoch - len(self.store))
+        new = max(0, self.rows_per_epoch - len(self.store) / self._ranks)
         return self.rows_left - new >= TRIAL_BATCHES * call.rows if training else self.rows_left > 0
 
     def _kind(self, call: Call) -> tuple:
@@ -273,26 +299,46 @@ class ActivationCache:
             self._proved.add(kind)
             self.savings.seconds_saved -= perf_counter() - began
 
-    def _weight_versions(self) -> list[tuple[int, int]]:
-        return [
-            (tensor.data_ptr(), tensor._version)
-            for tensors in self._front
-            for tensor in tensors.values()
-            if tensor is not None
-        ]
+    def _weight_versions(self) -> list[tuple[int, int] | bytes]:
+        tensors = [tensor for tensors in self._front for tensor in tensors.values() if tensor is not None]
+        versions: list[tuple[int, int] | bytes] = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        if self._ranks > 1:
+            # DDP makes them those of rank 0 before each forward pass, which their versions do not tell.
+            buffers = [t.flatten() for t in tensors if t.is_floating_point() and not isinstance(t, nn.Parameter)]
+            if buffers:
+                versions.append(torch.cat(buffers).cpu().view(torch.uint8).numpy().tobytes())
+        return versions
 
     def _forget_if_changed(self) -> None:
-        """Empty the store when frozen weights are others than they were."""
-        if self._weights != (versions := self._weight_versions()):
+        """Empty the store, or give the front another name in a shared one, when frozen weights are others than they were."""
+        if self._weights == (versions := self._weight_versions()):
+            return
+        if isinstance(self.store, ActivationStore):
             self.store.clear()
-            self._weights = versions
+        else:
+            self._unpark()
+            versions = self._weight_versions()
+            self.store.fronts.clear()
+            self._name_fronts()
+        self._weights = versions
+
+    def _name_fronts(self) -> None:
+        """Tell a shared store which rows come from the same front."""
+        if self._shared is not None:
+            fronts = self._shared.fronts
+            for depth in range(len(fronts) + 1, self.depth + 1):
+                fronts[depth] = name_front(self.stack.units[depth - 1], fronts.get(depth - 1, 0))
 
     def _wake(self) -> None:
         """Bring the weights back before a module of the front runs."""
         if self.weights is not None and self.weights.parked:
             self._forget_if_changed()
-            self.weights.unpark()
+            self._unpark()
             self._weights = self._weight_versions()
+
+    def _unpark(self) -> None:
+        if self.weights is not None:
+            self.weights.unpark()
             self._in_a_row = 0
 
     def _tell_meter(self, call: Call, groups: dict[int, list[int]]) -> None:

@@ -1,10 +1,14 @@
 """Rows as the store keeps them: bit for bit, or in a narrower format."""
 
+import struct
 from dataclasses import dataclass
 
 import torch
 
 FORMATS = ("bfloat16", "exact", "float16", "int8")
+# Depth; dimensions; the row's dtype; the dtype of its values.
+HEADER = struct.Struct("<II16s16s")
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,39 @@ def pack(row: torch.Tensor, depth: int, dtype: str) -> PackedRow:
     # A copy even from the CPU: the row is a view of a batch that is soon gone.
     values = values.to("cpu", copy=True, memory_format=torch.contiguous_format)
     return PackedRow(depth, row.dtype, values, None if scale is None else scale.cpu())
+
+
+def to_bytes(row: PackedRow, reserve: int = 0) -> bytearray:
+    """The row in bytes: `reserve` zeros for the caller, header, shape, scale and values."""
+    names = [str(dtype).removeprefix("torch.").encode() for dtype in (row.dtype, row.values.dtype)]
+    shape = struct.pack(f"<{row.values.dim()}Q", *row.values.shape)
+    head = bytes(reserve) + HEADER.pack(row.depth, row.values.dim(), *names) + shape
+    parts: list[bytes | memoryview] = [head, bytes(-len(head) % ALIGNMENT)]
+    for tensor in (row.scale, row.values):
+        if tensor is not None:
+            parts.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return bytearray().join(parts)
+
+
+def bytes_needed(row: torch.Tensor, dtype: str, reserve: int = 0) -> int:
+    """How long `to_bytes` of a row will be, or less if the format turns out not to hold it."""
+    head = reserve + HEADER.size + 8 * row.dim()
+    return head + -head % ALIGNMENT + packed_bytes(row, dtype)
+
+
+def from_bytes(blob: bytearray, reserve: int = 0) -> PackedRow:
+    """What [`to_bytes`] was given, sharing the memory of `blob`."""
+    depth, dimensions, *names = HEADER.unpack_from(blob, reserve)
+    dtype, stored = (getattr(torch, name.rstrip(b"\0").decode()) for name in names)
+    start = reserve + HEADER.size
+    shape = struct.unpack_from(f"<{dimensions}Q", blob, start)
+    start += 8 * dimensions
+    start += -start % ALIGNMENT
+    body, scale = torch.frombuffer(blob, dtype=torch.uint8)[start:], None
+    if stored == torch.int8 != dtype:
+        vectors = torch.Size((*shape[:-1], 1))
+        scale, body = body[: 4 * vectors.numel()].view(torch.float32).view(vectors), body[4 * vectors.numel() :]
+    return PackedRow(depth, dtype, body.view(stored).view(shape), scale)
 
 
 def _quantize(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

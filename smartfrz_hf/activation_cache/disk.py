@@ -10,10 +10,9 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-import torch
 from transformers.utils import logging
 
-from .codec import PackedRow
+from .codec import PackedRow, from_bytes, to_bytes
 
 try:
     import fcntl
@@ -31,10 +30,9 @@ logger = logging.get_logger(__name__)
 LOCK = "lock"
 FILES = ("data.mdb", LOCK)
 FOLDER = re.compile(r"smartfrz-cache-\d+-[0-9a-f]{16}")
-# The checksum of all that follows; the key; depth; dimensions; the row's dtype; the dtype of its values.
-HEADER = struct.Struct("<Q16sII16s16s")
+# The checksum of all that follows, and the key.
+HEADER = struct.Struct("<Q16s")
 CHECKSUM_BYTES = 8
-ALIGNMENT = 16
 LMDB_PAGE_HEADER = 16
 
 
@@ -133,7 +131,7 @@ class DiskTier:
                 view = transaction.get(key) if key in self else None
                 # Copied before it is checked: no later change to the file reaches the caller. The size itself may be
                 # damaged, and lead out of the file.
-                blob = b"" if view is None or len(view) > self._charged(key) else bytearray(view)
+                blob = bytearray() if view is None or len(view) > self._charged(key) else bytearray(view)
                 rows.append(_from_blob(key, blob))
         for key, row in zip(keys, rows, strict=True):
             if row is None and key in self:
@@ -184,38 +182,22 @@ class DiskTier:
 
 
 def _to_blob(key: bytes, row: PackedRow) -> bytearray:
-    """The row in bytes: header, shape, scale and values."""
-    names = [str(dtype).removeprefix("torch.").encode() for dtype in (row.dtype, row.values.dtype)]
-    shape = struct.pack(f"<{row.values.dim()}Q", *row.values.shape)
-    head = HEADER.pack(0, key, row.depth, row.values.dim(), *names) + shape
-    parts: list[bytes | memoryview] = [head, bytes(-len(head) % ALIGNMENT)]
-    for tensor in (row.scale, row.values):
-        if tensor is not None:
-            parts.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    blob = bytearray().join(parts)
-    blob[:CHECKSUM_BYTES] = _checksum(blob)
+    """The checksum of all that follows, the key and the row."""
+    blob = to_bytes(row, HEADER.size)
+    HEADER.pack_into(blob, 0, 0, key)
+    blob[:CHECKSUM_BYTES] = checksum(blob)
     return blob
 
 
-def _from_blob(key: bytes, blob: bytearray | bytes) -> PackedRow | None:
+def _from_blob(key: bytes, blob: bytearray) -> PackedRow | None:
     """The row that was written under `key`, sharing the memory of `blob`, or `None` where a bit of it changed."""
-    if len(blob) < HEADER.size or blob[:CHECKSUM_BYTES] != _checksum(blob):
+    if len(blob) < HEADER.size or blob[:CHECKSUM_BYTES] != checksum(blob) or HEADER.unpack_from(blob)[1] != key:
         return None
-    _, written, depth, dimensions, *names = HEADER.unpack_from(blob)
-    if written != key:
-        return None
-    dtype, stored = (getattr(torch, name.rstrip(b"\0").decode()) for name in names)
-    shape = struct.unpack_from(f"<{dimensions}Q", blob, HEADER.size)
-    start = HEADER.size + 8 * dimensions
-    start += -start % ALIGNMENT
-    body, scale = torch.frombuffer(blob, dtype=torch.uint8)[start:], None
-    if stored == torch.int8 != dtype:
-        vectors = torch.Size((*shape[:-1], 1))
-        scale, body = body[: 4 * vectors.numel()].view(torch.float32).view(vectors), body[4 * vectors.numel() :]
-    return PackedRow(depth, dtype, body.view(stored).view(shape), scale)
+    return from_bytes(blob, HEADER.size)
 
 
-def _checksum(blob: bytearray | bytes) -> bytes:
+def checksum(blob: bytearray) -> bytes:
+    """Of all that follows the place for it."""
     return xxhash.xxh3_64_digest(memoryview(blob)[CHECKSUM_BYTES:])
 
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 
+from ..blocks import Unit
 from .calls import Call, unpadded
 from .prefix import Prefix
 
 # A row's attention sums over its keys in steps of one vector register; whether a key lies in the last, incomplete step
 # changes the order of the sum. 64 bytes is the widest register of any CPU.
 REGISTER = 64
+ANY_SIZE = range(2**32)
 
 
 class Exactness:
@@ -42,7 +44,7 @@ class Exactness:
 
     def is_due(self, call: Call) -> bool:
         """Whether a batch is so much larger than those tried that it has to be tried."""
-        return self.wanted and self._is_steady(call) and _positions(call) >= 2 * self._tried.get(call.context, 0)
+        return self.wanted and self._is_steady(call) and positions(call) >= 2 * self._tried.get(call.context, 0)
 
     def calibrate(self, call: Call, hidden: torch.Tensor) -> bool:
         """
@@ -64,7 +66,7 @@ class Exactness:
                 break
             least, size = size, size // 2
         before, free = self._least.get(context), self._padding.get(context, False)
-        self._tried[context] = _positions(call)
+        self._tried[context] = positions(call)
         self._least[context] = None if least is None else least * length
         self._padding[context] = least is not None and self._padding_is_free(call, least)
         now = self._least[context]
@@ -76,6 +78,15 @@ class Exactness:
             return 1
         least = self._least.get(call.context) if self._is_steady(call) else None
         return call.rows if least is None else min(call.rows, -(-least // (call.length or 1)))
+
+    def sizes(self, call: Call) -> range:
+        """Sizes of batches, in positions, in which a row of some key has the bits that it has in this one."""
+        if not self.wanted or not self._is_steady(call):
+            return ANY_SIZE
+        least = self._least.get(call.context)
+        if least is None or positions(call) < least:
+            return ANY_SIZE
+        return range(least, 2 * self._tried[call.context])
 
     def classify(self, call: Call, names: list[bytes], ends: list[int]) -> list[bytes]:
         """
@@ -94,7 +105,7 @@ class Exactness:
         if not self._is_steady(call):
             return [_derive(name, (call.rows, call.length, row)) for row, name in enumerate(names)]
         least = self._least.get(call.context)
-        if least is None or _positions(call) < least:
+        if least is None or positions(call) < least:
             shape: tuple[Any, ...] = (call.rows, call.length)
             return [_derive(name, shape) for name in names]
         if call.length is None:
@@ -140,7 +151,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor, ends: list[int]) -> bool:
     return torch.equal(a, b)
 
 
-def _positions(call: Call) -> int:
+def positions(call: Call) -> int:
+    """Size of a batch."""
     return call.rows * (call.length or 1)
 
 
@@ -150,3 +162,28 @@ def _whole(length: int, step: int) -> int:
 
 def _derive(name: bytes, shape: tuple[Any, ...]) -> bytes:
     return hashlib.blake2b(name + repr(shape).encode(), digest_size=16).digest()
+
+
+@torch.no_grad()
+def name_front(unit: Unit, before: int) -> int:
+    """
+    A number that names what an activation comes from: the machinery and the weights.
+
+    Args:
+        unit ([`Unit`]): the last of the front.
+        before (`int`): what names the front without it; `0` for none.
+    """
+    modules = [module for top in unit.modules.values() for module in top.modules()]
+    tensors = [tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())]
+    digest = hashlib.blake2b(before.to_bytes(8, "little"), digest_size=8)
+    for tensor in tensors:
+        if tensor is not None:
+            digest.update(_machinery(tensor.device))
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _machinery(device: torch.device) -> bytes:
+    """What the order of sums may depend on, besides the batch."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name} {torch.get_num_threads()}".encode()

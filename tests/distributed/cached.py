@@ -1,0 +1,141 @@
+"""What each rank of a test of the cache does: trains with or without it and writes what it saw, one file a rank."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from architectures import TEXT, build
+from safetensors.torch import save_file
+from training import Rows, arguments
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+
+from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer
+from smartfrz_hf.activation_cache import ActivationCache, shared
+from smartfrz_hf.policies import Decision
+
+
+def collate(rows):
+    """Dynamic padding."""
+    length = max(int(row["attention_mask"].sum()) for row in rows)
+    whole = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    return whole | {key: whole[key][:, :length] for key in ("input_ids", "attention_mask")}
+
+
+class Counting(TrainerCallback):
+    """Notes the rows looked up and found in each epoch, and turns one rank's cache off on the way."""
+
+    def __init__(self, off_at):
+        self.off_at, self.trainer = off_at, None
+        self.rows, self.hits, self.bytes, self.kept = [0], [0], [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.off_at and args.process_index:
+            self.trainer.smartfrz._cache._turn_off("this rank has had enough")
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        cache = self.trainer.smartfrz._cache
+        if cache is not None:
+            self.rows.append(cache.savings.rows)
+            self.hits.append(cache.savings.hits)
+            self.bytes.append(cache.savings.bytes_memory)
+            self.kept.append(len(cache.store))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--world_size", type=int, default=2)
+    parser.add_argument("--no_cache", action="store_true")
+    parser.add_argument("--inexact", action="store_true")
+    parser.add_argument("--memory", type=float, default=2.0**26)
+    parser.add_argument("--disk", type=float, default=0.0)
+    parser.add_argument("--model", default="bert")
+    parser.add_argument("--padding", choices=["fixed", "dynamic"], default="fixed")
+    parser.add_argument("--stages", type=json.loads, default={"0": 3}, help="from step to depth")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--evaluate", action="store_true")
+    parser.add_argument("--off_at", type=int, help="step before which rank 1 turns its cache off")
+    parser.add_argument("--restarts", action="store_true", help="the learning rate rises again")
+    parser.add_argument("--hosts", action="store_true", help="each rank takes itself for a host")
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if options.model == "bert":
+        model = BertForSequenceClassification(
+            BertConfig(**TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+        )
+    else:
+        model = build(options.model)
+    model.accepts_loss_kwargs = False  # its head ignores `num_items_in_batch` (transformers#47688)
+    more = {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}}
+    args = arguments(
+        options.folder,
+        max_steps=-1,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=8 // options.world_size,
+        per_device_eval_batch_size=4,
+        eval_strategy="epoch" if options.evaluate else "no",
+        logging_steps=1,
+        ddp_timeout=30,
+        average_tokens_across_devices=False,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        **more if options.restarts else {},
+    )
+    assert args.world_size == options.world_size, f"{args.world_size} processes, not {options.world_size}"
+    # Tiny models compute faster than anything can be looked up; keep their cache on nevertheless.
+    ActivationCache._why_not = lambda self: None
+    if options.hosts:
+        shared._host = lambda: (str(os.getpid()), 0)
+    counting = Counting(options.off_at)
+    images = options.model != "bert"
+    trainer = SmartFRZTrainer(
+        model,
+        args,
+        train_dataset=Rows(48, images=images),
+        eval_dataset=Rows(16, images=images),
+        data_collator=collate if options.padding == "dynamic" else None,
+        callbacks=[counting],
+        smartfrz=SmartFRZConfig(
+            policy="smartfrz" if options.restarts else "static",
+            activation_cache=not options.no_cache,
+            cache_exact=not options.inexact,
+            cache_memory=options.memory,
+            cache_disk=options.disk,
+            cache_folder=str(options.folder),
+            first_decision=1,
+            decide_every=1,
+            record_every=1,
+        ),
+    )
+    counting.trainer = trainer
+    stages = {int(step): depth for step, depth in options.stages.items()}
+
+    def decide(seen):
+        return Decision(max(depth for step, depth in {0: 0, **stages}.items() if step <= seen.step), "told")
+
+    trainer.smartfrz.policy.decide = decide
+    trainer.train()
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()},
+        options.folder / f"end-{args.process_index}.safetensors",
+    )
+    cache = trainer.ledger.cache
+    found = {
+        "world_size": args.world_size,
+        "stages": [[stage.step, stage.depth] for stage in trainer.ledger.stages],
+        "losses": [log[key] for log in trainer.state.log_history for key in ("loss", "eval_loss") if key in log],
+        "rows": [after - before for before, after in zip(counting.rows, counting.rows[1:], strict=False)],
+        "hits": [after - before for before, after in zip(counting.hits, counting.hits[1:], strict=False)],
+        "bytes": counting.bytes,
+        "kept": counting.kept,
+        "off": None if cache is None else cache.off,
+    }
+    (options.folder / f"end-{args.process_index}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

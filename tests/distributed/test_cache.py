@@ -1,0 +1,103 @@
+"""The activation cache on two ranks of one host: what one has computed, the other finds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parents[1]
+CONFIG = TESTS.parent / "examples" / "accelerate_configs" / "ddp_cpu.yaml"
+# An epoch has six steps.
+GROWING = '--stages={"0": 2, "9": 4}'
+
+if sys.platform != "linux":
+    pytest.skip("processes share a store on Linux only", allow_module_level=True)
+
+
+def results(folder, *words, ranks=2):
+    """What each rank of `cached.py` saw, and the weights, which are the same on all."""
+    folder.mkdir()
+    accelerate = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    script = [str(TESTS / "distributed" / "cached.py"), str(folder), f"--world_size={ranks}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *(accelerate if ranks > 1 else []), *script, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads((folder / f"end-{rank}.json").read_text()) for rank in range(ranks)]
+    assert [part["world_size"] for part in found] == [ranks] * ranks
+    weights = [load_file(folder / f"end-{rank}.safetensors") for rank in range(ranks)]
+    for other in weights[1:]:
+        assert_equal(other, weights[0])
+    return found, weights[0]
+
+
+def assert_equal(one, other):
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def hits(found):
+    """Of each epoch, on all ranks together."""
+    return [sum(counts) for counts in zip(*(part["hits"] for part in found), strict=True)]
+
+
+def rows(found):
+    return [sum(counts) for counts in zip(*(part["rows"] for part in found), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory):
+    return results(tmp_path_factory.mktemp("cache") / "without", "--no_cache", "--evaluate", GROWING)
+
+
+def test_two_ranks_find_as_many_rows_as_one(tmp_path):
+    two, _ = results(tmp_path / "two", "--inexact")
+    one, _ = results(tmp_path / "one", "--inexact", ranks=1)
+    # The first step is not looked up: its FLOPs are counted.
+    assert rows(two) == rows(one) == [40, 48, 48]
+    assert hits(two) == hits(one) == [0, 40, 48]
+    assert [part["kept"][-1] for part in two] == [48, 48]
+
+
+def test_losses_and_weights_are_those_without_it(without, tmp_path):
+    found, weights = results(tmp_path / "with", "--evaluate", "--memory=30000", "--disk=1e6", GROWING)
+    assert_equal(weights, without[1])
+    assert [part["losses"] for part in found] == [part["losses"] for part in without[0]]
+    assert found[0]["stages"] == [[0, 2], [9, 4]]
+    assert all(sum(part["hits"]) and part["bytes"][-1] <= 30000 and part["kept"][-1] > 48 for part in found)
+
+
+def test_one_rank_may_turn_its_cache_off(without, tmp_path):
+    found, weights = results(tmp_path / "off", "--evaluate", "--off_at=8", GROWING)
+    assert_equal(weights, without[1])
+    assert [part["off"] for part in found] == [None, "this rank has had enough"]
+    assert found[0]["hits"][2] > 0
+
+
+def test_when_all_trains_again_all_ranks_share_anew(tmp_path):
+    """Also with one whose cache is off."""
+    words = ["--restarts", "--epochs=6", '--stages={"1": 3}']
+    found, weights = results(tmp_path / "with", *words, "--off_at=3")
+    expected, weights_without = results(tmp_path / "without", *words, "--no_cache")
+    assert_equal(weights, weights_without)
+    assert found[0]["stages"] == expected[0]["stages"]
+    assert [depth for _, depth in found[0]["stages"]] == [3, 0, 3]
+    assert found[0]["hits"][5] > 0 == found[1]["hits"][5]
+
+
+def test_the_budget_is_that_of_the_host(tmp_path):
+    found, _ = results(tmp_path / "little", "--inexact", "--memory=30000")
+    assert 0 < found[0]["kept"][-1] == found[1]["kept"][-1] < 48
+    assert all(20000 < part["bytes"][-1] <= 30000 for part in found)
+    assert hits(found)[2] == found[0]["kept"][-1]
+
+
+def test_each_host_keeps_its_rows(tmp_path):
+    found, _ = results(tmp_path / "hosts", "--inexact", "--hosts")
+    first, second = (part["kept"] for part in found)
+    assert first[0] == second[0] == 20 and first[1] < 48
+    assert 0 < hits(found)[1] < hits(found)[2] < 48
