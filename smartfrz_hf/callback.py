@@ -186,8 +186,11 @@ class SmartFRZCallback(TrainerCallback):
         return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Leave the model as it was found, but for its weights."""
+        """Leave the model as it was found, but for its weights, and see that they are the best ones if that was asked for."""
         self._release()
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and load_renamed(self._stack.model, best):
+            logger.warning(f"The Trainer did not know the names of the best weights, in {best}; they are loaded now.")
 
     def _decide(self, state: TrainerState) -> None:
         observation = Observation(
