@@ -12,7 +12,7 @@ from transformers.utils import logging
 from .accounting import ComputeMeter
 from .activation_cache import ActivationCache, make_cache
 from .blocks import BlockStack, Unit, find_blocks
-from .checkpoint import STATE, RunState, check_state, load_renamed, load_state, save_state
+from .checkpoint import RunState, check_state, load_renamed, load_state, save_state
 from .config import SmartFRZConfig
 from .distributed import Ranks, check_engine
 from .freezing import Freezer
@@ -75,14 +75,19 @@ class SmartFRZCallback(TrainerCallback):
         **kwargs,
     ):
         """Find the units, take the first snapshot, and let the policy freeze what is frozen from the start."""
-        self._release()  # what an interrupted run has left frozen
+        if self._running and self._freezer.depth and args.auto_find_batch_size and args.world_size > 1:
+            raise RuntimeError(
+                "The Trainer starts again with a smaller batch, and has told DDP to leave out what had frozen. Use "
+                "`SmartFRZTrainer`, or `SmartFRZMixin` over a Trainer of your own; or set `auto_find_batch_size=False`."
+            )
+        self.release()  # what an interrupted run has left frozen
         self._stack = self._check(args, model)
         self._trainable = [unit.trainable for unit in self._stack.units]
         self._cache = None
         dtype = getattr(torch, self.config.frozen_dtype) if self.config.frozen_dtype else None
         self._freezer = Freezer(self._stack, optimizer, dtype)
         self.meter = ComputeMeter(model, self._stack, optimizer)
-        self._running = True
+        self._running, self._saved = True, -1
         self.ledger = Ledger(
             units=self._stack.names,
             max_steps=state.max_steps,
@@ -154,7 +159,7 @@ class SmartFRZCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Write the state where nobody knew of the checkpoint before."""
-        if not (self._checkpoint(args, state) / STATE).is_file():
+        if self._saved != state.global_step:
             self._save_before_trainer(args, state)
 
     def save(self, folder: str | Path) -> None:
@@ -174,6 +179,7 @@ class SmartFRZCallback(TrainerCallback):
             history=self._history,
         )
         save_state(state, folder)
+        self._saved = self._step
 
     def _save_before_trainer(self, args: TrainingArguments, state: TrainerState) -> None:
         # The Trainer writes its own state last, so that a checkpoint which it takes for whole has ours. Where it puts the
@@ -187,10 +193,22 @@ class SmartFRZCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Leave the model as it was found, but for its weights, and see that they are the best ones if that was asked for."""
-        self._release()
+        self.release()
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and load_renamed(self._stack.model, best):
             logger.warning(f"The Trainer did not know the names of the best weights, in {best}; they are loaded now.")
+
+    def release(self) -> None:
+        """Give the model back as it was found, but for its weights. Does nothing unless a run is under way."""
+        if self._running:
+            self._running = False
+            if self._cache is not None:
+                self._cache.close()
+            units = self._freezer.unfreeze_to(0)
+            if units and self.after_freezing is not None:
+                self.after_freezing()
+            self.meter.close()
+            self._ranks.close()
 
     def _decide(self, state: TrainerState) -> None:
         observation = Observation(
@@ -290,12 +308,3 @@ class SmartFRZCallback(TrainerCallback):
                 "SmartFRZ to freeze. Leave the callback out, or let some parameters require gradients."
             )
         return stack
-
-    def _release(self) -> None:
-        if self._running:
-            if self._cache is not None:
-                self._cache.close()
-            self._freezer.unfreeze_to(0)
-            self.meter.close()
-            self._ranks.close()
-            self._running = False
