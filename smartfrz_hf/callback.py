@@ -13,6 +13,7 @@ from .accounting import ComputeMeter
 from .activation_cache import ActivationCache, make_cache
 from .blocks import BlockStack, Unit, find_blocks
 from .checkpoint import RunState, check_state, load_renamed, load_state, save_state
+from .compiled import GraphLimits, is_compiled
 from .config import SmartFRZConfig
 from .distributed import Ranks, check_engine
 from .freezing import Freezer
@@ -87,6 +88,7 @@ class SmartFRZCallback(TrainerCallback):
         dtype = getattr(torch, self.config.frozen_dtype) if self.config.frozen_dtype else None
         self._freezer = Freezer(self._stack, optimizer, dtype)
         self.meter = ComputeMeter(model, self._stack, optimizer)
+        self._graphs = GraphLimits(is_compiled(model, args))
         self._running, self._saved = True, -1
         self.ledger = Ledger(
             units=self._stack.names,
@@ -207,6 +209,7 @@ class SmartFRZCallback(TrainerCallback):
             units = self._freezer.unfreeze_to(0)
             if units and self.after_freezing is not None:
                 self.after_freezing()
+            self._graphs.restore()
             self.meter.close()
             self._ranks.close()
 
@@ -236,6 +239,7 @@ class SmartFRZCallback(TrainerCallback):
 
     def _freeze_to(self, depth: int) -> list[Unit]:
         new = self._freezer.freeze_to(depth)
+        self._graphs.extend()
         if self._cache is not None:
             self._cache.freeze_to(depth)
         if self.after_freezing is not None:
@@ -251,6 +255,7 @@ class SmartFRZCallback(TrainerCallback):
             if self._cache is not None:
                 self._cache.savings = savings
         units = self._freezer.unfreeze_to(0)
+        self._graphs.extend()
         self.meter.recount(0)
         if self.after_freezing is not None:
             self.after_freezing()

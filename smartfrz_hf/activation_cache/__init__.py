@@ -8,6 +8,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..accounting import ComputeMeter
+from ..compiled import is_compiled
 from ..config import SmartFRZConfig
 from ..freezing import Freezer
 from .cache import ActivationCache
@@ -24,8 +25,8 @@ def make_cache(
     """The cache that a configuration asks for, or `None` if it asks for none or leaves it no room."""
     if not config.activation_cache or not (config.cache_memory or config.cache_disk):
         return None
-    if args.torch_compile:
-        logger.warning("The activation cache is off: it does not work with `torch_compile`.")
+    if is_compiled(freezer.stack.model, args):
+        logger.warning("The activation cache is off: it does not work with `torch.compile`.")
         return None
     memory, disk = config.cache_memory, config.cache_disk
     if memory < 1:
