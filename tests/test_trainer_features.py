@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from training import Rows, arguments, predictor_that_says, train
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer, find_blocks
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer
 from smartfrz_hf.checkpoint import STATE
 
 EITHER = pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback alone"])
