@@ -225,6 +225,9 @@ class ComputeMeter:
             self._counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
             self._counter.mod_tracker = _UnitTracker(self._stack)  # type: ignore[assignment]
             self._counter.__enter__()
+            # Dynamo marks what it first meets under a counter as never to be compiled.
+            self._eager = torch.compiler.set_stance("force_eager")
+            self._eager.__enter__()
 
     def end_of_backward(self) -> Flops:
         """To be called after the backward pass of each micro-batch; gives its FLOPs (forward and backward)."""
@@ -268,6 +271,7 @@ class ComputeMeter:
         """End counting."""
         assert self._counter is not None
         counter, self._counter = self._counter, None
+        self._eager.__exit__(None, None, None)
         counter.__exit__(None, None, None)
         return counter
 

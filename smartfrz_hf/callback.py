@@ -13,7 +13,8 @@ from transformers.utils import logging
 from .accounting import ComputeMeter
 from .activation_cache import ActivationCache, make_cache
 from .blocks import BlockStack, Unit, find_blocks
-from .checkpoint import STATE, RunState, check_state, load_renamed, load_state, save_state
+from .checkpoint import RunState, check_state, load_renamed, load_state, save_state
+from .compiled import GraphLimits, is_compiled
 from .config import SmartFRZConfig
 from .distributed import Ranks, check_engine, is_sharded, reshard
 from .freezing import Freezer
@@ -76,14 +77,20 @@ class SmartFRZCallback(TrainerCallback):
         **kwargs,
     ):
         """Find the units, take the first snapshot, and let the policy freeze what is frozen from the start."""
-        self._release()  # what an interrupted run has left frozen
+        if self._running and self._freezer.depth and args.auto_find_batch_size and args.world_size > 1:
+            raise RuntimeError(
+                "The Trainer starts again with a smaller batch, and has told DDP to leave out what had frozen. Use "
+                "`SmartFRZTrainer`, or `SmartFRZMixin` over a Trainer of your own; or set `auto_find_batch_size=False`."
+            )
+        self.release()  # what an interrupted run has left frozen
         self._stack = self._check(args, model)
         self._trainable = [unit.trainable for unit in self._stack.units]
         self._cache = None
         dtype = getattr(torch, self.config.frozen_dtype) if self.config.frozen_dtype else None
         self._freezer = Freezer(self._stack, optimizer, dtype)
         self.meter = ComputeMeter(model, self._stack, optimizer)
-        self._running = True
+        self._graphs = GraphLimits(is_compiled(model, args))
+        self._running, self._saved = True, -1
         self.ledger = Ledger(
             units=self._stack.names,
             max_steps=state.max_steps,
@@ -155,7 +162,7 @@ class SmartFRZCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Write the state where nobody knew of the checkpoint before."""
-        if not (self._checkpoint(args, state) / STATE).is_file():
+        if self._saved != state.global_step:
             self._save_before_trainer(args, state)
 
     def save(self, folder: str | Path) -> None:
@@ -175,6 +182,7 @@ class SmartFRZCallback(TrainerCallback):
             history=self._history,
         )
         save_state(state, folder)
+        self._saved = self._step
 
     @contextmanager
     def without_optimizer_state(self, model: nn.Module, folder: str | Path | None) -> Iterator[None]:
@@ -213,8 +221,25 @@ class SmartFRZCallback(TrainerCallback):
         return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Leave the model as it was found, but for its weights."""
-        self._release()
+        """Leave the model as it was found, but for its weights, and see that they are the best ones if that was asked for."""
+        self.release()
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and self._load_renamed(best):
+            logger.warning(f"The Trainer did not know the names of the best weights, in {best}; they are loaded now.")
+
+    def release(self) -> None:
+        """Give the model back as it was found, but for its weights. Does nothing unless a run is under way."""
+        if self._running:
+            self._running = False
+            if self._cache is not None:
+                self._cache.close()
+            reshard(self._stack.model)
+            units = self._freezer.unfreeze_to(0)
+            if units and self.after_freezing is not None:
+                self.after_freezing()
+            self._graphs.restore()
+            self.meter.close()
+            self._ranks.close()
 
     def _decide(self, state: TrainerState) -> None:
         observation = Observation(
@@ -242,6 +267,7 @@ class SmartFRZCallback(TrainerCallback):
 
     def _freeze_to(self, depth: int) -> list[Unit]:
         new = self._freezer.freeze_to(depth)
+        self._graphs.extend()
         if self._cache is not None:
             self._cache.freeze_to(depth)
         if self.after_freezing is not None:
@@ -260,6 +286,7 @@ class SmartFRZCallback(TrainerCallback):
                     self._cache.close()
                 self._cache.savings = savings
         units = self._freezer.unfreeze_to(0)
+        self._graphs.extend()
         self.meter.recount(0)
         if self.after_freezing is not None:
             self.after_freezing()
@@ -277,7 +304,7 @@ class SmartFRZCallback(TrainerCallback):
         if not state.global_step:
             return False
         folder = Path(self.resume_from) if self.resume_from else self._checkpoint(args, state)
-        if not is_sharded(self._stack.model) and load_renamed(self._stack.model, folder):
+        if self._load_renamed(folder):
             logger.warning(f"The Trainer did not know the names of the weights in {folder}; they are loaded now.")
         found = load_state(folder, self._device)
         depths = -1 if found is None else found.depth
@@ -304,6 +331,10 @@ class SmartFRZCallback(TrainerCallback):
             self._freeze_to(found.depth)
         return True
 
+    def _load_renamed(self, folder: str | Path) -> bool:
+        # Checkpoints of FSDP2 are read by Accelerate, by the names that the model has.
+        return not is_sharded(self._stack.model) and load_renamed(self._stack.model, folder)
+
     @property
     def _device(self) -> torch.device:
         return next(self._stack.backbone.parameters()).device
@@ -317,13 +348,3 @@ class SmartFRZCallback(TrainerCallback):
                 "SmartFRZ to freeze. Leave the callback out, or let some parameters require gradients."
             )
         return stack
-
-    def _release(self) -> None:
-        if self._running:
-            if self._cache is not None:
-                self._cache.close()
-            reshard(self._stack.model)
-            self._freezer.unfreeze_to(0)
-            self.meter.close()
-            self._ranks.close()
-            self._running = False

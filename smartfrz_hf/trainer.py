@@ -63,6 +63,13 @@ class SmartFRZMixin(_Widened):
             )  # an evaluation leaves gathered weights, and then Accelerate does not find the optimizer's (1.15)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            # A Trainer that tries again with a smaller batch, and a user who does, finds nothing frozen.
+            self.smartfrz.release()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -190,13 +190,27 @@ def test_another_threshold_is_said_and_taken(tmp_path, warnings_of_library):
     assert all(stage.step <= 6 for stage in callback.ledger.stages)
 
 
-def test_best_model_and_early_end(tmp_path):
+@pytest.mark.parametrize("name", ["bert", "vit", "deit"])
+@pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback alone"])
+def test_best_model(tmp_path, name, alone):
+    """At a learning rate that drives the loss up, the best model is an early one. ViT and DeiT are saved under other names."""
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "learning_rate": 0.3, "warmup_steps": 8}
     trainer, callback = run(
-        tmp_path, eval_strategy="steps", eval_steps=4, save_steps=4, load_best_model_at_end=True, save_total_limit=1
+        tmp_path,
+        alone,
+        model=build(name),
+        policy="linear",
+        dataset=Rows(40, images=name != "bert"),
+        load_best_model_at_end=True,
+        save_total_limit=1,
+        **settings,
     )
     best = Path(trainer.state.best_model_checkpoint)
-    for key, value in load_file(best / "model.safetensors").items():
-        assert torch.equal(trainer.model.state_dict()[key], value)
+    assert best.name != "checkpoint-20" and callback.ledger.depth > 0
+    expected = type(trainer.model).from_pretrained(best)
+    for key, value in expected.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[key], value), key
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
     assert (best / STATE).is_file() and all(p.requires_grad for p in trainer.model.parameters())
 
 

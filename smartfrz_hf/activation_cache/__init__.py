@@ -11,6 +11,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..accounting import ComputeMeter
+from ..compiled import is_compiled
 from ..config import SmartFRZConfig
 from ..distributed import Ranks, is_sharded
 from ..freezing import Freezer
@@ -39,8 +40,8 @@ def make_cache(
     """
     if not config.activation_cache or not (config.cache_memory or config.cache_disk):
         return None
-    if args.torch_compile:
-        logger.warning("The activation cache is off: it does not work with `torch_compile`.")
+    if is_compiled(freezer.stack.model, args):
+        logger.warning("The activation cache is off: it does not work with `torch.compile`.")
         return None
     if is_sharded(freezer.stack.model):
         logger.warning("The activation cache is off: under FSDP2 all ranks have to run each block together.")

@@ -221,7 +221,9 @@ class Prefix:
             outer = take_rows(outer, rows, call.rows)
             if "use_cache" in self._outer_signature.parameters:
                 outer["use_cache"] = False
-            return one, self._model.original(**outer)
+            # Accelerate enters one and the same autocast object in the forward pass; entered twice, it would never end.
+            forward = getattr(self.stack.model, "_original_forward", self._model.original)
+            return one, forward(**outer)
 
     def _learn_shapes(self, call: Call) -> None:
         if call.layout not in self._learned:
