@@ -77,7 +77,7 @@ class SmartFRZCallback(TrainerCallback):
         **kwargs,
     ):
         """Find the units, take the first snapshot, and let the policy freeze what is frozen from the start."""
-        if self._running and self._freezer.depth and args.auto_find_batch_size and args.world_size > 1:
+        if self._running and self.ledger.depth and args.auto_find_batch_size and args.world_size > 1:
             raise RuntimeError(
                 "The Trainer starts again with a smaller batch, and has told DDP to leave out what had frozen. Use "
                 "`SmartFRZTrainer`, or `SmartFRZMixin` over a Trainer of your own; or set `auto_find_batch_size=False`."
