@@ -68,7 +68,7 @@ def test_losses_and_weights_are_those_without_it(without, tmp_path):
     assert_equal(weights, without[1])
     assert [part["losses"] for part in found] == [part["losses"] for part in without[0]]
     assert found[0]["stages"] == [[0, 2], [9, 4]]
-    assert all(sum(part["hits"]) and part["bytes"][-1] <= 30000 and part["kept"][-1] > 48 for part in found)
+    assert all(sum(part["hits"]) and part["bytes"][-1] <= 30000 and part["kept"][-1] >= 40 for part in found)
 
 
 def test_one_rank_may_turn_its_cache_off(without, tmp_path):
