@@ -18,7 +18,7 @@ from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictor, fin
 from smartfrz_hf.cli import app
 from smartfrz_hf.harvest.cka import linear_cka
 from smartfrz_hf.harvest.dataset import INPUTS, FreezingStages
-from smartfrz_hf.harvest.evaluate import PREDICTOR, HeldOut, operating_points, path_cost, summarize
+from smartfrz_hf.harvest.evaluate import PREDICTOR, HeldOut, frozen_share, operating_points, path_cost, summarize
 from smartfrz_hf.harvest.labels import LABELS, at_probes, rewind_cost, settled, similar
 from smartfrz_hf.harvest.record import RecordingCallback, pool, shift, spread_tokens
 from smartfrz_hf.harvest.rewind import Rewinder
@@ -318,7 +318,11 @@ def test_evaluation_of_a_perfect_predictor():
     # The shift of 3 % is reached shortly before the unit stands still.
     assert moments[0].tolist() == pytest.approx([0.2, 0.4, 0.6]) and np.isnan(moments[1, 2])
     assert path_cost(held_out, moments).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert (
+        frozen_share(held_out, held_out.scores["zero"]) == 0 < frozen_share(held_out, held_out.scores["zero"], most=1)
+    )
     points = operating_points(held_out)
+    assert summary["frozen"] == points["balanced"]["frozen"]
     assert points["balanced"]["frozen"] == pytest.approx(np.mean([0.8, 0.6, 0.4, 0.8, 0.6]), abs=1e-3)
 
 

@@ -234,6 +234,26 @@ def operating_points(held_out: HeldOut) -> dict[str, dict[str, float]]:
     return found
 
 
+def frozen_share(held_out: HeldOut, scores: np.ndarray, most: float = COSTS["balanced"]) -> float:
+    """
+    How much a score lets freeze at a given cost, with the one threshold for all runs that lets freeze most.
+
+    This is what a predictor is for: ROC AUC and average precision weigh all rows alike, though one freeze too early costs
+    more than many too late.
+
+    Args:
+        held_out ([`HeldOut`]): the stages and runs.
+        scores (`np.ndarray` of shape `(rows, units)`): higher where a unit seems converged.
+        most (`float`): the mean over the runs of what [`path_cost`] may be.
+
+    Returns:
+        `float`: mean share of units and time.
+    """
+    grid = np.quantile(scores[held_out.active], np.linspace(0.3, 0.999, 71))
+    moments = [held_out.moments(scores >= threshold) for threshold in grid]
+    return max([float(np.nanmean(1 - when)) for when in moments if path_cost(held_out, when).mean() <= most] or [0.0])
+
+
 def ranking(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     """
     Area under the ROC curve and average precision.
@@ -272,13 +292,19 @@ def summarize(held_out: HeldOut) -> dict:
     Scores of predictor and rules, over all held-out rows together and for each fold.
 
     Returns:
-        `dict`: `runs`, `rows`, `positive` (share of converged rows), `auc`, `ap`, `brier`, `moment_error`, `rules` and `folds`,
-        by name, and `reliability`, by tenths of predicted probability.
+        `dict`: `runs`, `rows`, `positive` (share of converged rows), `auc`, `ap`, `brier`, `moment_error`, `frozen` (see
+        [`frozen_share`]), `rules` and `folds`, by name, and `reliability`, by tenths of predicted probability.
     """
     active, labels = held_out.active, held_out.labels[held_out.active]
     probabilities = held_out.probabilities()
     rules = {
-        name: _rounded({**ranking(labels, values[active]), "moment_error": moment_error(held_out, values)})
+        name: _rounded(
+            {
+                **ranking(labels, values[active]),
+                "moment_error": moment_error(held_out, values),
+                "frozen": frozen_share(held_out, values),
+            }
+        )
         for name, values in held_out.scores.items()
         if name != PREDICTOR
     }
@@ -300,6 +326,7 @@ def summarize(held_out: HeldOut) -> dict:
                 **ranking(labels, probabilities[active]),
                 "brier": brier_score_loss(labels, probabilities[active]),
                 "moment_error": moment_error(held_out, probabilities),
+                "frozen": frozen_share(held_out, probabilities),
             }
         ),
         "rules": rules,
