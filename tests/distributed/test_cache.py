@@ -1,17 +1,13 @@
 """The activation cache on two ranks of one host: what one has computed, the other finds."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_ddp import launch
 
-TESTS = Path(__file__).parents[1]
-CONFIG = TESTS.parent / "examples" / "accelerate_configs" / "ddp_cpu.yaml"
 # An epoch has six steps.
 GROWING = '--stages={"0": 2, "9": 4}'
 
@@ -21,12 +17,7 @@ if sys.platform != "linux":
 
 def results(folder, *words, ranks=2):
     """What each rank of `cached.py` saw, and the weights, which are the same on all."""
-    folder.mkdir()
-    accelerate = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
-    script = [str(TESTS / "distributed" / "cached.py"), str(folder), f"--world_size={ranks}"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *(accelerate if ranks > 1 else []), *script, *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = launch(folder, *words, ranks=ranks, script="cached.py")
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((folder / f"end-{rank}.json").read_text()) for rank in range(ranks)]
     assert [part["world_size"] for part in found] == [ranks] * ranks

@@ -15,11 +15,11 @@ RECIPES = TESTS.parent / "examples" / "accelerate_configs"
 STAGES = [[5, 2], [9, 3], [13, 5]]
 
 
-def launch(folder, *words, ranks=2, recipe="ddp_cpu"):
-    """Run `run.py` on some ranks, and give the process that started them back."""
+def launch(folder, *words, ranks=2, recipe="ddp_cpu", script="run.py"):
+    """Run a script on some ranks, and give the process that started them back."""
     folder.mkdir(exist_ok=True)
     accelerate = ["-m", "accelerate.commands.launch", "--config_file", str(RECIPES / f"{recipe}.yaml")]
-    command = [sys.executable, *(accelerate if ranks > 1 else []), str(TESTS / "distributed" / "run.py"), str(folder)]
+    command = [sys.executable, *(accelerate if ranks > 1 else []), str(TESTS / "distributed" / script), str(folder)]
     environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     words = [*words, f"--world_size={ranks}"]
     return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=300)
