@@ -67,7 +67,8 @@ def blank(key: str, places: Iterable[int], columns: dict[str, torch.Tensor]) -> 
 
 
 def add_self_cka(columns: dict[str, torch.Tensor]) -> None:
-    columns["context"] = torch.cat([columns["context"], columns["self_cka"].unsqueeze(-1)], dim=-1)
+    change = (1 - columns["self_cka"]).clamp(min=1e-6).log10() / 3 + 1  # from -1 to 1
+    columns["context"] = torch.cat([columns["context"], change.unsqueeze(-1)], dim=-1)
 
 
 def variants() -> dict[str, Variant]:

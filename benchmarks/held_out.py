@@ -103,12 +103,13 @@ def summarize(runs: list[dict], ways: list[str]) -> dict[str, dict]:
             "compute_without_cache": spread([run["compute_without_cache"] for run in part]),
         }
 
+    def entries(part: list[dict]) -> dict[str, dict]:
+        whole = {(run["task"], run["seed"]) for run in part if run["way"] == "full"}
+        found = {way: [run for run in part if run["way"] == way] for way in ways}
+        return {way: entry(runs) for way, runs in found.items() if {(r["task"], r["seed"]) for r in runs} == whole}
+
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    found = {
-        task: {way: entry([r for r in runs if r["task"] == task and r["way"] == way]) for way in ways}
-        for task in tasks
-    }
-    return found | {"all": {way: entry([r for r in runs if r["way"] == way]) for way in ways}}
+    return {task: entries([run for run in runs if run["task"] == task]) for task in tasks} | {"all": entries(runs)}
 
 
 def table(results: dict) -> str:
