@@ -58,9 +58,8 @@ class SmartFRZMixin(_Widened):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
         if self.model is not None:
-            reshard(
-                self.model
-            )  # an evaluation leaves gathered weights, and then Accelerate does not find the optimizer's (1.15)
+            # An evaluation leaves gathered weights, among which Accelerate 1.15 does not find those of the optimizer.
+            reshard(self.model)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
