@@ -1,7 +1,6 @@
 """The callback: observes, asks the policy, tells the Freezer."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -183,32 +182,6 @@ class SmartFRZCallback(TrainerCallback):
         )
         save_state(state, folder)
         self._saved = self._step
-
-    @contextmanager
-    def without_optimizer_state(self, model: nn.Module, folder: str | Path | None) -> Iterator[None]:
-        """
-        Meanwhile, under FSDP2, have those parameters ask for no gradient whose optimizer state a checkpoint does not hold. The
-        state of all others has to be there, or it does not load.
-
-        Args:
-            model (`torch.nn.Module`): what the Trainer trains.
-            folder (`str`, *optional*): of the checkpoint; nothing happens without it.
-        """
-        found = load_state(folder) if folder and is_sharded(model) else None
-        if found is None:
-            yield
-            return
-        # What trains again since this very step has no state yet.
-        before = [stage["depth"] for stage in found.ledger["stages"] if stage["step"] < found.step]
-        units = find_blocks(model, self.config.blocks).units[: max([found.depth, *before[-1:]])]
-        parameters = [p for unit in units for p in unit.named_parameters().values() if p.requires_grad]
-        try:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
 
     def _save_before_trainer(self, args: TrainingArguments, state: TrainerState) -> None:
         # The Trainer writes its own state last, so that a checkpoint which it takes for whole has ours. Where it puts the

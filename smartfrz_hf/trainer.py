@@ -1,15 +1,18 @@
 """`SmartFRZTrainer`: what only a Trainer can do for freezing: DDP, FSDP2, checkpoints, logs for every tracker, honest FLOPs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .blocks import find_blocks
 from .callback import SmartFRZCallback
-from .checkpoint import last_complete_checkpoint
+from .checkpoint import last_complete_checkpoint, load_state
 from .config import SmartFRZConfig
-from .distributed import rebuild_reducer, reshard
+from .distributed import is_sharded, rebuild_reducer, reshard
 from .ledger import Ledger
 from .predictor import SmartFRZPredictor
 
@@ -77,8 +80,31 @@ class SmartFRZMixin(_Widened):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.smartfrz.resume_from = checkpoint
-        with self.smartfrz.without_optimizer_state(self.model_wrapped, checkpoint):
+        with self._only_what_has_state(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    @contextmanager
+    def _only_what_has_state(self, checkpoint: str | None) -> Iterator[None]:
+        """
+        Meanwhile, under FSDP2, have those parameters ask for no gradient whose optimizer state a checkpoint does not hold. The
+        state of all others has to be there, or it does not load.
+        """
+        found = load_state(checkpoint) if checkpoint and is_sharded(self.model_wrapped) else None
+        if found is None:
+            yield
+            return
+        # What trains again since this very step has no state yet.
+        before = [stage["depth"] for stage in found.ledger["stages"] if stage["step"] < found.step]
+        depth = max([found.depth, *before[-1:]])
+        units = find_blocks(self.model_wrapped, self.smartfrz.config.blocks).units[:depth]
+        parameters = [p for unit in units for p in unit.named_parameters().values() if p.requires_grad]
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the figures of [`Ledger.logs`] (`freeze/depth` and others) added to training logs."""
