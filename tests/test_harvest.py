@@ -20,12 +20,13 @@ from smartfrz_hf.harvest.cka import linear_cka
 from smartfrz_hf.harvest.dataset import INPUTS, FreezingStages
 from smartfrz_hf.harvest.evaluate import PREDICTOR, HeldOut, frozen_share, operating_points, path_cost, summarize
 from smartfrz_hf.harvest.labels import LABELS, at_probes, rewind_cost, settled, similar
-from smartfrz_hf.harvest.record import RecordingCallback, pool, shift, spread_tokens
+from smartfrz_hf.harvest.record import RecordingCallback, pool
 from smartfrz_hf.harvest.rewind import Rewinder
 from smartfrz_hf.harvest.specs import read_specs
 from smartfrz_hf.harvest.table import PROVENANCE, RecordedRun, read_runs, write_run
 from smartfrz_hf.policies import SmartFRZPolicy
 from smartfrz_hf.predictor import SmartFRZPredictorConfig
+from smartfrz_hf.probe import shift, spread_tokens
 
 
 def test_cka_by_its_definition():

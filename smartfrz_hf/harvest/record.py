@@ -9,11 +9,14 @@ from transformers import TrainerCallback
 
 from ..blocks import BlockStack, evaluation_mode, find_blocks
 from ..history import WeightSampler
+from ..probe import FrontProbe, Look, shift, spread_tokens
 from .cka import linear_cka
 from .rewind import Rewinder
 
 PROBE_ROWS = 128
 SELF_CKA_LAG = 4
+# Probes from an earlier look of the front probe to a look.
+FRONT_LAGS = (1, 2, 4)
 
 
 def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -33,35 +36,6 @@ def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None = None) -> to
         return hidden.mean(1)
     weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
-def spread_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor | None = None, count: int = 2) -> torch.Tensor:
-    """
-    Some single tokens of each row, evenly spread over those that are not padding: always the same ones.
-
-    Args:
-        hidden (`torch.Tensor`): of shape `(rows, tokens, features)` or `(rows, features, height, width)`.
-        attention_mask (`torch.Tensor`, *optional*): of shape `(rows, tokens)`, 0 at padding.
-        count (`int`): tokens a row.
-
-    Returns:
-        `torch.Tensor` of shape `(rows * count, features)`.
-    """
-    hidden = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
-    rows, tokens = hidden.shape[:2]
-    if attention_mask is None:
-        attention_mask = torch.ones(rows, tokens, device=hidden.device)
-    present = attention_mask.bool().long()
-    wanted = (present.sum(1, keepdim=True) * torch.arange(1, 2 * count, 2, device=hidden.device)) // (2 * count)
-    # The place of a row's k-th token, wherever its padding is.
-    places = torch.searchsorted(present.cumsum(1), wanted + 1).clamp(max=tokens - 1)
-    return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
-
-
-def shift(logits: torch.Tensor, others: torch.Tensor) -> float:
-    """Mean squared distance of logits, of shape `(rows, classes)`; what is common to all classes says nothing."""
-    change = logits - others
-    return float((change - change.mean(1, keepdim=True) if change.shape[1] > 1 else change).pow(2).mean())
 
 
 class Probe:
@@ -156,6 +130,8 @@ class RecordingCallback(TrainerCallback):
         self.rewind_steps: list[int] = []
         self.gradient_norms: list[list[float]] = []
         self._outputs: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        self._looks: list[Look] = []
+        self._front_changes: list[torch.Tensor] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Record the starting point."""
@@ -163,6 +139,7 @@ class RecordingCallback(TrainerCallback):
         self.names = stack.names
         self._sampler = WeightSampler(stack.units, self.samples, seed=args.seed)
         self._probe = Probe(stack, self.probe)
+        self._front = FrontProbe(stack)
         self._rewinder = Rewinder(stack)
         self._gradients = [torch.zeros(self.samples) for _ in stack.units]
         self._start = self._probe.predict(self.rewind_rows)
@@ -172,6 +149,8 @@ class RecordingCallback(TrainerCallback):
         """Add up the gradients at the sampled positions."""
         for unit, total in enumerate(self._gradients):
             total += self._sampler.read_gradient(unit).cpu()
+        if not self._looks:
+            self._look()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Record what is due."""
@@ -194,12 +173,21 @@ class RecordingCallback(TrainerCallback):
             self.gradient_norms.append([float(total.norm()) for total in self._gradients])
             for total in self._gradients:
                 total.zero_()
+            if self._looks:
+                self._look()
         if step < last and step in {round(i * last / self.rewinds) for i in range(self.rewinds)}:
             self.rewind_steps.append(step)
             self._rewinder.keep()
 
+    def _look(self) -> None:
+        looks = self._looks
+        looks.append(self._front.look())
+        before = [looks[max(0, len(looks) - 1 - lag)] for lag in FRONT_LAGS]
+        self._front_changes.append(torch.stack([self._front.changes(looks[-1], then) for then in (*before, looks[0])]))
+
     def on_train_end(self, args, state, control, **kwargs):
         """Hold the rewind test."""
+        self._front.close()
         self._rewound = self._rewinder.outcomes(lambda: self._probe.predict(self.rewind_rows))
         self._end = self._probe.predict(self.rewind_rows)
 
@@ -212,7 +200,8 @@ class RecordingCallback(TrainerCallback):
             `(snapshots, units, samples)`; `probe_steps` `(probes,)`, `probe_losses` `(probes,)`, `cka` and `token_cka`
             `(probes, units)`, the linear CKA of each unit's output at a probe to its output at the end of the run, of
             pooled rows and of single tokens; `self_cka` `(probes, units)`, that of the pooled rows to `SELF_CKA_LAG`
-            probes before; `gradient_norms` `(probes, units)`, the norm of the sampled gradients added up since the last
+            probes before; `front_changes` `(probes, units, 12)`, what [`FrontProbe.changes`] says of 1, 2 and 4 probes before
+            and of the start; `gradient_norms` `(probes, units)`, the norm of the sampled gradients added up since the last
             probe; `rewind_steps` `(moments,)`, `rewind_losses` `(moments, units)`, the loss with the front up to each
             unit put back to each moment, `rewind_range` `(2,)`, the loss on the same rows at the start and the end of
             the run, and `rewind_shifts` `(moments, units)`, how far putting the front back moves the logits, as a
@@ -236,6 +225,7 @@ class RecordingCallback(TrainerCallback):
             "token_cka": torch.tensor([cka(now, end, 1) for now in outputs]),
             "self_cka": torch.tensor([cka(now, then, 0) for now, then in zip(outputs, before, strict=True)]),
             "gradient_norms": torch.tensor(self.gradient_norms),
+            "front_changes": torch.stack(self._front_changes).permute(0, 2, 1, 3).flatten(2),
             "rewind_steps": torch.tensor(self.rewind_steps),
             "rewind_losses": torch.tensor([[loss for loss, _ in row] for row in self._rewound]),
             "rewind_range": torch.tensor([start_loss, end_loss]),

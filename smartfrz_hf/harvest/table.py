@@ -33,6 +33,8 @@ OF_RUN = {
     "rewind_range": "float32",
 }
 OF_UNIT = ("cka", "token_cka", "self_cka", "gradient_norms", "rewind_losses", "rewind_shifts")
+# The same, with several numbers to each moment.
+OF_UNIT_WIDE = {"front_changes": 12}
 
 
 @dataclass
@@ -79,12 +81,13 @@ def write_run(run: RecordedRun, folder: str | os.PathLike) -> None:
     columns |= {"unit": list(run.units), "index": list(units)}
     columns |= {key: [tensors[key].numpy()] * len(run.units) for key in OF_RUN}
     columns |= {key: [tensors[key][:, unit].numpy() for unit in units] for key in OF_UNIT}
-    columns["weights"] = [tensors["weights"][:, unit].numpy() for unit in units]
+    wide = OF_UNIT_WIDE | {"weights": samples}
+    columns |= {key: [tensors[key][:, unit].numpy() for unit in units] for key in wide}
     features = {key: Value(kind) for key, kind in PROVENANCE.items()}
     features |= {"unit": Value("string"), "index": Value("int32")}
     features |= {key: List(Value(kind)) for key, kind in OF_RUN.items()}
     features |= {key: List(Value("float32")) for key in OF_UNIT}
-    features |= {"weights": Array2D((None, samples), "float32")}
+    features |= {key: Array2D((None, size), "float32") for key, size in wide.items()}
     partial = Path(folder) / f".{run.name}.partial"
     Dataset.from_dict(columns, features=Features(features)).to_parquet(partial)
     partial.rename(run_file(folder, run.name))
@@ -120,6 +123,6 @@ def _run(rows: list[dict[str, Any]]) -> RecordedRun:
 
     first = rows[0]
     tensors = {key: tensor(first[key]) for key in OF_RUN}
-    tensors |= {key: tensor(np.stack([row[key] for row in rows], axis=1)) for key in (*OF_UNIT, "weights")}
+    tensors |= {key: tensor(np.stack([row[key] for row in rows], axis=1)) for key in (*OF_UNIT, *OF_UNIT_WIDE, "weights")}
     provenance = {key: first[key].item() if isinstance(first[key], np.generic) else first[key] for key in PROVENANCE}
     return RecordedRun(provenance, [str(row["unit"]) for row in rows], tensors)
