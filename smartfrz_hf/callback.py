@@ -21,6 +21,7 @@ from .history import WeightHistory, WeightSampler
 from .ledger import Ledger, Stage
 from .policies import LearningRates, Observation, make_policy
 from .predictor import SmartFRZPredictor
+from .probe import FrontHistory, FrontProbe, affordable_rows
 
 logger = logging.get_logger(__name__)
 
@@ -109,10 +110,47 @@ class SmartFRZCallback(TrainerCallback):
             window, samples = self.policy.history_size
             self._sampler = WeightSampler(self._stack.units, samples, self.config.sampling_seed)
             self._history = WeightHistory(len(self._stack), window, samples, self._device)
+        self._front = self._make_front(args, state)
         if not self._resume(args, state):
             if self._history is not None:
                 self._history.record(self._sampler, state.global_step)
             self._decide(state)
+
+    def _make_front(self, args: TrainingArguments, state: TrainerState) -> FrontHistory | None:
+        if not (self.policy.front_probe and self.config.probe_rows):
+            return None
+        if not all(unit.runs_once for unit in self._stack.units[1:]):
+            logger.info("A block runs several times in a pass: SmartFRZ decides by the weights alone.")
+            return None
+        rows_per_step = args.gradient_accumulation_steps * args.train_batch_size
+        rows = affordable_rows(len(self._stack), self._decide_every * rows_per_step)
+        probe = FrontProbe(self._stack, min(rows, self.config.probe_rows))
+        probe.on_pass = self.meter.add_forward
+        return FrontHistory(probe)
+
+    def _look(self, step: int) -> None:
+        """Take a look at the front probe, if there is one."""
+        if self._front is None or not self._front.probe.ready:
+            return
+        if self._cache is not None:
+            self._cache.aside = True
+        try:
+            self._front.record(step, self._freezer.depth)
+        except Exception as error:
+            logger.warning(
+                f"The front probe does not work with {type(self._stack.model).__name__} ({type(error).__name__}: {error}): "
+                "SmartFRZ decides by the weights alone."
+            )
+            self._close_front()
+        finally:
+            if self._cache is not None:
+                self._cache.aside = False
+            reshard(self._stack.model)
+
+    def _close_front(self) -> None:
+        if self._front is not None:
+            self._front.probe.close()
+            self._front = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Say when no training row comes again."""
@@ -128,8 +166,10 @@ class SmartFRZCallback(TrainerCallback):
         self.meter.end_of_backward()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Close the account of the last micro-batch of a step."""
+        """Close the account of the last micro-batch of a step, and look at the front before anything has changed."""
         self.meter.end_of_backward()
+        if self._front is not None and not self._front.steps:
+            self._look(state.global_step)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Close the account of a step."""
@@ -179,6 +219,7 @@ class SmartFRZCallback(TrainerCallback):
             ledger=self.ledger.state(),
             meter=self.meter.state(),
             history=self._history,
+            front=self._front if self._front is not None and self._front.steps else None,
         )
         save_state(state, folder)
         self._saved = self._step
@@ -211,10 +252,13 @@ class SmartFRZCallback(TrainerCallback):
             if units and self.after_freezing is not None:
                 self.after_freezing()
             self._graphs.restore()
+            self._close_front()
             self.meter.close()
             self._ranks.close()
 
     def _decide(self, state: TrainerState) -> None:
+        if self._front is not None and self._front.steps and self._freezer.depth < len(self._stack):
+            self._look(state.global_step)
         observation = Observation(
             step=state.global_step,
             max_steps=state.max_steps,
@@ -222,6 +266,7 @@ class SmartFRZCallback(TrainerCallback):
             trainable=self._trainable,
             rates=self._rates,
             history=self._history,
+            front=self._front,
         )
         decision = self.policy.decide(observation)
         self.ledger.decisions += 1
@@ -266,6 +311,9 @@ class SmartFRZCallback(TrainerCallback):
         if self._history is not None:
             self._history = WeightHistory(*self._history.shape, self._device)
             self._history.record(self._sampler, state.global_step)
+        if self._front is not None and self._front.steps:
+            self._front.restart()
+            self._look(state.global_step)
         reason = "the learning rate rises again"
         self.ledger.stages.append(Stage(state.global_step, 0, [unit.name for unit in units], reason))
         self.ledger.frozen_parameters = 0
@@ -300,6 +348,8 @@ class SmartFRZCallback(TrainerCallback):
         self.ledger.spent, self.ledger.full = self.meter.spent, self.meter.full
         if found.history is not None:
             self._history = found.history
+        if found.front_file is not None and self._front is not None:
+            self._front.load(found.front_file, self._device)
         if found.depth:
             self._freeze_to(found.depth)
         return True

@@ -1,4 +1,4 @@
-"""The state of a run in its checkpoints: two files beside those of the Trainer."""
+"""The state of a run in its checkpoints: a few files beside those of the Trainer."""
 
 import hashlib
 import json
@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .history import WeightHistory
+from .probe import FrontHistory
 
 logger = logging.get_logger(__name__)
 
 STATE = "smartfrz_state.json"
 HISTORY = "smartfrz_state.safetensors"
+PROBE = "smartfrz_probe.safetensors"
 FORMAT = 1
 # What has to be the same for a history to go on.
 OF_HISTORY = ("policy", "record_every", "sampling_seed", "blocks")
@@ -37,6 +39,9 @@ class RunState:
         ledger (`dict`): as [`Ledger.state`] gives it.
         meter (`dict`): as [`ComputeMeter.state`] gives it.
         history ([`WeightHistory`], *optional*): if the policy looks at one.
+        front ([`FrontHistory`], *optional*): if the policy looks at one. It is only saved so; a run loads it into its own,
+            from `front_file`.
+        front_file (`Path`, *optional*): the file that it is in.
     """
 
     step: int
@@ -46,6 +51,12 @@ class RunState:
     ledger: dict[str, Any]
     meter: dict[str, Any]
     history: WeightHistory | None = None
+    front: FrontHistory | None = None
+    front_file: Path | None = None
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _version() -> str:
@@ -57,7 +68,7 @@ def _version() -> str:
 
 def save_state(state: RunState, folder: str | os.PathLike) -> None:
     """
-    Write the two files, each in one move, the one that names the other last.
+    Write the files, each in one move, the one that names the others last.
 
     Args:
         state ([`RunState`]): what to write.
@@ -65,13 +76,16 @@ def save_state(state: RunState, folder: str | os.PathLike) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    values = {key: value for key, value in vars(state).items() if key != "history"}
-    values |= {"format": FORMAT, "version": _version(), "history": None}
-    if state.history is not None:
-        partial = folder / f".{HISTORY}.partial"
-        state.history.save(partial)
-        values["history"] = hashlib.sha256(partial.read_bytes()).hexdigest()
-        partial.replace(folder / HISTORY)
+    kept = {"history": (HISTORY, state.history), "front": (PROBE, state.front)}
+    values = {key: value for key, value in vars(state).items() if key not in (*kept, "front_file")}
+    values |= {"format": FORMAT, "version": _version()}
+    for key, (name, part) in kept.items():
+        values[key] = None
+        if part is not None:
+            partial = folder / f".{name}.partial"
+            part.save(partial)
+            values[key] = _digest(partial)
+            partial.replace(folder / name)
     partial = folder / f".{STATE}.partial"
     with partial.open("w") as file:
         file.write(json.dumps(values, indent=2) + "\n")
@@ -106,16 +120,15 @@ def load_state(folder: str | os.PathLike, device: Any = None) -> RunState | None
                 f"one does not know. Install that version. {remedy}"
             )
         known = {key: values[key] for key in ("step", "units", "depth", "config", "ledger", "meter")}
-        digest = values["history"]
+        digests = {HISTORY: values["history"], PROBE: values.get("front")}
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / STATE} is damaged ({type(error).__name__}: {error}). {remedy}") from error
-    history = None
-    if digest is not None:
-        file = folder / HISTORY
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+    files = {name: folder / name for name, digest in digests.items() if digest is not None}
+    for name, file in files.items():
+        if not file.is_file() or _digest(file) != digests[name]:
             raise ValueError(f"{file} is missing or not the one that {STATE} was written with. {remedy}")
-        history = WeightHistory.load(file, device)
-    return RunState(**known, history=history)
+    history = WeightHistory.load(files[HISTORY], device) if HISTORY in files else None
+    return RunState(**known, history=history, front_file=files.get(PROBE))
 
 
 def check_state(

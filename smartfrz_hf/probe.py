@@ -1,21 +1,43 @@
 """The front probe: what a change of the front does to what the model says, seen on a few rows while it trains."""
 
-from collections.abc import Mapping
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+from .batches import first_rows, float_tensors, map_tensors, named_tensors, pack, unpack
 from .blocks import BlockStack, evaluation_mode
 from .stand_in import StandIn
 
 ROWS = 16
+LAGS = (1, 2, 4)
+LEAST_ROWS, MOST_COST = 4, 0.03
 TOKENS = 2  # a row, of outputs that have some
 
 
-def spread_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor | None = None, count: int = TOKENS) -> torch.Tensor:
+def affordable_rows(units: int, rows_between: int) -> int:
+    """
+    How many rows a probe may have so that it takes no more than 3 % of a run, but at least four.
+
+    Args:
+        units (`int`): of the model.
+        rows_between (`int`): rows that are trained from one look to the next.
+    """
+    passes = 1 + (len(LAGS) + 1) * units / 2
+    return max(LEAST_ROWS, int(MOST_COST * 3 * rows_between / passes))  # a step costs three forward passes
+
+
+def spread_tokens(
+    hidden: torch.Tensor, attention_mask: torch.Tensor | None = None, count: int = TOKENS
+) -> torch.Tensor:
     """
     Some single tokens of each row, evenly spread over those that are not padding: always the same ones.
 
@@ -63,19 +85,29 @@ class FrontProbe:
     Runs a few rows of the first training batch through the model again and again, and says how far what it says would
     move if its front went back to what it was at an earlier look.
 
-    This is the *rewind test*, held during training with what left the front then, in the place of its weights.
+    This is the *rewind test*, held during training: what left the front at the earlier look goes into the rest of the
+    model as it is now. No weight is touched, and no random number drawn.
 
     Args:
-        stack ([`BlockStack`]): the units.
+        stack ([`BlockStack`]): the units. Each block has to run once in a pass.
         rows (`int`, *optional*, defaults to 16): most rows.
+
+    Attributes:
+        on_pass (`Callable[[int, int], None]`): told of each pass: the first unit that runs, and the elements of its main
+            input.
     """
 
     def __init__(self, stack: BlockStack, rows: int = ROWS):
         self._stack, self._rows = stack, rows
-        self._blocks = stack.blocks
         self._rest: dict[int, list] = {}  # what blocks put out beside hidden states, where they do
         self._inputs: tuple[tuple, dict[str, Any]] | None = None
+        self.on_pass: Callable[[int, int], None] = lambda first, elements: None
         self._hook = stack.model.register_forward_pre_hook(self._take_inputs, with_kwargs=True)
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return len(self._stack)
 
     @property
     def ready(self) -> bool:
@@ -83,26 +115,47 @@ class FrontProbe:
         return self._inputs is not None
 
     @property
-    def able(self) -> bool:
-        """Whether each block is known to run once in a pass, so that its output can be replaced."""
-        return all(unit.runs_once for unit in self._stack.units[1:])
+    def _elements(self) -> int:
+        named = named_tensors(self._inputs)
+        main_input = getattr(self._stack.model, "main_input_name", "input_ids")
+        return next(
+            (tensor.numel() for name, tensor in named if name == main_input), named[0][1].numel() if named else 1
+        )
 
     def close(self) -> None:
         """Take the hook off the model."""
         self._hook.remove()
 
+    def state(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The rows, and what else is needed, as plain JSON values, with the tensors set apart."""
+        return pack((self._inputs, list(self._rest.items())), tensors)
+
+    def restore(self, state: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self._inputs, rest = unpack(state, tensors)
+        self._rest = dict(rest)
+        self._hook.remove()
+
     def _take_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not module.training:
             return
-        rows = _rows((args, kwargs))
-        if rows:
-            kwargs = {key: value for key, value in kwargs.items() if key not in ("labels", "num_items_in_batch")}
-            self._inputs = _first_rows((args, kwargs), rows, self._rows)
-            self._hook.remove()
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("labels", "num_items_in_batch")}
+        self._inputs = first_rows((args, kwargs), self._rows)
+        self._hook.remove()
 
-    def look(self) -> Look:
-        """What the model makes of the rows now."""
+    def look(self, frozen: Look | None = None, depth: int = 0) -> Look:
+        """
+        What the model makes of the rows now.
+
+        Args:
+            frozen ([`Look`], *optional*): one since which the front has not changed. It does not run again then.
+            depth (`int`, *optional*, defaults to 0): units of that front.
+        """
         hidden: list[torch.Tensor] = [torch.empty(0)] * len(self._stack)
+        if frozen is None:
+            depth = 0
+        else:
+            hidden[:depth] = frozen.hidden[:depth]
 
         def stem(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             hidden[0] = args[0] if args else kwargs["hidden_states"]
@@ -112,13 +165,15 @@ class FrontProbe:
                 output, *self._rest[unit] = output
             hidden[unit] = output
 
-        hooks = [self._blocks[0].register_forward_pre_hook(stem, with_kwargs=True)]
-        hooks += [module.register_forward_hook(partial(block, i)) for i, module in enumerate(self._blocks, start=1)]
-        try:
-            output = self._run()
-        finally:
-            for hook in hooks:
-                hook.remove()
+        blocks = [*enumerate(self._stack.blocks, start=1)]
+        with ExitStack() as stack:
+            if depth:
+                self._put(stack, hidden[:depth])
+            else:
+                stack.enter_context(_hooked(blocks[0][1].register_forward_pre_hook(stem, with_kwargs=True)))
+            for unit, module in blocks[max(0, depth - 1) :]:
+                stack.enter_context(_hooked(module.register_forward_hook(partial(block, unit))))
+            output = self._run(depth)
         return Look(hidden, output)
 
     def rewound(self, now: Look, then: Look, unit: int) -> torch.Tensor:
@@ -133,40 +188,33 @@ class FrontProbe:
         Returns:
             `torch.Tensor` of shape `(rows, classes)`.
         """
-        if unit == 0:
+        with ExitStack() as stack:
+            self._put(stack, [*now.hidden[:unit], then.hidden[unit]])
+            return self._run(unit + 1)
 
-            def swap(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-                if args:
-                    return (then.hidden[0], *args[1:]), kwargs
-                return args, {**kwargs, "hidden_states": then.hidden[0]}
+    def _put(self, stack: ExitStack, hidden: list[torch.Tensor]) -> None:
+        """Have units of the front give what they are told, until the stack is closed."""
 
-            hook = self._blocks[0].register_forward_pre_hook(swap, with_kwargs=True)
-            try:
-                return self._run()
-            finally:
-                hook.remove()
-        stand_ins = []
-        for index, module in enumerate(self._blocks[:unit], start=1):
-            left: Any = then.hidden[index] if index == unit else now.hidden[index]
-            if index in self._rest:
-                left = (left, *self._rest[index])
-            stand_ins.append(StandIn(module, partial(_give, left)))
-        try:
-            return self._run()
-        finally:
-            for stand_in in reversed(stand_ins):
-                stand_in.remove()
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            return ((hidden[0], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden[0]})
 
-    def changes(self, now: Look, then: Look) -> torch.Tensor:
+        blocks = self._stack.blocks
+        stack.enter_context(_hooked(blocks[0].register_forward_pre_hook(enter, with_kwargs=True)))
+        for unit, left in enumerate(hidden[1:], start=1):
+            output = (left, *self._rest[unit]) if unit in self._rest else left
+            stack.callback(StandIn(blocks[unit - 1], partial(_give, output)).remove)
+
+    def changes(self, now: Look, then: Look, first: int = 0) -> torch.Tensor:
         """
         How far the model has come since an earlier look, unit by unit.
 
         Args:
             now ([`Look`]): of the model as it is.
             then ([`Look`]): the earlier one.
+            first (`int`, *optional*, defaults to 0): units before this one are left out.
 
         Returns:
-            `torch.Tensor` of shape `(units, 3)`: mean squared distances; of what the model says from what it would say with
+            `torch.Tensor` of shape `(units - first, 3)`: mean squared distances; of what the model says from what it would say with
             the front up to the unit as it was, of what leaves the unit from what left it, and of what the model says
             from what it said.
         """
@@ -178,67 +226,127 @@ class FrontProbe:
                     float((now.hidden[unit] - then.hidden[unit]).float().pow(2).mean()),
                     whole,
                 ]
-                for unit in range(len(self._stack))
+                for unit in range(first, len(self._stack))
             ]
         )
 
-    def _run(self) -> torch.Tensor:
-        """What the model says: its logits, or the last thing it puts out, at some tokens where it has any."""
+    def _run(self, first: int) -> torch.Tensor:
+        """
+        What the model says: its logits, or the last thing it puts out, at some tokens where it has any. Unit `first` is the
+        first one that runs.
+        """
         assert self._inputs is not None, "the first training batch has not come yet"
-        args, kwargs = _copy(self._inputs)
-        with evaluation_mode(self._stack.model):
+        args, kwargs = map_tensors(self._inputs, lambda tensor: tensor)  # dictionaries that the model may write into
+        # What is looked at is not what was compiled.
+        with evaluation_mode(self._stack.model), torch.compiler.set_stance("force_eager"):
             output = self._stack.model(*args, **kwargs)
+        self.on_pass(first, self._elements)
         said = output.get("logits") if isinstance(output, Mapping) else None
         if said is None:
-            said = _tensors(output)[-1]
+            said = float_tensors(output)[-1]
         if said.dim() > 2:
-            mask = next((v for k, v in _named(self._inputs) if k == "attention_mask" and v.shape == said.shape[:2]), None)
+            mask = next(
+                (v for k, v in named_tensors(self._inputs) if k == "attention_mask" and v.shape == said.shape[:2]),
+                None,
+            )
             said = spread_tokens(said, mask)
         return said.float().reshape(len(said), -1)
 
 
+class FrontHistory:
+    """
+    The looks of a run, as far as they are needed, and what has changed since them.
+
+    Args:
+        probe ([`FrontProbe`]): takes the looks.
+
+    Attributes:
+        steps (`list[int]`): at which all looks so far were taken.
+        changes (`torch.Tensor` of shape `(units, 4, 3)`, *optional*): what [`FrontProbe.changes`] says of the looks 1, 2
+            and 4 before the last one, and of the first; zero for frozen units. None before the second look.
+    """
+
+    def __init__(self, probe: FrontProbe):
+        self.probe = probe
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all looks."""
+        self.steps: list[int] = []
+        self.changes: torch.Tensor | None = None
+        self._looks: dict[int, Look] = {}
+
+    @property
+    def since(self) -> list[int]:
+        """Steps of the looks that `changes` compares with."""
+        return [self.steps[i] for i in self._before(len(self.steps) - 1)]
+
+    def record(self, step: int, depth: int = 0) -> None:
+        """
+        Take a look.
+
+        Args:
+            step (`int`): optimizer steps done.
+            depth (`int`, *optional*, defaults to 0): units that have been frozen since the last look.
+        """
+        number = len(self.steps)
+        now = self.probe.look(self._looks.get(number - 1), depth)
+        self.steps.append(step)
+        self._looks[number] = now
+        if number:
+            parts = [self.probe.changes(now, self._looks[i], depth) for i in self._before(number)]
+            self.changes = torch.zeros(len(now.hidden), len(parts), 3)
+            self.changes[depth:] = torch.stack(parts, dim=1)
+        kept = {0, *range(number + 1 - max(LAGS), number + 1)}
+        self._looks = {i: look for i, look in self._looks.items() if i in kept}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """
+        Write the looks to one safetensors file.
+
+        Raises:
+            TypeError: the model is given something else than tensors and plain values.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        probe = self.probe.state(tensors)
+        if self.changes is not None:
+            tensors["changes"] = self.changes
+        for number, look in self._looks.items():
+            tensors[f"{number}.output"] = look.output.contiguous()
+            for unit, hidden in enumerate(look.hidden):
+                tensors[f"{number}.{unit}"] = hidden.contiguous()
+        known = {"steps": self.steps, "probe": probe, "looks": list(self._looks)}
+        # Looks share what has not changed between them, which safetensors refuses to write.
+        save_file(
+            {name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"known": json.dumps(known)}
+        )
+
+    def load(self, path: str | os.PathLike, device: torch.device | str) -> None:
+        """Go on from what `save` wrote."""
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            known = json.loads(file.metadata()["known"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.restart()
+        self.probe.restore(known["probe"], tensors)
+        self.steps = known["steps"]
+        changes = tensors.get("changes")
+        self.changes = None if changes is None else changes.cpu()
+        for number in known["looks"]:
+            hidden = [tensors[f"{number}.{unit}"] for unit in range(self.probe.units)]
+            self._looks[number] = Look(hidden, tensors[f"{number}.output"])
+
+    @staticmethod
+    def _before(number: int) -> list[int]:
+        return [*(max(0, number - lag) for lag in LAGS), 0]
+
+
+@contextmanager
+def _hooked(hook: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _give(output: Any, *args, **kwargs) -> Any:
     return output
-
-
-def _map(value: Any, change: Any) -> Any:
-    """A copy of nested lists, tuples and dictionaries, with each tensor changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _map(part, change) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_map(part, change) for part in value)
-    return value
-
-
-def _named(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
-    """All tensors of nested lists, tuples and dictionaries, each with the innermost key."""
-    if isinstance(value, torch.Tensor):
-        return [(name, value)]
-    if isinstance(value, Mapping):
-        return [found for key, part in value.items() for found in _named(part, str(key))]
-    if isinstance(value, list | tuple):
-        return [found for part in value for found in _named(part, name)]
-    return []
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    """The floating-point tensors that have rows."""
-    return [tensor for _, tensor in _named(value) if tensor.is_floating_point() and tensor.dim()]
-
-
-def _rows(inputs: Any) -> int:
-    """Rows of a batch: what most of its tensors begin with."""
-    sizes = [len(tensor) for _, tensor in _named(inputs) if tensor.dim()]
-    return max(sizes, key=sizes.count, default=0)
-
-
-def _first_rows(inputs: Any, rows: int, most: int) -> Any:
-    """The first rows of a batch, in memory of their own."""
-    return _map(inputs, lambda t: t[:most].clone() if t.dim() and len(t) == rows else t.clone())
-
-
-def _copy(inputs: Any) -> Any:
-    """A batch that the model may write into."""
-    return _map(inputs, lambda tensor: tensor)

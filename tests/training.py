@@ -76,9 +76,10 @@ def train(
     return trainer
 
 
-def predictor_that_says(probability, window=4, samples=32):
+def predictor_that_says(probability, window=4, samples=32, **config):
     """A predictor with a constant answer."""
-    predictor = SmartFRZPredictor(SmartFRZPredictorConfig(window=window, samples=samples, front_sum=False))
+    config = SmartFRZPredictorConfig(window=window, samples=samples, front_sum=False, **config)
+    predictor = SmartFRZPredictor(config)
     with torch.no_grad():
         for parameter in predictor.parameters():
             parameter.zero_()

@@ -52,6 +52,8 @@ class ActivationCache:
         savings ([`CacheSavings`]): what it has saved so far.
         last_epoch (`bool`): whether no training row comes again, so that none is kept.
         rows_left (`int`, *optional*): training rows until the end of the run, if known.
+        aside (`bool`): whether to leave passes alone for now: what the front probe puts in the place of the front is not
+            what it puts out.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class ActivationCache:
         self.stack, self.store, self.meter = stack, store, meter
         self.rows_per_epoch, self.last_epoch, self.weights = rows_per_epoch, False, weights
         self.rows_left: int | None = None
+        self.aside = False
         self._shared = None if isinstance(store, ActivationStore) else store
         self._ranks = ranks
         self.savings = CacheSavings()
@@ -115,7 +118,12 @@ class ActivationCache:
         prefix = self._prefix
         assert prefix is not None
         training = self.stack.model.training
-        if prefix.busy or self.depth < LEAST_DEPTH or (training and self.meter is not None and self.meter.counting):
+        if (
+            self.aside
+            or prefix.busy
+            or self.depth < LEAST_DEPTH
+            or (training and self.meter is not None and self.meter.counting)
+        ):
             return prefix.plain(*args, **kwargs)
         if training and self.last_epoch and not len(self.store):
             return prefix.plain(*args, **kwargs)

@@ -8,7 +8,8 @@ from torch.utils.data import Dataset
 
 from ..policies import LearningRates
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
-from ..predictor.inputs import EPSILON, contexts
+from ..predictor.inputs import EPSILON, contexts, moves
+from ..probe import LAGS
 from .labels import LABELS
 from .table import RecordedRun
 
@@ -90,7 +91,8 @@ def _rows(
     units, last, window = weights.shape[1], int(steps[-1]), config.window
     gradients, predictor = run.tensors["gradient_norms"], SmartFRZPredictor(config)
     rows: dict[str, list[torch.Tensor]] = {}
-    for probe, step in enumerate(run.tensors["probe_steps"].tolist()):
+    probe_steps = run.tensors["probe_steps"]
+    for probe, step in enumerate(probe_steps.tolist()):
         now = int((steps <= step).sum()) - 1
         seen = torch.arange(now % spacing, now + 1, spacing)[-window:]
         if not FIRST_DECISION * last <= step < last or len(seen) < 2:
@@ -101,10 +103,16 @@ def _rows(
         spent = torch.zeros(window)
         spent[mask] = rates.spent[seen]
         features, usable = predictor.read(snapshots, weights[0], mask, spent)
+        context = contexts(units, step / last, rates.relative[now], rates.spent[now])
+        if config.front_probe:
+            looks = torch.tensor([*(max(0, probe - lag) for lag in LAGS), 0])
+            since = rates.spent[torch.searchsorted(steps, probe_steps[looks])]
+            changes = run.tensors["front_changes"][probe].unflatten(-1, (len(looks), 3))
+            context = torch.cat([context, moves(changes, since, rates.spent[now])], dim=-1)
         row = {
             "features": features,
             "usable": usable,
-            "context": contexts(units, step / last, rates.relative[now], rates.spent[now]),
+            "context": context,
             "active": torch.ones(units, dtype=torch.bool),
             "labels": labels[probe].float(),
             "weight_change": (weights[seen[-1]] - weights[seen[-2]]).norm(dim=-1) / weights[now].norm(dim=-1),

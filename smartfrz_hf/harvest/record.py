@@ -9,14 +9,12 @@ from transformers import TrainerCallback
 
 from ..blocks import BlockStack, evaluation_mode, find_blocks
 from ..history import WeightSampler
-from ..probe import FrontProbe, Look, shift, spread_tokens
+from ..probe import LAGS, FrontHistory, FrontProbe, shift, spread_tokens
 from .cka import linear_cka
 from .rewind import Rewinder
 
 PROBE_ROWS = 128
 SELF_CKA_LAG = 4
-# Probes from an earlier look of the front probe to a look.
-FRONT_LAGS = (1, 2, 4)
 
 
 def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -130,7 +128,6 @@ class RecordingCallback(TrainerCallback):
         self.rewind_steps: list[int] = []
         self.gradient_norms: list[list[float]] = []
         self._outputs: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-        self._looks: list[Look] = []
         self._front_changes: list[torch.Tensor] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -139,7 +136,7 @@ class RecordingCallback(TrainerCallback):
         self.names = stack.names
         self._sampler = WeightSampler(stack.units, self.samples, seed=args.seed)
         self._probe = Probe(stack, self.probe)
-        self._front = FrontProbe(stack)
+        self._front = FrontHistory(FrontProbe(stack))
         self._rewinder = Rewinder(stack)
         self._gradients = [torch.zeros(self.samples) for _ in stack.units]
         self._start = self._probe.predict(self.rewind_rows)
@@ -149,8 +146,8 @@ class RecordingCallback(TrainerCallback):
         """Add up the gradients at the sampled positions."""
         for unit, total in enumerate(self._gradients):
             total += self._sampler.read_gradient(unit).cpu()
-        if not self._looks:
-            self._look()
+        if not self._front.steps:
+            self._look(0)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Record what is due."""
@@ -173,21 +170,20 @@ class RecordingCallback(TrainerCallback):
             self.gradient_norms.append([float(total.norm()) for total in self._gradients])
             for total in self._gradients:
                 total.zero_()
-            if self._looks:
-                self._look()
+            if self._front.steps:
+                self._look(step)
         if step < last and step in {round(i * last / self.rewinds) for i in range(self.rewinds)}:
             self.rewind_steps.append(step)
             self._rewinder.keep()
 
-    def _look(self) -> None:
-        looks = self._looks
-        looks.append(self._front.look())
-        before = [looks[max(0, len(looks) - 1 - lag)] for lag in FRONT_LAGS]
-        self._front_changes.append(torch.stack([self._front.changes(looks[-1], then) for then in (*before, looks[0])]))
+    def _look(self, step: int) -> None:
+        self._front.record(step)
+        changes = self._front.changes
+        self._front_changes.append(torch.zeros(len(self.names), len(LAGS) + 1, 3) if changes is None else changes)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Hold the rewind test."""
-        self._front.close()
+        self._front.probe.close()
         self._rewound = self._rewinder.outcomes(lambda: self._probe.predict(self.rewind_rows))
         self._end = self._probe.predict(self.rewind_rows)
 
@@ -225,7 +221,7 @@ class RecordingCallback(TrainerCallback):
             "token_cka": torch.tensor([cka(now, end, 1) for now in outputs]),
             "self_cka": torch.tensor([cka(now, then, 0) for now, then in zip(outputs, before, strict=True)]),
             "gradient_norms": torch.tensor(self.gradient_norms),
-            "front_changes": torch.stack(self._front_changes).permute(0, 2, 1, 3).flatten(2),
+            "front_changes": torch.stack(self._front_changes).flatten(2),
             "rewind_steps": torch.tensor(self.rewind_steps),
             "rewind_losses": torch.tensor([[loss for loss, _ in row] for row in self._rewound]),
             "rewind_range": torch.tensor([start_loss, end_loss]),

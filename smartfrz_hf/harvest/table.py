@@ -123,6 +123,8 @@ def _run(rows: list[dict[str, Any]]) -> RecordedRun:
 
     first = rows[0]
     tensors = {key: tensor(first[key]) for key in OF_RUN}
-    tensors |= {key: tensor(np.stack([row[key] for row in rows], axis=1)) for key in (*OF_UNIT, *OF_UNIT_WIDE, "weights")}
+    tensors |= {
+        key: tensor(np.stack([row[key] for row in rows], axis=1)) for key in (*OF_UNIT, *OF_UNIT_WIDE, "weights")
+    }
     provenance = {key: first[key].item() if isinstance(first[key], np.generic) else first[key] for key in PROVENANCE}
     return RecordedRun(provenance, [str(row["unit"]) for row in rows], tensors)

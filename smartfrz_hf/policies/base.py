@@ -8,6 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..history import WeightHistory
+from ..probe import FrontHistory
 
 TINY = 1e-300
 
@@ -74,6 +75,7 @@ class Observation:
         trainable (`list[bool]`): per unit, whether it had anything to train at the start of the run.
         rates ([`LearningRates`]): before each step of the run.
         history ([`WeightHistory`], *optional*): given to a policy that asks for it.
+        front ([`FrontHistory`], *optional*): given to a policy that asks for it, where the model has one.
     """
 
     step: int
@@ -82,6 +84,7 @@ class Observation:
     trainable: list[bool]
     rates: LearningRates
     history: WeightHistory | None = None
+    front: FrontHistory | None = None
 
     @property
     def units(self) -> int:
@@ -115,9 +118,11 @@ class Policy(ABC):
     Attributes:
         history_size (`tuple[int, int]`, *optional*): snapshots a history, and weights a snapshot, to be recorded for
             it. Nothing is recorded for a policy that does not ask.
+        front_probe (`bool`): whether it asks for looks of the front probe.
     """
 
     history_size: tuple[int, int] | None = None
+    front_probe: bool = False
 
     @abstractmethod
     def decide(self, observation: Observation) -> Decision:

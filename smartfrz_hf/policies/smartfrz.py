@@ -5,7 +5,7 @@ from transformers.utils import logging
 
 from ..history import WeightHistory
 from ..predictor import SmartFRZPredictor
-from ..predictor.inputs import contexts
+from ..predictor.inputs import MOVES, contexts, moves
 from .base import Decision, Observation, Policy
 
 logger = logging.get_logger(__name__)
@@ -30,6 +30,7 @@ class SmartFRZPolicy(Policy):
     def __init__(self, predictor: SmartFRZPredictor, threshold: float):
         self.predictor, self.threshold = predictor.eval(), threshold
         self.history_size = (predictor.config.window, predictor.config.samples)
+        self.front_probe = predictor.config.front_probe
         self._warned = False
 
     def decide(self, observation: Observation) -> Decision:
@@ -72,4 +73,10 @@ class SmartFRZPolicy(Policy):
             spent.to(device),
         )
         context = contexts(observation.units, observation.progress, rates.relative[observation.step], spent[-1])
+        if self.front_probe:
+            front = observation.front
+            moved = torch.zeros(observation.units, MOVES)  # not known
+            if front is not None and front.changes is not None:
+                moved = moves(front.changes, rates.spent[front.since], spent[-1])
+            context = torch.cat([context, moved], dim=-1)
         return self.predictor(features, usable, context[depth:].to(device)).probabilities.tolist()

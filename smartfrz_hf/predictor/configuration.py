@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..config import OPERATING_POINTS
-from .inputs import CONTEXT, DYNAMICS
+from .inputs import CONTEXT, DYNAMICS, MOVES
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +31,8 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         unit_attention (`bool`, *optional*, defaults to `True`): whether units attend to each other (`"dynamics"` only).
         front_sum (`bool`, *optional*, defaults to `True`): whether the odds against freezing add up over the units of
             the front (`"dynamics"` only).
+        front_probe (`bool`, *optional*, defaults to `False`): whether it is told how the front probe moves (`"dynamics"`
+            only).
         head_size (`int`, *optional*, defaults to `16`): width of the hidden layers of the head.
         operating_points (`dict[str, float]`, *optional*): probability from which a unit counts as converged, for
             `"conservative"`, `"balanced"` and `"aggressive"` freezing.
@@ -49,6 +51,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
     unit_size: int = 16
     unit_attention: bool = True
     front_sum: bool = True
+    front_probe: bool = False
     head_size: int = 16
     operating_points: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_POINTS))
 
@@ -80,4 +83,6 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
     @property
     def context_size(self) -> int:
         """Numbers per unit that enter the head beside what attention gives."""
-        return 0 if self.form == "weights" else CONTEXT
+        if self.form == "weights":
+            return 0
+        return CONTEXT + MOVES if self.front_probe else CONTEXT

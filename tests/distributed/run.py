@@ -112,6 +112,7 @@ def main():
     parser.add_argument("--fsdp", choices=["launcher", "arguments"], help="FSDP2, and who asks for it")
     parser.add_argument("--arguments", type=json.loads, default={}, help="of training, more of them")
     parser.add_argument("--stages", type=json.loads, default=STAGES, help="which depth from which step on")
+    parser.add_argument("--front", action="store_true", help="look at the front probe, too")
     parser.add_argument("--dies_at", type=int, help="rank 1 leaves before the freezing stage of this step")
     options = parser.parse_args()
 
@@ -141,9 +142,10 @@ def main():
     assert args.world_size == options.world_size, f"{args.world_size} processes, not {options.world_size}"
     rank = args.process_index
     config = SmartFRZConfig(first_decision=1, decide_every=1, record_every=1)
+    predictor = predictor_that_says(0.9, front_probe=options.front)
     watching = Watching(options.fsdp, copy.deepcopy(model))
     if options.alone:
-        callback = SmartFRZCallback(config, predictor_that_says(0.9))
+        callback = SmartFRZCallback(config, predictor)
         trainer = Trainer(model, args, train_dataset=Rows(48), eval_dataset=Rows(8), callbacks=[callback, watching])
     else:
         trainer = SmartFRZTrainer(
@@ -153,13 +155,17 @@ def main():
             eval_dataset=Rows(8),
             callbacks=[watching],
             smartfrz=config,
-            predictor=predictor_that_says(0.9),
+            predictor=predictor,
         )
         callback = trainer.smartfrz
     watching.trainer, watching.callback = trainer, callback
     stages = {int(step): depth for step, depth in options.stages.items()}
 
+    changes = {}
+
     def decide(seen):
+        if seen.front is not None and seen.front.changes is not None:
+            changes[seen.step] = seen.front.changes.tolist()
         if options.dies_at == seen.step and rank == 1:
             raise SystemExit(3)
         ahead = 2 if options.unlike and rank else 0
@@ -181,6 +187,7 @@ def main():
         "active": watching.active,
         "gathers": watching.gathers,
         "states": watching.states,
+        "changes": changes,
         "spent": callback.ledger.to_dict()["spent"],
     }
     (options.folder / f"end-{rank}.json").write_text(json.dumps(found))

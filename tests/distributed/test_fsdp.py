@@ -28,7 +28,7 @@ def same(found, weights, other, other_weights):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp") / "sharded"
-    return folder, *results(folder, "--fsdp=launcher", recipe="fsdp2_cpu")
+    return folder, *results(folder, "--fsdp=launcher", "--front", recipe="fsdp2_cpu")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,11 @@ def restarted(tmp_path_factory):
 
 def test_fsdp2_trains_as_ddp(sharded, tmp_path):
     """`run.py` holds each snapshot against one of the whole weights, bit for bit."""
-    other, other_weights = results(tmp_path / "ddp")
+    other, other_weights = results(tmp_path / "ddp", "--front")
     assert other[0]["stages"] == STAGES
+    for step, changes in other[0]["changes"].items():
+        assert torch.tensor(sharded[1][0]["changes"][step]).allclose(torch.tensor(changes), rtol=1e-3, atol=1e-8)
+    assert list(other[0]["changes"]) == [str(step) for step in range(1, 16)]
     same(sharded[1], sharded[2], other, other_weights)
     assert [part["states"] for part in sharded[1]] == [part["states"] for part in other]
 
@@ -59,10 +62,11 @@ def test_nothing_crosses_for_what_is_frozen(sharded):
 @pytest.mark.parametrize("step", [4, 12])
 def test_resuming_equals_never_having_stopped(sharded, tmp_path, step):
     resume = f"--resume={sharded[0] / f'checkpoint-{step}'}"
-    found, weights = results(tmp_path / "again", "--fsdp=launcher", resume, recipe="fsdp2_cpu")
+    found, weights = results(tmp_path / "again", "--fsdp=launcher", "--front", resume, recipe="fsdp2_cpu")
     assert all(torch.equal(value, sharded[2][key]) for key, value in weights.items())
     assert found[0]["stages"] == STAGES and found[0]["losses"] == sharded[1][0]["losses"]
     assert found[0]["spent"] == sharded[1][0]["spent"]
+    assert found[0]["changes"] == {key: value for key, value in sharded[1][0]["changes"].items() if int(key) > step}
     for name in ("sent", "gathers", "states"):
         assert found[1][name] == sharded[1][1][name][step:]
 
