@@ -57,7 +57,7 @@ class SmartFRZConfig:
     Parameters that control the freezing stages:
         first_decision (`float`, *optional*, defaults to `0.05`):
             Time of the first freezing stage.
-        decide_every (`float`, *optional*, defaults to `0.05`):
+        decide_every (`float`, *optional*, defaults to `0.025`):
             Time between freezing stages.
         probe_rows (`int`, *optional*, defaults to `16`):
             Most rows of the first training batch that run again at each freezing stage, to see how the front still moves
@@ -145,7 +145,7 @@ class SmartFRZConfig:
         default=0.05, metadata={"help": "Time of the first freezing stage: below 1 a fraction of the run, else steps."}
     )
     decide_every: float = field(
-        default=0.05, metadata={"help": "Time between freezing stages: below 1 a fraction of the run, else steps."}
+        default=0.025, metadata={"help": "Time between freezing stages: below 1 a fraction of the run, else steps."}
     )
     probe_rows: int = field(
         default=16, metadata={"help": "Most rows that run again at each freezing stage; 0: look at weights alone."}

@@ -38,6 +38,7 @@ CONFIG_KEYS = (
     "unit_size",
     "unit_attention",
     "front_sum",
+    "front_probe",
     "head_size",
 )
 
