@@ -1,8 +1,12 @@
-"""What each rank of a test of the cache does: trains with or without it and writes what it saw, one file a rank."""
+"""
+What each rank of a test of the cache does: trains with or without it, from the last whole checkpoint in the folder if there is
+one, and writes what it saw, one file a rank.
+"""
 
 import argparse
 import json
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -24,21 +28,31 @@ def collate(rows):
 
 
 class Counting(TrainerCallback):
-    """Notes the rows looked up and found in each epoch, and turns one rank's cache off on the way."""
+    """Notes the rows looked up and found in each epoch, and turns one rank's cache off on the way, or kills all ranks."""
 
-    def __init__(self, off_at):
-        self.off_at, self.trainer = off_at, None
-        self.rows, self.hits, self.bytes, self.kept = [0], [0], [], []
+    def __init__(self, off_at, killed_at):
+        self.off_at, self.killed_at, self.trainer, self.resumed_at = off_at, killed_at, None, 0
+        self.rows, self.hits, self.bytes, self.kept = [], [], [], []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.resumed_at = state.global_step
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        cache = self.trainer.ledger.cache
+        if cache is not None:
+            self.before = cache.rows, cache.hits
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         if state.global_step == self.off_at and args.process_index:
             self.trainer.smartfrz._cache._turn_off("this rank has had enough")
 
     def on_epoch_end(self, args, state, control, **kwargs):
         cache = self.trainer.smartfrz._cache
         if cache is not None:
-            self.rows.append(cache.savings.rows)
-            self.hits.append(cache.savings.hits)
+            self.rows.append(cache.savings.rows - self.before[0])
+            self.hits.append(cache.savings.hits - self.before[1])
             self.bytes.append(cache.savings.bytes_memory)
             self.kept.append(len(cache.store))
 
@@ -57,6 +71,9 @@ def main():
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--off_at", type=int, help="step before which rank 1 turns its cache off")
+    parser.add_argument("--killed_at", type=int, help="step before which every rank kills itself")
+    parser.add_argument("--save_steps", type=int)
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--restarts", action="store_true", help="the learning rate rises again")
     parser.add_argument("--hosts", action="store_true", help="each rank takes itself for a host")
     options = parser.parse_args()
@@ -64,9 +81,8 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if options.model == "bert":
-        model = BertForSequenceClassification(
-            BertConfig(**TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
-        )
+        dropout = {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
+        model = BertForSequenceClassification(BertConfig(**TEXT | dropout))
     else:
         model = build(options.model)
     model.accepts_loss_kwargs = False  # its head ignores `num_items_in_batch` (transformers#47688)
@@ -84,13 +100,14 @@ def main():
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         **more if options.restarts else {},
+        **{"save_strategy": "steps", "save_steps": options.save_steps} if options.save_steps else {},
     )
     assert args.world_size == options.world_size, f"{args.world_size} processes, not {options.world_size}"
     # Tiny models compute faster than anything can be looked up; keep their cache on nevertheless.
     ActivationCache._why_not = lambda self: None
     if options.hosts:
         shared._host = lambda: (str(os.getpid()), 0)
-    counting = Counting(options.off_at)
+    counting = Counting(options.off_at, options.killed_at)
     images = options.model != "bert"
     trainer = SmartFRZTrainer(
         model,
@@ -118,7 +135,7 @@ def main():
         return Decision(max(depth for step, depth in {0: 0, **stages}.items() if step <= seen.step), "told")
 
     trainer.smartfrz.policy.decide = decide
-    trainer.train()
+    trainer.train(resume_from_checkpoint=True)
     save_file(
         {key: value.contiguous() for key, value in model.state_dict().items()},
         options.folder / f"end-{args.process_index}.safetensors",
@@ -126,10 +143,11 @@ def main():
     cache = trainer.ledger.cache
     found = {
         "world_size": args.world_size,
+        "resumed_at": counting.resumed_at,
         "stages": [[stage.step, stage.depth] for stage in trainer.ledger.stages],
         "losses": [log[key] for log in trainer.state.log_history for key in ("loss", "eval_loss") if key in log],
-        "rows": [after - before for before, after in zip(counting.rows, counting.rows[1:], strict=False)],
-        "hits": [after - before for before, after in zip(counting.hits, counting.hits[1:], strict=False)],
+        "rows": counting.rows,
+        "hits": counting.hits,
         "bytes": counting.bytes,
         "kept": counting.kept,
         "off": None if cache is None else cache.off,

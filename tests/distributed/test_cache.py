@@ -45,6 +45,15 @@ def without(tmp_path_factory):
     return results(tmp_path_factory.mktemp("cache") / "without", "--no_cache", "--evaluate", GROWING)
 
 
+# Six epochs, the second stage in the second of them; both tiers are needed.
+KILLED = ["--epochs=6", "--dropout=0.1", "--evaluate", "--memory=30000", "--disk=1e6", GROWING]
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    return results(tmp_path_factory.mktemp("cache") / "whole", *KILLED)
+
+
 def test_two_ranks_find_as_many_rows_as_one(tmp_path):
     two, _ = results(tmp_path / "two", "--inexact")
     one, _ = results(tmp_path / "one", "--inexact", ranks=1)
@@ -92,3 +101,22 @@ def test_each_host_keeps_its_rows(tmp_path):
     first, second = (part["kept"] for part in found)
     assert first[0] == second[0] == 20 and first[1] < 48
     assert 0 < hits(found)[1] < hits(found)[2] < 48
+
+
+@pytest.mark.parametrize(("save_steps", "resumed_at"), [(5, 10), (7, 7)], ids=["after the stage", "before the stage"])
+def test_killed_ranks_go_on(never_killed, tmp_path, save_steps, resumed_at):
+    """SIGKILL, to every rank, in mid-epoch: no handler, no clean-up, and the store of the host is gone with them."""
+    folder = tmp_path / "killed"
+    words = [*KILLED, f"--save_steps={save_steps}"]
+    done = launch(folder, *words, "--killed_at=13", script="cached.py")
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
+    assert all(path.name.startswith("checkpoint-") for path in folder.iterdir())
+    found, weights = results(folder, *words)
+    assert [part["resumed_at"] for part in found] == [resumed_at] * 2
+    expected, expected_weights = never_killed
+    assert_equal(weights, expected_weights)
+    for part, other in zip(found, expected, strict=True):
+        assert part["stages"] == other["stages"] == [[0, 2], [9, 4]]
+        assert part["losses"] == other["losses"]
+        assert part["hits"][-1] > 0 and other["hits"][-1] > 0
+        assert part["off"] is other["off"] is None
