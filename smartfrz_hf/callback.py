@@ -17,11 +17,12 @@ from .compiled import GraphLimits, is_compiled
 from .config import SmartFRZConfig
 from .distributed import Ranks, check_engine, is_sharded, reshard
 from .freezing import Freezer
+from .front_history import FrontHistory, affordable_rows
 from .history import WeightHistory, WeightSampler
 from .ledger import Ledger, Stage
 from .policies import LearningRates, Observation, make_policy
 from .predictor import SmartFRZPredictor
-from .probe import FrontHistory, FrontProbe, affordable_rows
+from .probe import FrontProbe
 
 logger = logging.get_logger(__name__)
 
@@ -110,13 +111,13 @@ class SmartFRZCallback(TrainerCallback):
             window, samples = self.policy.history_size
             self._sampler = WeightSampler(self._stack.units, samples, self.config.sampling_seed)
             self._history = WeightHistory(len(self._stack), window, samples, self._device)
-        self._front = self._make_front(args, state)
+        self._front = self._make_front(args)
         if not self._resume(args, state):
             if self._history is not None:
                 self._history.record(self._sampler, state.global_step)
             self._decide(state)
 
-    def _make_front(self, args: TrainingArguments, state: TrainerState) -> FrontHistory | None:
+    def _make_front(self, args: TrainingArguments) -> FrontHistory | None:
         if not (self.policy.front_probe and self.config.probe_rows):
             return None
         if not all(unit.runs_once for unit in self._stack.units[1:]):

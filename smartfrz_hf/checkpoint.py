@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .front_history import FrontHistory
 from .history import WeightHistory
-from .probe import FrontHistory
 
 logger = logging.get_logger(__name__)
 

@@ -59,6 +59,9 @@ def evaluate(
     form: Annotated[str, typer.Option(help="What a snapshot is to the predictor: dynamics or weights.")] = "dynamics",
     window: Annotated[int, typer.Option(min=2, help="Snapshots in a history.")] = 20,
     samples: Annotated[int, typer.Option(min=1, help="Sampled weights in a snapshot.")] = 1024,
+    front_probe: Annotated[
+        bool, typer.Option(help="Also tell the predictor how the front probe moves; it then looks at it in training.")
+    ] = False,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the freezing stages.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the initial weights and the order of the stages.")] = 0,
 ) -> None:
@@ -67,7 +70,7 @@ def evaluate(
 
     judging, options = _open("judge"), _open("fit").FitOptions(epochs=epochs, seed=seed)
     try:
-        config = SmartFRZPredictorConfig(form=form, window=window, samples=samples)
+        config = SmartFRZPredictorConfig(form=form, window=window, samples=samples, front_probe=front_probe)
         found = judging.judge(runs, label, config, options)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error

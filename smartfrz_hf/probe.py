@@ -1,16 +1,12 @@
 """The front probe: what a change of the front does to what the model says, seen on a few rows while it trains."""
 
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .batches import first_rows, float_tensors, map_tensors, named_tensors, pack, unpack
@@ -18,21 +14,7 @@ from .blocks import BlockStack, evaluation_mode
 from .stand_in import StandIn
 
 ROWS = 16
-LAGS = (1, 2, 4)
-LEAST_ROWS, MOST_COST = 4, 0.03
 TOKENS = 2  # a row, of outputs that have some
-
-
-def affordable_rows(units: int, rows_between: int) -> int:
-    """
-    How many rows a probe may have so that it takes no more than 3 % of a run, but at least four.
-
-    Args:
-        units (`int`): of the model.
-        rows_between (`int`): rows that are trained from one look to the next.
-    """
-    passes = 1 + (len(LAGS) + 1) * units / 2
-    return max(LEAST_ROWS, int(MOST_COST * 3 * rows_between / passes))  # a step costs three forward passes
 
 
 def spread_tokens(
@@ -127,7 +109,12 @@ class FrontProbe:
         self._hook.remove()
 
     def state(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """The rows, and what else is needed, as plain JSON values, with the tensors set apart."""
+        """
+        The rows, and what else is needed, as plain JSON values, with the tensors set apart.
+
+        Raises:
+            TypeError: the model takes or puts out something else than tensors and plain values.
+        """
         return pack((self._inputs, list(self._rest.items())), tensors)
 
     def restore(self, state: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -170,9 +157,9 @@ class FrontProbe:
             if depth:
                 self._put(stack, hidden[:depth])
             else:
-                stack.enter_context(_hooked(blocks[0][1].register_forward_pre_hook(stem, with_kwargs=True)))
+                stack.enter_context(blocks[0][1].register_forward_pre_hook(stem, with_kwargs=True))
             for unit, module in blocks[max(0, depth - 1) :]:
-                stack.enter_context(_hooked(module.register_forward_hook(partial(block, unit))))
+                stack.enter_context(module.register_forward_hook(partial(block, unit)))
             output = self._run(depth)
         return Look(hidden, output)
 
@@ -199,7 +186,7 @@ class FrontProbe:
             return ((hidden[0], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden[0]})
 
         blocks = self._stack.blocks
-        stack.enter_context(_hooked(blocks[0].register_forward_pre_hook(enter, with_kwargs=True)))
+        stack.enter_context(blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
         for unit, left in enumerate(hidden[1:], start=1):
             output = (left, *self._rest[unit]) if unit in self._rest else left
             stack.callback(StandIn(blocks[unit - 1], partial(_give, output)).remove)
@@ -251,101 +238,6 @@ class FrontProbe:
             )
             said = spread_tokens(said, mask)
         return said.float().reshape(len(said), -1)
-
-
-class FrontHistory:
-    """
-    The looks of a run, as far as they are needed, and what has changed since them.
-
-    Args:
-        probe ([`FrontProbe`]): takes the looks.
-
-    Attributes:
-        steps (`list[int]`): at which all looks so far were taken.
-        changes (`torch.Tensor` of shape `(units, 4, 3)`, *optional*): what [`FrontProbe.changes`] says of the looks 1, 2
-            and 4 before the last one, and of the first; zero for frozen units. None before the second look.
-    """
-
-    def __init__(self, probe: FrontProbe):
-        self.probe = probe
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget all looks."""
-        self.steps: list[int] = []
-        self.changes: torch.Tensor | None = None
-        self._looks: dict[int, Look] = {}
-
-    @property
-    def since(self) -> list[int]:
-        """Steps of the looks that `changes` compares with."""
-        return [self.steps[i] for i in self._before(len(self.steps) - 1)]
-
-    def record(self, step: int, depth: int = 0) -> None:
-        """
-        Take a look.
-
-        Args:
-            step (`int`): optimizer steps done.
-            depth (`int`, *optional*, defaults to 0): units that have been frozen since the last look.
-        """
-        number = len(self.steps)
-        now = self.probe.look(self._looks.get(number - 1), depth)
-        self.steps.append(step)
-        self._looks[number] = now
-        if number:
-            parts = [self.probe.changes(now, self._looks[i], depth) for i in self._before(number)]
-            self.changes = torch.zeros(len(now.hidden), len(parts), 3)
-            self.changes[depth:] = torch.stack(parts, dim=1)
-        kept = {0, *range(number + 1 - max(LAGS), number + 1)}
-        self._looks = {i: look for i, look in self._looks.items() if i in kept}
-
-    def save(self, path: str | os.PathLike) -> None:
-        """
-        Write the looks to one safetensors file.
-
-        Raises:
-            TypeError: the model is given something else than tensors and plain values.
-        """
-        tensors: dict[str, torch.Tensor] = {}
-        probe = self.probe.state(tensors)
-        if self.changes is not None:
-            tensors["changes"] = self.changes
-        for number, look in self._looks.items():
-            tensors[f"{number}.output"] = look.output.contiguous()
-            for unit, hidden in enumerate(look.hidden):
-                tensors[f"{number}.{unit}"] = hidden.contiguous()
-        known = {"steps": self.steps, "probe": probe, "looks": list(self._looks)}
-        # Looks share what has not changed between them, which safetensors refuses to write.
-        save_file(
-            {name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"known": json.dumps(known)}
-        )
-
-    def load(self, path: str | os.PathLike, device: torch.device | str) -> None:
-        """Go on from what `save` wrote."""
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            known = json.loads(file.metadata()["known"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self.restart()
-        self.probe.restore(known["probe"], tensors)
-        self.steps = known["steps"]
-        changes = tensors.get("changes")
-        self.changes = None if changes is None else changes.cpu()
-        for number in known["looks"]:
-            hidden = [tensors[f"{number}.{unit}"] for unit in range(self.probe.units)]
-            self._looks[number] = Look(hidden, tensors[f"{number}.output"])
-
-    @staticmethod
-    def _before(number: int) -> list[int]:
-        return [*(max(0, number - lag) for lag in LAGS), 0]
-
-
-@contextmanager
-def _hooked(hook: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _give(output: Any, *args, **kwargs) -> Any:

@@ -226,7 +226,8 @@ def test_harvest_resumes(harvested):
     assert finished.stat().st_mtime_ns == before
 
 
-def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path):
+@pytest.mark.parametrize("front_probe", [False, True])
+def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path, front_probe):
     """The row cut from a recorded run equals the input that the callback builds in the same run."""
     runs = read_runs(harvested[0] / "out")
     stages = FreezingStages(runs, SmartFRZPredictorConfig(), "cka-0.99", spacings=(1, 2))
@@ -237,7 +238,8 @@ def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path):
     assert steps.min() >= 2 and steps.max() < 40
     batch = ARCHITECTURES["bert"].batch(build("bert"))
     recorder = RecordingCallback([batch], samples=1024)
-    callback = SmartFRZCallback(SmartFRZConfig(sampling_seed=42), SmartFRZPredictor(SmartFRZPredictorConfig()))
+    predictor = SmartFRZPredictor(SmartFRZPredictorConfig(front_probe=front_probe))
+    callback = SmartFRZCallback(SmartFRZConfig(sampling_seed=42, decide_every=0.05), predictor)
     inputs = []
     score = SmartFRZPolicy.score
 

@@ -15,7 +15,9 @@ from smartfrz_hf import (
     SmartFRZPredictorConfig,
     find_blocks,
 )
-from smartfrz_hf.probe import FrontProbe, affordable_rows, spread_tokens
+from smartfrz_hf.front_history import FrontHistory, affordable_rows
+from smartfrz_hf.predictor.inputs import moves
+from smartfrz_hf.probe import FrontProbe, spread_tokens
 
 # Something of the front goes round the boundary: all layers read the stem's table of positions, or the head its embeddings.
 LEAKY = {"deberta-v2", "mpnet", "gpt2"}
@@ -110,10 +112,12 @@ def test_looks_are_told_to_the_policy_and_paid_for(tmp_path):
     assert all(changes is None for *_, changes in unseen.said)
     assert seen.said[-1][1] != unseen.said[-1][1]
     assert callback.ledger.spent.backward == blind.ledger.spent.backward
+    # Twenty looks, the first at the start, at as many rows as a batch has; after each but the first, for each of four
+    # earlier looks and five units, what comes behind the unit.
+    forward = [flops.forward for flops in callback.ledger.full_unit_flops.values()]
+    behind = sum(sum(forward[unit + 1 :]) for unit in range(5))
     looks = callback.ledger.spent.forward - blind.ledger.spent.forward
-    # Twenty looks, the first at the start, at four rows, each but the first followed by passes for four lags and five units.
-    one_pass = blind.ledger.spent.forward / 20
-    assert 20 * one_pass < looks < 20 * (1 + 4 * 5) * one_pass
+    assert looks == pytest.approx(20 * sum(forward) + 19 * 4 * behind)
 
 
 def test_rows_that_a_run_can_afford():
@@ -156,3 +160,27 @@ def test_blocks_that_run_several_times_are_not_looked_at(tmp_path):
     seen = Scores(callback)
     train(tmp_path, [callback], model=build("albert"))
     assert seen.said and all(changes is None for *_, changes in seen.said)
+
+
+def test_what_no_checkpoint_can_hold_is_not_looked_at():
+    model = build("bert")
+    front = FrontHistory(FrontProbe(find_blocks(model)))
+    model(**ARCHITECTURES["bert"].batch(model))
+    front.probe._inputs[1]["return_dict"] = object()
+    with pytest.raises(TypeError, match="object among the model's inputs"):
+        front.record(0)
+
+
+def test_moves_know_no_scale_and_tell_what_is_to_come():
+    changes = torch.tensor([[[0.01, 1.0, 0.02], [0.02, 2.0, 0.04], [0.04, 3.0, 0.1], [0.5, 10.0, 1.0]]])
+    since, now = torch.tensor([0.5, 0.4, 0.2, 0.0]), torch.tensor(0.6)
+    found = moves(changes, since, now)
+    assert found.shape == (1, 14) and found[0, -1] == 1
+    wanted = [0.01, 0.02, 0.04, 0.1, 0.2, 0.3, 0.02, 0.04, 0.1, 0.01 * 4, 0.02 * 2, 0.04 * 1, 0.5]
+    torch.testing.assert_close(10 ** found[0, :-1], torch.tensor(wanted), rtol=1e-4, atol=0)
+    torch.testing.assert_close(moves(1000 * changes, since, now), found)
+
+
+def test_the_form_of_the_paper_is_not_told_of_the_front():
+    with pytest.raises(ValueError, match="front_probe"):
+        SmartFRZPredictorConfig(form="weights", front_probe=True)

@@ -6,10 +6,10 @@ from copy import copy
 import torch
 from torch.utils.data import Dataset
 
+from ..front_history import looks_before
 from ..policies import LearningRates
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
 from ..predictor.inputs import EPSILON, contexts, moves
-from ..probe import LAGS
 from .labels import LABELS
 from .table import RecordedRun
 
@@ -105,7 +105,7 @@ def _rows(
         features, usable = predictor.read(snapshots, weights[0], mask, spent)
         context = contexts(units, step / last, rates.relative[now], rates.spent[now])
         if config.front_probe:
-            looks = torch.tensor([*(max(0, probe - lag) for lag in LAGS), 0])
+            looks = looks_before(probe)
             since = rates.spent[torch.searchsorted(steps, probe_steps[looks])]
             changes = run.tensors["front_changes"][probe].unflatten(-1, (len(looks), 3))
             context = torch.cat([context, moves(changes, since, rates.spent[now])], dim=-1)

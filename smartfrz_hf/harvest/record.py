@@ -8,8 +8,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..blocks import BlockStack, evaluation_mode, find_blocks
+from ..front_history import FrontHistory, looks_before
 from ..history import WeightSampler
-from ..probe import LAGS, FrontHistory, FrontProbe, shift, spread_tokens
+from ..probe import FrontProbe, shift, spread_tokens
 from .cka import linear_cka
 from .rewind import Rewinder
 
@@ -179,7 +180,9 @@ class RecordingCallback(TrainerCallback):
     def _look(self, step: int) -> None:
         self._front.record(step)
         changes = self._front.changes
-        self._front_changes.append(torch.zeros(len(self.names), len(LAGS) + 1, 3) if changes is None else changes)
+        self._front_changes.append(
+            torch.zeros(len(self.names), len(looks_before(0)), 3) if changes is None else changes
+        )
 
     def on_train_end(self, args, state, control, **kwargs):
         """Hold the rewind test."""

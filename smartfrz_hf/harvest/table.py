@@ -112,6 +112,7 @@ def read_runs(folder: str | os.PathLike) -> list[RecordedRun]:
 
     Raises:
         FileNotFoundError: the folder holds none.
+        ValueError: one was recorded by an earlier version, and lacks something.
     """
     rows = read_table(folder).with_format("numpy")
     return [_run(list(part)) for _, part in groupby(rows, key=lambda row: row["run"])]
@@ -122,6 +123,11 @@ def _run(rows: list[dict[str, Any]]) -> RecordedRun:
         return torch.from_numpy(np.array(values))
 
     first = rows[0]
+    missing = [key for key in (*OF_RUN, *OF_UNIT, *OF_UNIT_WIDE) if key not in first]
+    if missing:
+        raise ValueError(
+            f"The run {first['run']} was recorded by an earlier version and lacks {', '.join(missing)}: record it again."
+        )
     tensors = {key: tensor(first[key]) for key in OF_RUN}
     tensors |= {
         key: tensor(np.stack([row[key] for row in rows], axis=1)) for key in (*OF_UNIT, *OF_UNIT_WIDE, "weights")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from ..front_history import FrontHistory
 from ..history import WeightHistory
-from ..probe import FrontHistory
 
 TINY = 1e-300
 

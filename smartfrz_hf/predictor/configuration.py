@@ -38,7 +38,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             `"conservative"`, `"balanced"` and `"aggressive"` freezing.
 
     Raises:
-        ValueError: `form` is unknown, or a size is below 1.
+        ValueError: `form` is unknown, or cannot be told of the front probe, or a size is below 1.
     """
 
     model_type = "smartfrz_predictor"
@@ -66,6 +66,8 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             )
         if self.form not in FORMS:
             raise ValueError(f"`form` is {self.form!r}; it must be one of {', '.join(map(repr, FORMS))}.")
+        if self.front_probe and self.form == "weights":
+            raise ValueError('`front_probe` is for `form="dynamics"`: the paper\'s form is told of the weights alone.')
         for name in ("window", "samples", "encoder_size", "attention_size", "unit_size", "head_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number from 1 on.")
