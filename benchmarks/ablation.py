@@ -18,8 +18,9 @@ from workers import in_processes, provenance
 from smartfrz_hf import SmartFRZPredictorConfig
 from smartfrz_hf.cli import DEFAULT_LABEL
 from smartfrz_hf.harvest.dataset import FreezingStages
-from smartfrz_hf.harvest.evaluate import cross_validate, summarize
+from smartfrz_hf.harvest.evaluate import summarize
 from smartfrz_hf.harvest.fit import FitOptions
+from smartfrz_hf.harvest.held_out import cross_validate
 from smartfrz_hf.harvest.judge import SPACINGS
 from smartfrz_hf.harvest.labels import LABELS
 from smartfrz_hf.harvest.table import read_runs

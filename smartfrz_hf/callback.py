@@ -116,6 +116,12 @@ class SmartFRZCallback(TrainerCallback):
             if self._history is not None:
                 self._history.record(self._sampler, state.global_step)
             self._decide(state)
+        self._tell_rows_left(args, state)
+
+    def _tell_rows_left(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self._cache is not None:
+            rows_per_step = args.gradient_accumulation_steps * args.train_batch_size
+            self._cache.rows_left = (state.max_steps - state.global_step) * rows_per_step
 
     def _make_front(self, args: TrainingArguments) -> FrontHistory | None:
         if not (self.policy.front_probe and self.config.probe_rows):
@@ -182,9 +188,7 @@ class SmartFRZCallback(TrainerCallback):
         """Take a snapshot and hold a freezing stage where they are due."""
         step, active = state.global_step, range(self._freezer.depth, len(self._stack))
         self._step = step
-        if self._cache is not None:
-            rows_per_step = args.gradient_accumulation_steps * args.train_batch_size
-            self._cache.rows_left = (state.max_steps - step) * rows_per_step
+        self._tell_rows_left(args, state)
         if self._history is not None and active and step % self._record_every == 0:
             self._history.record(self._sampler, step, active)
         if step in self._restarts and self._freezer.depth:

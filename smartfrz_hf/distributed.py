@@ -87,8 +87,10 @@ def _check_fsdp(args: TrainingArguments, config: SmartFRZConfig, with_mixin: boo
         )
     parallel = state.parallelism_config
     if parallel is not None and parallel.total_size > parallel.dp_shard_size:
+        sizes = {name: getattr(parallel, name) for name in ("dp_replicate_size", "tp_size", "cp_size", "sp_size")}
+        others = ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
         raise ValueError(
-            f"SmartFRZ under FSDP2 serves sharding over all processes only, not {parallel}; leave `dp_shard_size` alone above 1."
+            f"SmartFRZ under FSDP2 serves sharding over all processes only, not {others}; set `dp_shard_size` alone above 1."
         )
     if state.fsdp_plugin.activation_checkpointing:
         raise ValueError(

@@ -16,6 +16,7 @@ from training import Rows, train
 from smartfrz_hf import Freezer, SmartFRZConfig, SmartFRZTrainer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
 from smartfrz_hf.activation_cache.prefix import Prefix
+from smartfrz_hf.activation_cache.worth import Worth
 
 # Its one block runs several times.
 REFUSED = {"albert"}
@@ -48,7 +49,7 @@ def assert_same(off, on):
 @pytest.fixture
 def patient(monkeypatch):
     """Tiny models compute faster than anything can be looked up; keep their cache on nevertheless."""
-    monkeypatch.setattr(ActivationCache, "_why_not", lambda self: None)
+    monkeypatch.setattr(Worth, "why_not", lambda self: None)
 
 
 class Text(Rows):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from architectures import ARCHITECTURES, build
@@ -262,6 +263,21 @@ def test_what_fsdp_cannot_serve_is_refused(tmp_path, monkeypatch, plugin, change
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match=why):
         smartfrz(**config).on_init_end(args, None, None, model=build("bert"))
+
+
+@pytest.mark.parametrize("sizes", [{"dp_replicate_size": 2}, {"tp_size": 2}, {"cp_size": 2}])
+def test_sharding_in_more_than_one_way_is_refused(tmp_path, monkeypatch, sizes):
+    """HSDP, tensor and context parallelism."""
+    from training import arguments
+
+    args = arguments(tmp_path)
+    parallel = ParallelismConfig(dp_shard_size=2, **sizes)
+    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2), parallelism_config=parallel)
+    monkeypatch.setattr("smartfrz_hf.distributed.AcceleratorState", lambda: state)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
+    ((name, _),) = sizes.items()
+    with pytest.raises(ValueError, match=f"over all processes only, not {name}=2; set `dp_shard_size` alone above 1"):
+        smartfrz().on_init_end(args, None, None, model=build("bert"))
 
 
 def test_a_model_sharded_while_loading_is_refused(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from training import Rows, train
 
 from smartfrz_hf import Freezer, SmartFRZConfig, SmartFRZTrainer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
+from smartfrz_hf.activation_cache.worth import Worth
 
 
 def go(folder, smartfrz=None, **changes):
@@ -77,7 +78,7 @@ def test_other_weights_can_be_loaded_meanwhile():
 
 
 def test_offloading_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(ActivationCache, "_why_not", lambda self: None)
+    monkeypatch.setattr(Worth, "why_not", lambda self: None)
     parked = []
     real = SmartFRZTrainer.training_step
 

@@ -18,7 +18,8 @@ from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictor, fin
 from smartfrz_hf.cli import app
 from smartfrz_hf.harvest.cka import linear_cka
 from smartfrz_hf.harvest.dataset import INPUTS, FreezingStages
-from smartfrz_hf.harvest.evaluate import PREDICTOR, HeldOut, frozen_share, operating_points, path_cost, summarize
+from smartfrz_hf.harvest.evaluate import frozen_share, operating_points, path_cost, summarize
+from smartfrz_hf.harvest.held_out import PREDICTOR, HeldOut
 from smartfrz_hf.harvest.labels import LABELS, at_probes, rewind_cost, settled, similar
 from smartfrz_hf.harvest.record import RecordingCallback, pool
 from smartfrz_hf.harvest.rewind import Rewinder

@@ -8,7 +8,7 @@ from test_checkpoint import assert_same_end, run
 from training import Rows, Watcher, arguments, predictor_that_says
 
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer, find_blocks
-from smartfrz_hf.activation_cache import ActivationCache
+from smartfrz_hf.activation_cache.worth import Worth
 
 BF16 = {"bf16": True, "use_cpu": True}
 
@@ -28,7 +28,7 @@ def test_resuming_under_autocast_equals_never_having_stopped(tmp_path, alone):
 @pytest.mark.parametrize("half", [False, True], ids=["autocast", "weights in bfloat16"])
 def test_frozen_under_autocast_with_and_without_the_cache(tmp_path, half, monkeypatch):
     # Tiny models compute faster than anything can be looked up; keep their cache on nevertheless.
-    monkeypatch.setattr(ActivationCache, "_why_not", lambda self: None)
+    monkeypatch.setattr(Worth, "why_not", lambda self: None)
     settings = {} if half else BF16
     runs = []
     for cache in (True, False):

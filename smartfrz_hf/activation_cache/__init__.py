@@ -58,7 +58,7 @@ def make_cache(
     store: ActivationStore | SharedStore | None = None
     if ranks.count > 1:
         if sys.platform == "linux":
-            from .shared import share
+            from .sharing import share
 
             store = share(ranks, int(memory), int(disk), config.cache_folder, config.cache_dtype)
         if store is None:

@@ -1,7 +1,6 @@
 """The activation cache: what crosses the boundary is computed once per row, and then looked up."""
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from .calls import Call, fingerprints, read_call
 from .exactness import Exactness, name_front, positions
 from .prefix import Prefix, Unservable
 from .store import ActivationStore
+from .worth import Worth
 
 if TYPE_CHECKING:
     from .shared import SharedStore
@@ -77,9 +77,8 @@ class ActivationCache:
         self._exactness = Exactness(self._prefix, exact)
         self._proved: set[tuple] = set()
         self._row_seconds: float | None = None
-        self._cold = self._seen = self._hits = 0
-        self._gains: list[float] = []
-        self._losses = self._in_a_row = 0
+        self._worth = Worth(rows_per_epoch)
+        self._in_a_row = 0
         self._front: list[Mapping[str, torch.Tensor | None]] = []
         self._weights: list[tuple[int, int] | bytes] = []
 
@@ -97,7 +96,7 @@ class ActivationCache:
         self._proved.clear()
         self._exactness.forget()
         self._row_seconds = None
-        self._start_window()
+        self._worth.start()
         modules = [m for unit in self.stack.units[:depth] for top in unit.modules.values() for m in top.modules()]
         # The tables themselves, which are quick to walk through and show a parameter that takes another's place.
         self._front = [table for module in modules for table in (module._parameters, module._buffers)]
@@ -139,7 +138,7 @@ class ActivationCache:
         except Unservable as error:
             self._turn_off(f"{type(self.stack.model).__name__} cannot be served, since {error}")
             return prefix.plain(*args, **kwargs)
-        reason = self._why_not()
+        reason = self._worth.why_not()
         if reason is not None:
             self._turn_off(reason)
         return output
@@ -159,7 +158,7 @@ class ActivationCache:
                 depths, groups = depths_found, self._plan(call, depths_found)
         hits = call.rows - depths.count(None)
         if self.stack.model.training:
-            self._seen, self._hits = self._seen + call.rows, self._hits + hits
+            self._worth.count(call.rows, hits)
         self.savings.rows += call.rows
         self.savings.hits += hits
         if groups is None:
@@ -173,7 +172,7 @@ class ActivationCache:
             self._tell_sizes(call, groups)
             self._keep(keys, ends, hidden, moved)
         if self._row_seconds is not None:
-            self._count(call.rows * self._row_seconds - (perf_counter() - began))
+            self._gain(call.rows * self._row_seconds - (perf_counter() - began))
         self._tell_meter(call, groups)
         output = prefix.serve(call, hidden)
         self._in_a_row = 0 if groups else self._in_a_row + call.rows
@@ -199,7 +198,7 @@ class ActivationCache:
                 boundary.append(hidden.clone())
             else:
                 self._keep(self._name(call, names, ends), ends, hidden, keep)
-                self._count(-lookup - (perf_counter() - began - taken))
+                self._gain(-lookup - (perf_counter() - began - taken))
 
         output = prefix.watch(call, cross)
         if boundary:
@@ -358,38 +357,9 @@ class ActivationCache:
             ]
             self.meter.skip([1 - rows / call.rows for rows in ran])
 
-    def _start_window(self) -> None:
-        self._cold, self._losses = self.rows_per_epoch or 0, 0
-        self._open_window()
-
-    def _open_window(self) -> None:
-        self._seen, self._hits, self._gains = 0, 0, []
-
-    def _count(self, seconds: float) -> None:
+    def _gain(self, seconds: float) -> None:
         self.savings.seconds_saved += seconds
-        self._gains.append(seconds)
-
-    def _why_not(self) -> str | None:
-        """
-        Why the cache does not pay, after two halves of an epoch in a row in which it did not.
-
-        The first pass over the data is not judged. One slow moment of a busy machine must not decide, so both the sum
-        and the median of the batches' gains have to be negative.
-        """
-        if self.rows_per_epoch is None or self._seen < (self._cold or self.rows_per_epoch / 2):
-            return None
-        seen, hits, gains, cold = self._seen, self._hits, self._gains, self._cold
-        self._cold = 0
-        self._open_window()
-        if cold:
-            return None
-        lost = bool(gains) and sum(gains) < 0 and median(gains) < 0
-        self._losses = self._losses + 1 if lost else 0
-        if self._losses < 2:
-            return None
-        if hits < seen / 2:
-            return f"only {hits} of {seen} rows came again unchanged"
-        return "looking activations up takes longer than computing them"
+        self._worth.gain(seconds)
 
     def _note_size(self) -> None:
         self.savings.bytes_memory, self.savings.bytes_disk = self.store.memory_used, self.store.disk_used

@@ -3,20 +3,16 @@
 import fcntl
 import mmap
 import os
-import socket
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from transformers.utils import logging
 
-from ..distributed import Ranks
 from .codec import ALIGNMENT, FORMATS, bytes_needed, from_bytes, pack, to_bytes
 from .exactness import ANY_SIZE
 
@@ -107,7 +103,7 @@ class SharedStore:
                 with tempfile.TemporaryFile(dir=None if folder is None else os.fspath(folder)) as file:
                     files.append(os.dup(file.fileno()))
             except OSError as error:
-                disk_bytes, trouble = 0, _one_line(error)
+                disk_bytes, trouble = 0, one_line(error)
                 logger.warning(f"Activations are not written to disk: {trouble}")
         self._open(files, (memory_bytes, disk_bytes), dtype, trouble)
 
@@ -292,7 +288,7 @@ class SharedStore:
             _write_all(self._files[1 + tier], blob, int(record["start"]))
         except OSError as error:
             header["broken"][tier] = 1
-            self.trouble = _one_line(error)
+            self.trouble = one_line(error)
             logger.warning(f"Activations are no longer written to {TIERS[tier]}: {self.trouble}")
             return False
         record["front"], record["depth"], record["size"] = self.fronts[depth], depth, len(blob)
@@ -302,58 +298,6 @@ class SharedStore:
             header["count"] += 1
             self._numbers[key] = number
         return True
-
-
-def share(ranks: Ranks, memory_bytes: int, disk_bytes: int, folder: str | None, dtype: str) -> SharedStore | None:
-    """
-    One store for all ranks of this host. To be called on all ranks of all hosts.
-
-    Args:
-        ranks ([`Ranks`]): of the run.
-        memory_bytes (`int`): as for [`SharedStore`], and so are the others; the first rank of a host decides.
-        disk_bytes (`int`): most bytes on disk.
-        folder (`str`, *optional*): where the file lies.
-        dtype (`str`): format of the rows.
-
-    Returns:
-        [`SharedStore`], or `None` on all ranks of a host where they cannot share.
-
-    Raises:
-        ImportError: `disk_bytes` is above 0 and the extra `smartfrz_hf[disk]` is not installed.
-    """
-    if disk_bytes:
-        from . import disk  # noqa: F401  (what is missing is missed on all ranks, before any waits for another)
-    about = "the activation cache"
-    hosts = ranks.gather(_host(), about)
-    here = [rank for rank, host in enumerate(hosts) if host == hosts[dist.get_rank()]]
-    store, error = None, "the system lets no process into another's memory"
-    if dist.get_rank() == here[0]:
-        try:
-            store = SharedStore(memory_bytes, disk_bytes, folder, dtype)
-        except OSError as reason:
-            error = _one_line(reason)
-    handle = ranks.gather(None if store is None else store.handle, about)[here[0]]
-    if store is None and handle is not None:
-        try:
-            store = SharedStore.attach(handle)
-        except OSError as reason:
-            error = _one_line(reason)
-    shared = ranks.gather(store is not None, about)
-    if all(shared[rank] for rank in here):
-        return store
-    if store is not None:
-        store.close()
-    else:
-        logger.warning(f"Each rank keeps activations of its own, in its part of the budget: {error}.")
-    return None
-
-
-def _host() -> tuple[str, int]:
-    """What is the same in all processes that can open each other's files, and nowhere else."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return socket.gethostname(), 0
 
 
 def _identity(file: int) -> tuple[int, int]:
@@ -377,5 +321,6 @@ def _write_all(file: int, blob: bytearray, start: int) -> None:
         rest, start = rest[written:], start + written
 
 
-def _one_line(error: OSError) -> str:
+def one_line(error: OSError) -> str:
+    """What an error says, without line breaks."""
     return " ".join(str(error).split())

@@ -19,8 +19,9 @@ from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
 from .card import write_card
 from .charts import draw_charts
 from .dataset import FreezingStages
-from .evaluate import cross_validate, operating_points, summarize
+from .evaluate import operating_points, summarize
 from .fit import FitOptions, fit
+from .held_out import cross_validate
 from .labels import LABELS
 from .table import RecordedRun, read_runs
 

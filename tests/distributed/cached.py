@@ -16,7 +16,8 @@ from training import Rows, arguments
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer
-from smartfrz_hf.activation_cache import ActivationCache, shared
+from smartfrz_hf.activation_cache import sharing
+from smartfrz_hf.activation_cache.worth import Worth
 from smartfrz_hf.policies import Decision
 
 
@@ -104,9 +105,9 @@ def main():
     )
     assert args.world_size == options.world_size, f"{args.world_size} processes, not {options.world_size}"
     # Tiny models compute faster than anything can be looked up; keep their cache on nevertheless.
-    ActivationCache._why_not = lambda self: None
+    Worth.why_not = lambda self: None
     if options.hosts:
-        shared._host = lambda: (str(os.getpid()), 0)
+        sharing._host = lambda: (str(os.getpid()), 0)
     counting = Counting(options.off_at, options.killed_at)
     images = options.model != "bert"
     trainer = SmartFRZTrainer(
