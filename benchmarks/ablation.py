@@ -16,7 +16,7 @@ import torch
 from workers import in_processes, provenance
 
 from smartfrz_hf import SmartFRZPredictorConfig
-from smartfrz_hf.cli import DEFAULT_LABEL
+from smartfrz_hf.cli import DEFAULT_LABEL, DEFAULT_TARGET
 from smartfrz_hf.harvest.dataset import FreezingStages
 from smartfrz_hf.harvest.evaluate import summarize
 from smartfrz_hf.harvest.fit import FitOptions
@@ -24,7 +24,7 @@ from smartfrz_hf.harvest.held_out import cross_validate
 from smartfrz_hf.harvest.judge import SPACINGS
 from smartfrz_hf.harvest.labels import LABELS
 from smartfrz_hf.harvest.table import read_runs
-from smartfrz_hf.predictor.inputs import CONTEXT
+from smartfrz_hf.predictor.inputs import CONTEXT, DYNAMICS
 
 ROOT = Path(__file__).parents[1]
 FEATURES = (
@@ -47,7 +47,7 @@ class WithSelfCKA(SmartFRZPredictorConfig):
 
     @property
     def context_size(self) -> int:
-        return CONTEXT + 1
+        return super().context_size + 1
 
 
 @dataclass
@@ -55,9 +55,10 @@ class Variant:
     """What differs from the predictor as it is shipped."""
 
     group: str
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # beside that the front probe is told
     config_class: type = SmartFRZPredictorConfig
     label: str = DEFAULT_LABEL
+    target: str = DEFAULT_TARGET
     spacings: tuple[int, ...] = SPACINGS
     change: Callable[[dict[str, torch.Tensor]], None] = lambda columns: None
     judged: dict[str, Any] | None = None
@@ -84,8 +85,8 @@ def variants() -> dict[str, Variant]:
         found[f"without {name}"] = Variant("quantities of a snapshot", change=partial(blank, "features", (place,)))
     for place, name in enumerate(CONTEXTS):
         found[f"without {name}"] = Variant("context", change=partial(blank, "context", (place,)))
-    found["without all context"] = Variant("context", change=partial(blank, "context", range(4)))
-    found["context alone"] = Variant("context", change=partial(blank, "features", range(10)))
+    found["without all context"] = Variant("context", change=partial(blank, "context", range(CONTEXT)))
+    found["without weights"] = Variant("quantities of a snapshot", change=partial(blank, "features", range(DYNAMICS)))
     for samples in (128, 512):
         found[f"as shipped, shown {samples} samples"] = Variant("other input", judged={"samples": samples})
     for spacing in (2, 4):
@@ -98,36 +99,43 @@ def variants() -> dict[str, Variant]:
     found["twice as wide"] = Variant(
         "network", {"encoder_size": 32, "attention_size": 16, "unit_size": 32, "head_size": 32}
     )
-    found["the paper's form: weights themselves"] = Variant("network", {"form": "weights"})
+    found["the paper's form: weights themselves"] = Variant("network", {"form": "weights", "front_probe": False})
+    found["without the front probe"] = Variant("front probe", {"front_probe": False})
+    for name, places in (("what leaves the unit", range(4, 7)), ("what the model says", range(7, 10))):
+        found[f"without {name}"] = Variant("front probe", change=partial(blank, "context", places))
+    found["learned as a label"] = Variant("label", target="label")
     found["with self-CKA"] = Variant("extra input", config_class=WithSelfCKA, change=add_self_cka)
     for label in LABELS:
         if label != DEFAULT_LABEL:
-            found[f"label {label}"] = Variant("label", label=label)
+            found[f"label {label}"] = Variant("label", label=label, target="label")
     return found
 
 
 def judge(name: str, runs: Path, file: Path) -> None:
     """Leave each family out once, with one variant, and write how good it is."""
     variant = variants()[name]
-    config = variant.config_class(**variant.config)
-    stages = FreezingStages(read_runs(runs), config, variant.label, variant.spacings)
+    config = variant.config_class(**{"front_probe": True} | variant.config)
+    stages = FreezingStages(read_runs(runs), config, variant.label, variant.spacings, variant.target)
     variant.change(stages.columns)
     judged = None
     if variant.judged is not None:
-        shown = SmartFRZPredictorConfig(samples=variant.judged.get("samples", config.samples))
+        shown = SmartFRZPredictorConfig(samples=variant.judged.get("samples", config.samples), front_probe=True)
         judged = FreezingStages(stages.runs, shown, variant.label, variant.judged.get("spacings", (1,)))
     held_out = cross_validate(stages, config, lambda run: run.family, FitOptions(), name, judged)
     found = summarize(held_out)
-    kept = {key: found[key] for key in ("auc", "ap", "brier", "moment_error", "positive")}
+    kept = {key: found[key] for key in ("auc", "ap", "brier", "moment_error", "frozen", "positive")}
     file.write_text(json.dumps({"variant": name, "group": variant.group} | kept))
 
 
 def table(results: dict) -> str:
     """The results as a Markdown table."""
-    lines = ["| | | ROC AUC | average precision | Brier score | moment error |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | | ROC AUC | average precision | Brier score | moment error | frozen at a cost of 3 % |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in results["variants"]:
         scores = " | ".join(f"{row[key]:.3f}" for key in ("auc", "ap", "brier", "moment_error"))
-        lines.append(f"| {row['group']} | {row['variant']} | {scores} |")
+        lines.append(f"| {row['group']} | {row['variant']} | {scores} | {row['frozen']:.1%} |")
     return "\n".join(lines)
 
 

@@ -19,8 +19,6 @@ PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "method_card.md")
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "ablation": ("ablation", ablation.table),
     "ddp bytes": ("ddp_bytes", ddp_bytes.table),
-    "front probe, families": ("predictor_front_probe", lambda found: score_table(found["leave_one_family_out"])),
-    "front probe, tasks": ("predictor_front_probe", lambda found: score_table(found["leave_one_task_out"])),
     "held-out families": ("predictor", lambda found: score_table(found["leave_one_family_out"])),
     "held-out tasks": ("predictor", lambda found: score_table(found["leave_one_task_out"])),
     "held-out runs": ("held_out", held_out.table),

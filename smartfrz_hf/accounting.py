@@ -215,15 +215,9 @@ class ComputeMeter:
             forward = sum(share * unit.forward for share, unit in zip(fractions, self._pass, strict=False))
             self._skipped += forward * self._latest
 
-    def add_forward(self, first: int, elements: int) -> None:
-        """
-        Add a forward pass beside those of training.
-
-        Args:
-            first (`int`): units before this one did not run.
-            elements (`int`): of its main input.
-        """
-        self.spent += Flops(forward=sum(unit.forward for unit in self._pass[first:]) * elements)
+    def add_forward(self, elements: int) -> None:
+        """Add a forward pass beside those of training, with so many elements of the main input."""
+        self.spent += Flops(forward=sum(unit.forward for unit in self._pass) * elements)
 
     def start_of_step(self) -> None:
         """To be called before the first micro-batch of each optimizer step."""

@@ -126,11 +126,8 @@ class SmartFRZCallback(TrainerCallback):
     def _make_front(self, args: TrainingArguments) -> FrontHistory | None:
         if not (self.policy.front_probe and self.config.probe_rows):
             return None
-        if not all(unit.runs_once for unit in self._stack.units[1:]):
-            logger.info("A block runs several times in a pass: SmartFRZ decides by the weights alone.")
-            return None
         rows_per_step = args.gradient_accumulation_steps * args.train_batch_size
-        rows = affordable_rows(len(self._stack), self._decide_every * rows_per_step)
+        rows = affordable_rows(self._decide_every * rows_per_step)
         probe = FrontProbe(self._stack, min(rows, self.config.probe_rows))
         probe.on_pass = self.meter.add_forward
         return FrontHistory(probe)
@@ -142,7 +139,7 @@ class SmartFRZCallback(TrainerCallback):
         if self._cache is not None:
             self._cache.aside = True
         try:
-            self._front.record(step, self._freezer.depth)
+            self._front.record(step)
         except Exception as error:
             logger.warning(
                 f"The front probe does not work with {type(self._stack.model).__name__} ({type(error).__name__}: {error}): "

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-DEFAULT_LABEL = "rewind-shift-0.03"
+DEFAULT_LABEL, DEFAULT_TARGET = "rewind-shift-0.03", "kept"
 
 app = typer.Typer(help="Adaptive layer freezing for Hugging Face Transformers.", no_args_is_help=True)
 
@@ -56,12 +56,23 @@ def evaluate(
     label: Annotated[
         str, typer.Option(help="What counts as converged, such as cka-0.99, settled or rewind-shift-0.03.")
     ] = DEFAULT_LABEL,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What the predictor learns: label, whether it has converged; or kept, by the rewind test, what share of "
+            "the way stays if the front freezes, so that dear mistakes count for more."
+        ),
+    ] = DEFAULT_TARGET,
     form: Annotated[str, typer.Option(help="What a snapshot is to the predictor: dynamics or weights.")] = "dynamics",
     window: Annotated[int, typer.Option(min=2, help="Snapshots in a history.")] = 20,
     samples: Annotated[int, typer.Option(min=1, help="Sampled weights in a snapshot.")] = 1024,
     front_probe: Annotated[
-        bool, typer.Option(help="Also tell the predictor how the front probe moves; it then looks at it in training.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Whether the predictor is told how the front probe moves, and looks at it in training. Default: with the "
+            "form dynamics."
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the freezing stages.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the initial weights and the order of the stages.")] = 0,
 ) -> None:
@@ -70,8 +81,9 @@ def evaluate(
 
     judging, options = _open("judge"), _open("fit").FitOptions(epochs=epochs, seed=seed)
     try:
-        config = SmartFRZPredictorConfig(form=form, window=window, samples=samples, front_probe=front_probe)
-        found = judging.judge(runs, label, config, options)
+        told = form == "dynamics" if front_probe is None else front_probe
+        config = SmartFRZPredictorConfig(form=form, window=window, samples=samples, front_probe=told)
+        found = judging.judge(runs, label, target, config, options)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -57,11 +57,11 @@ class SmartFRZConfig:
     Parameters that control the freezing stages:
         first_decision (`float`, *optional*, defaults to `0.05`):
             Time of the first freezing stage.
-        decide_every (`float`, *optional*, defaults to `0.025`):
+        decide_every (`float`, *optional*, defaults to `0.05`):
             Time between freezing stages.
         probe_rows (`int`, *optional*, defaults to `16`):
-            Most rows of the first training batch that run again at each freezing stage, to see how the front still moves
-            what the model says; fewer where they would take more than 3 % of a short run. `0` leaves it to the weights
+            Most rows of the first training batch that run again at each freezing stage, to see how far what leaves each
+            unit still moves; fewer where they would take more than 3 % of a short run. `0` leaves it to the weights
             alone, which say less.
 
     Parameters that control the activation cache:
@@ -145,7 +145,7 @@ class SmartFRZConfig:
         default=0.05, metadata={"help": "Time of the first freezing stage: below 1 a fraction of the run, else steps."}
     )
     decide_every: float = field(
-        default=0.025, metadata={"help": "Time between freezing stages: below 1 a fraction of the run, else steps."}
+        default=0.05, metadata={"help": "Time between freezing stages: below 1 a fraction of the run, else steps."}
     )
     probe_rows: int = field(
         default=16, metadata={"help": "Most rows that run again at each freezing stage; 0: look at weights alone."}

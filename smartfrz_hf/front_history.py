@@ -13,16 +13,14 @@ LAGS = (1, 2, 4)
 LEAST_ROWS, MOST_COST = 4, 0.03
 
 
-def affordable_rows(units: int, rows_between: int) -> int:
+def affordable_rows(rows_between: int) -> int:
     """
     How many rows a probe may have so that it takes no more than 3 % of a run, but at least four.
 
     Args:
-        units (`int`): of the model.
         rows_between (`int`): rows that are trained from one look to the next.
     """
-    passes = 1 + (len(LAGS) + 1) * units / 2
-    return max(LEAST_ROWS, int(MOST_COST * 3 * rows_between / passes))  # a step costs three forward passes
+    return max(LEAST_ROWS, int(MOST_COST * 3 * rows_between))  # a step costs three forward passes
 
 
 def looks_before(number: int) -> list[int]:
@@ -39,8 +37,8 @@ class FrontHistory:
 
     Attributes:
         steps (`list[int]`): at which all looks so far were taken.
-        changes (`torch.Tensor` of shape `(units, 4, 3)`, *optional*): what [`FrontProbe.changes`] says of the looks that
-            [`looks_before`] names; zero for frozen units. None before the second look.
+        changes (`torch.Tensor` of shape `(units, 4, 2)`, *optional*): what [`Look.changes`] says of the looks that
+            [`looks_before`] names. None before the second look.
     """
 
     def __init__(self, probe: FrontProbe):
@@ -53,32 +51,24 @@ class FrontHistory:
         self.changes: torch.Tensor | None = None
         self._looks: dict[int, Look] = {}
 
-    @property
-    def since(self) -> list[int]:
-        """Steps of the looks that `changes` compares with."""
-        return [self.steps[i] for i in looks_before(len(self.steps) - 1)]
-
-    def record(self, step: int, depth: int = 0) -> None:
+    def record(self, step: int) -> None:
         """
         Take a look.
 
         Args:
             step (`int`): optimizer steps done.
-            depth (`int`, *optional*, defaults to 0): units that have been frozen since the last look.
 
         Raises:
-            TypeError: the model takes or puts out what no checkpoint can hold.
+            TypeError: the model takes what no checkpoint can hold.
         """
         number = len(self.steps)
-        now = self.probe.look(self._looks.get(number - 1), depth)
         if not number:
             self.probe.state({})  # rather now than when a checkpoint is written
+        now = self.probe.look()
         self.steps.append(step)
         self._looks[number] = now
         if number:
-            parts = [self.probe.changes(now, self._looks[i], depth) for i in looks_before(number)]
-            self.changes = torch.zeros(len(now.hidden), len(parts), 3)
-            self.changes[depth:] = torch.stack(parts, dim=1)
+            self.changes = torch.stack([now.changes(self._looks[i]) for i in looks_before(number)], dim=1)
         kept = {0, *range(number + 1 - max(LAGS), number + 1)}
         self._looks = {i: look for i, look in self._looks.items() if i in kept}
 
@@ -93,10 +83,7 @@ class FrontHistory:
             for unit, hidden in enumerate(look.hidden):
                 tensors[f"{number}.{unit}"] = hidden.contiguous()
         known = {"steps": self.steps, "probe": probe, "looks": list(self._looks)}
-        # Looks share what has not changed between them, which safetensors refuses to write.
-        save_file(
-            {name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"known": json.dumps(known)}
-        )
+        save_file(tensors, path, metadata={"known": json.dumps(known)})
 
     def load(self, path: str | os.PathLike, device: torch.device | str) -> None:
         """Go on from what `save` wrote."""

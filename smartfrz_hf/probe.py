@@ -1,4 +1,4 @@
-"""The front probe: what a change of the front does to what the model says, seen on a few rows while it trains."""
+"""The front probe: how far what leaves each unit, and what the model says, still moves, seen on a few rows in training."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -11,9 +11,9 @@ from torch import nn
 
 from .batches import first_rows, float_tensors, map_tensors, named_tensors, pack, unpack
 from .blocks import BlockStack, evaluation_mode
-from .stand_in import StandIn
 
 ROWS = 16
+MOST_NUMBERS = 2**15  # kept of what leaves a unit, of each row
 TOKENS = 2  # a row, of outputs that have some
 
 
@@ -48,42 +48,56 @@ def shift(logits: torch.Tensor, others: torch.Tensor) -> float:
     return float((change - change.mean(1, keepdim=True) if change.shape[1] > 1 else change).pow(2).mean())
 
 
+def thinned(hidden: torch.Tensor) -> torch.Tensor:
+    """Of each row at most 32,768 numbers, evenly spread and always the same ones: `(rows, numbers)`."""
+    numbers = hidden.detach().flatten(1)
+    return numbers[:, :: -(-numbers.shape[1] // MOST_NUMBERS)].clone()
+
+
 @dataclass(frozen=True)
 class Look:
     """
     What the model makes of the probe at one moment.
 
     Attributes:
-        hidden (`list[torch.Tensor]`): what leaves each unit.
-        output (`torch.Tensor` of shape `(rows, classes)`): what it says, such as its logits.
+        hidden (`list[torch.Tensor]`): what leaves each unit, thinned, `(rows, numbers)`.
+        output (`torch.Tensor` of shape `(rows, classes)`): what the model says, such as its logits.
     """
 
     hidden: list[torch.Tensor]
     output: torch.Tensor
 
+    def changes(self, then: "Look") -> torch.Tensor:
+        """
+        How far the model has come since an earlier look.
+
+        Returns:
+            `torch.Tensor` of shape `(units, 2)`: mean squared distances, of what leaves the unit from what left it, and
+            of what the model says from what it said, which is the same for all units.
+        """
+        pairs = zip(self.hidden, then.hidden, strict=True)
+        hidden = torch.stack([(a - b).float().pow(2).mean() for a, b in pairs]).cpu()
+        return torch.stack([hidden, torch.full_like(hidden, shift(self.output, then.output))], dim=1)
+
 
 class FrontProbe:
     """
-    Runs a few rows of the first training batch through the model again and again, and says how far what it says would
-    move if its front went back to what it was at an earlier look.
+    Runs a few rows of the first training batch through the model again and again, in evaluation mode.
 
-    This is the *rewind test*, held during training: what left the front at the earlier look goes into the rest of the
-    model as it is now. No weight is touched, and no random number drawn.
+    No weight is touched, and no random number drawn. Of a block that runs several times in a pass, the last time counts.
 
     Args:
-        stack ([`BlockStack`]): the units. Each block has to run once in a pass.
+        stack ([`BlockStack`]): the units.
         rows (`int`, *optional*, defaults to 16): most rows.
 
     Attributes:
-        on_pass (`Callable[[int, int], None]`): told of each pass: the first unit that runs, and the elements of its main
-            input.
+        on_pass (`Callable[[int], None]`): told of each pass: the elements of its main input.
     """
 
     def __init__(self, stack: BlockStack, rows: int = ROWS):
         self._stack, self._rows = stack, rows
-        self._rest: dict[int, list] = {}  # what blocks put out beside hidden states, where they do
         self._inputs: tuple[tuple, dict[str, Any]] | None = None
-        self.on_pass: Callable[[int, int], None] = lambda first, elements: None
+        self.on_pass: Callable[[int], None] = lambda elements: None
         self._hook = stack.model.register_forward_pre_hook(self._take_inputs, with_kwargs=True)
 
     @property
@@ -110,17 +124,16 @@ class FrontProbe:
 
     def state(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         """
-        The rows, and what else is needed, as plain JSON values, with the tensors set apart.
+        The rows as plain JSON values, with the tensors set apart.
 
         Raises:
-            TypeError: the model takes or puts out something else than tensors and plain values.
+            TypeError: the model takes something else than tensors and plain values.
         """
-        return pack((self._inputs, list(self._rest.items())), tensors)
+        return pack(self._inputs, tensors)
 
     def restore(self, state: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Go on from what `state` gave."""
-        self._inputs, rest = unpack(state, tensors)
-        self._rest = dict(rest)
+        self._inputs = unpack(state, tensors)
         self._hook.remove()
 
     def _take_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -130,104 +143,31 @@ class FrontProbe:
         self._inputs = first_rows((args, kwargs), self._rows)
         self._hook.remove()
 
-    def look(self, frozen: Look | None = None, depth: int = 0) -> Look:
-        """
-        What the model makes of the rows now.
-
-        Args:
-            frozen ([`Look`], *optional*): one since which the front has not changed. It does not run again then.
-            depth (`int`, *optional*, defaults to 0): units of that front.
-        """
+    def look(self) -> Look:
+        """What the model makes of the rows now."""
         hidden: list[torch.Tensor] = [torch.empty(0)] * len(self._stack)
-        if frozen is None:
-            depth = 0
-        else:
-            hidden[:depth] = frozen.hidden[:depth]
 
         def stem(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            hidden[0] = args[0] if args else kwargs["hidden_states"]
+            hidden[0] = thinned(args[0] if args else kwargs["hidden_states"])
 
         def block(unit: int, module: nn.Module, args: tuple, output: Any) -> None:
-            if isinstance(output, tuple):
-                output, *self._rest[unit] = output
-            hidden[unit] = output
-
-        blocks = [*enumerate(self._stack.blocks, start=1)]
-        with ExitStack() as stack:
-            if depth:
-                self._put(stack, hidden[:depth])
-            else:
-                stack.enter_context(blocks[0][1].register_forward_pre_hook(stem, with_kwargs=True))
-            for unit, module in blocks[max(0, depth - 1) :]:
-                stack.enter_context(module.register_forward_hook(partial(block, unit)))
-            output = self._run(depth)
-        return Look(hidden, output)
-
-    def rewound(self, now: Look, then: Look, unit: int) -> torch.Tensor:
-        """
-        What the model says with the front up to a unit as it was.
-
-        Args:
-            now ([`Look`]): of the model as it is.
-            then ([`Look`]): the earlier one.
-            unit (`int`): the last unit of the front.
-
-        Returns:
-            `torch.Tensor` of shape `(rows, classes)`.
-        """
-        with ExitStack() as stack:
-            self._put(stack, [*now.hidden[:unit], then.hidden[unit]])
-            return self._run(unit + 1)
-
-    def _put(self, stack: ExitStack, hidden: list[torch.Tensor]) -> None:
-        """Have units of the front give what they are told, until the stack is closed."""
-
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            return ((hidden[0], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden[0]})
+            hidden[unit] = thinned(output[0] if isinstance(output, tuple) else output)
 
         blocks = self._stack.blocks
-        stack.enter_context(blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
-        for unit, left in enumerate(hidden[1:], start=1):
-            output = (left, *self._rest[unit]) if unit in self._rest else left
-            stack.callback(StandIn(blocks[unit - 1], partial(_give, output)).remove)
+        with ExitStack() as stack:
+            stack.enter_context(blocks[0].register_forward_pre_hook(stem, with_kwargs=True))
+            for unit, module in enumerate(blocks, start=1):
+                stack.enter_context(module.register_forward_hook(partial(block, unit)))
+            return Look(hidden, self._run())
 
-    def changes(self, now: Look, then: Look, first: int = 0) -> torch.Tensor:
-        """
-        How far the model has come since an earlier look, unit by unit.
-
-        Args:
-            now ([`Look`]): of the model as it is.
-            then ([`Look`]): the earlier one.
-            first (`int`, *optional*, defaults to 0): units before this one are left out.
-
-        Returns:
-            `torch.Tensor` of shape `(units - first, 3)`: mean squared distances; of what the model says from what it would say with
-            the front up to the unit as it was, of what leaves the unit from what left it, and of what the model says
-            from what it said.
-        """
-        whole = shift(now.output, then.output)
-        return torch.tensor(
-            [
-                [
-                    shift(now.output, self.rewound(now, then, unit)),
-                    float((now.hidden[unit] - then.hidden[unit]).float().pow(2).mean()),
-                    whole,
-                ]
-                for unit in range(first, len(self._stack))
-            ]
-        )
-
-    def _run(self, first: int) -> torch.Tensor:
-        """
-        What the model says: its logits, or the last thing it puts out, at some tokens where it has any. Unit `first` is the
-        first one that runs.
-        """
+    def _run(self) -> torch.Tensor:
+        """What the model says: its logits, or the last thing it puts out, at some tokens where it has any."""
         assert self._inputs is not None, "the first training batch has not come yet"
         args, kwargs = map_tensors(self._inputs, lambda tensor: tensor)  # dictionaries that the model may write into
         # What is looked at is not what was compiled.
         with evaluation_mode(self._stack.model), torch.compiler.set_stance("force_eager"):
             output = self._stack.model(*args, **kwargs)
-        self.on_pass(first, self._elements)
+        self.on_pass(self._elements)
         said = output.get("logits") if isinstance(output, Mapping) else None
         if said is None:
             said = float_tensors(output)[-1]
@@ -238,7 +178,3 @@ class FrontProbe:
             )
             said = spread_tokens(said, mask)
         return said.float().reshape(len(said), -1)
-
-
-def _give(output: Any, *args, **kwargs) -> Any:
-    return output

@@ -27,6 +27,7 @@ from smartfrz_hf.harvest.specs import read_specs
 from smartfrz_hf.harvest.table import PROVENANCE, RecordedRun, read_runs, write_run
 from smartfrz_hf.policies import SmartFRZPolicy
 from smartfrz_hf.predictor import SmartFRZPredictorConfig
+from smartfrz_hf.predictor.inputs import CONTEXT
 from smartfrz_hf.probe import shift, spread_tokens
 
 
@@ -272,11 +273,34 @@ def test_units_in_front_are_left_out_at_random(harvested):
     torch.manual_seed(0)
     active = torch.stack([stages[0]["active"] for _ in range(20)])
     assert active.all(), "all are there unless asked for"
-    dropping = stages.select(torch.ones(len(stages), dtype=torch.bool), drop_front=True)
+    dropping = stages.select(torch.ones(len(stages), dtype=torch.bool), as_in_use=True)
     active = torch.stack([dropping[0]["active"] for _ in range(200)])
     assert active[:, -1].all() and 0.5 < active[:, 0].float().mean() < 0.8
     assert (active.int().diff(dim=1) >= 0).all(), "from the front only"
     assert len(stages.select(stages.columns["run"] == 0)) == int((stages.columns["run"] == 0).sum())
+
+
+def test_now_and_then_nothing_is_known_of_the_front_probe(harvested):
+    config = SmartFRZPredictorConfig(front_probe=True)
+    stages = FreezingStages(read_runs(harvested[0] / "out"), config, "cka-0.99")
+    in_use = stages.select(torch.ones(len(stages), dtype=torch.bool), as_in_use=True)
+    torch.manual_seed(0)
+    drawn = torch.stack([in_use[0]["context"] for _ in range(300)])
+    known = drawn[..., CONTEXT:].any(dim=(1, 2))
+    assert 0.85 < known.float().mean() < 0.95
+    assert drawn[..., :CONTEXT].eq(stages[0]["context"][..., :CONTEXT]).all()
+    assert drawn[known].eq(stages[0]["context"]).all()
+
+
+def test_what_is_learned_is_the_label_or_what_freezing_keeps():
+    run = a_run()
+    kept, label = (
+        FreezingStages([run], SmartFRZPredictorConfig(samples=8), "rewind-shift-0.03", target=target)
+        for target in ("kept", "label")
+    )
+    steps = kept.columns["step"]
+    torch.testing.assert_close(kept.columns["targets"], 1 - run.tensors["rewind_shifts"][steps])
+    assert label.columns["targets"].equal(kept.columns["labels"]), "which both are judged by"
 
 
 def a_run(name="x", units=3, probes=41):
@@ -334,7 +358,13 @@ def test_evaluation_sees_when_a_predictor_is_too_early_or_unsure():
     unsure = held_out_with(lambda labels: 2 * (labels - 0.5) + np.random.default_rng(0).normal(0, 2, labels.shape))
     summary = summarize(unsure)
     assert 0.5 < summary["auc"] < 0.95 and summary["moment_error"] > 0
-    assert unsure.temperature(np.ones(len(unsure.folds), dtype=bool)) > 1, "the noise makes it too sure"
+    found = unsure.calibration(np.ones(len(unsure.folds), dtype=bool))
+    assert found["temperature"] > 1, "the noise makes it too sure"
+    moved = held_out_with(lambda labels: 3 * unsure.scores[PREDICTOR] + 5)
+    again = moved.calibration(np.ones(len(moved.folds), dtype=bool))
+    assert again["temperature"] == pytest.approx(3 * found["temperature"], rel=1e-3)
+    assert again["offset"] == pytest.approx(3 * found["offset"] + 5, rel=1e-3)
+    np.testing.assert_allclose(moved.probabilities(), unsure.probabilities(), atol=1e-4)
     always = unsure.moments(np.ones_like(unsure.labels))
     assert path_cost(unsure, always).max() > 0.5 and np.nanmax(always) < 0.1
     never = unsure.moments(np.zeros_like(unsure.labels))
@@ -374,7 +404,7 @@ def test_evaluate_and_fit_write_a_predictor_and_its_card(harvested, tmp_path):
     for part, groups in (("leave_one_family_out", {"vit", "resnet"}), ("leave_one_task_out", {"cifar10", "other"})):
         found = summary[part]
         assert found["rows"] > 50 and 0 <= found["auc"] <= 1 and 0 <= found["brier"] <= 1
-        assert set(found["folds"]) == groups and len(found["rules"]) == 8
+        assert set(found["folds"]) == groups and len(found["rules"]) == 10
     assert summary["parameters"] < 1_000_000 and summary["decision_ms_32_blocks"] > 0
     assert (tmp_path / "results_reliability.png").is_file() and (tmp_path / "results_rules.png").is_file()
 
@@ -383,7 +413,9 @@ def test_evaluate_and_fit_write_a_predictor_and_its_card(harvested, tmp_path):
     predictor = load_predictor(out)
     assert predictor.config.window == 20 and predictor.config.samples == 1024
     assert predictor.feature_std.min() > 0 and predictor.feature_mean.abs().max() > 0
-    assert predictor.temperature == pytest.approx(summary["temperature"])
+    assert predictor.temperature == pytest.approx(summary["calibration"]["temperature"])
+    assert predictor.offset == pytest.approx(summary["calibration"]["offset"])
+    assert predictor.config.front_probe
     points = {name: point["threshold"] for name, point in summary["operating_points"].items()}
     assert predictor.config.operating_points == points
     card = (out / "README.md").read_text()
@@ -404,6 +436,7 @@ def test_bad_input_of_the_commands(harvested, tmp_path):
         (["evaluate", str(tmp_path), "--out", "x"], "holds no recorded run"),
         (["evaluate", runs, "--out", "x", "--epochs", "1"], "nothing to hold out"),
         (["evaluate", runs, "--out", "x", "--label", "magic"], "must be one of cka-0.98"),
+        (["evaluate", runs, "--out", "x", "--target", "magic"], "must be one of kept, label"),
         (["evaluate", runs, "--out", "x", "--form", "magic"], "'dynamics', 'weights'"),
         (["fit", runs, "--out", "x", "--evaluation", "none.json"], "does not exist"),
         (["harvest", str(tmp_path / "none.json"), "--out", "x"], "does not exist"),

@@ -18,6 +18,7 @@ def make(**sizes):
     with torch.no_grad():
         for parameter in predictor.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
+        predictor.offset.fill_(0.5)
         predictor.temperature.fill_(1.5)
         if predictor.config.form == "dynamics":
             predictor.feature_mean.normal_()

@@ -15,7 +15,7 @@ tags:
 
 A predictor of [smartfrz_hf](https://arxiv.org/abs/2401.16720) (SmartFRZ, ICLR 2023). From the last {window} snapshots of
 {samples} sampled weights of each unit of a model in training, it says how likely it is that the unit, and all that comes before
-it, can freeze at no loss. It has {parameters:,} parameters, decides for a model of 32 blocks in {decision_ms_32_blocks} ms on one
+it, can freeze at no loss. {told}It has {parameters:,} parameters, decides for a model of 32 blocks in {decision_ms_32_blocks} ms on one
 core, and is no language or vision model of its own.
 
 ```python
@@ -42,6 +42,7 @@ probability had seen.
 ## Training data
 
 {run_count} full training runs, recorded by `smartfrz harvest`. The label is `{label}`: {meaning}
+{learned}
 
 | family | data | regime | schedules | optimizers | runs |
 |---|---|---|---|---|---|
@@ -72,6 +73,13 @@ Held out, fold by fold:
   point `conservative` freezes later.
 - It reads {window} snapshots, half a percent or one percent of the run apart.
 """
+
+TOLD = "It is told, too, how far what leaves each unit, and what the model says, moves on 16 rows of the first training batch.\n"
+LEARNED = {
+    "label": "That is what the predictor has learned.",
+    "kept": "The predictor has learned what share of that way stays, so that dear mistakes count for more; the probability of the "
+    "label is fitted on top.",
+}
 
 MEANINGS = {
     "cka": "the linear CKA of the unit's output on held-out rows to that at the end of its run is, and stays, at least {x}.",
@@ -161,11 +169,13 @@ def write_card(name: str, evaluation: dict[str, Any]) -> str:
         name=name,
         window=evaluation["config"]["window"],
         samples=evaluation["config"]["samples"],
+        told=TOLD if evaluation["config"]["front_probe"] else "",
         parameters=evaluation["parameters"],
         decision_ms_32_blocks=evaluation["decision_ms_32_blocks"],
         run_count=len(evaluation["runs"]),
         label=evaluation["label"],
         meaning=meaning(evaluation["label"]),
+        learned=LEARNED[evaluation["target"]],
         points=point_table(evaluation["operating_points"]),
         runs=runs,
         scores=scores,

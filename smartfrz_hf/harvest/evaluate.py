@@ -130,7 +130,7 @@ def summarize(held_out: HeldOut) -> dict:
         [`frozen_share`]), `rules` and `folds`, by name, and `reliability`, by tenths of predicted probability.
     """
     active, labels = held_out.active, held_out.labels[held_out.active]
-    probabilities = held_out.probabilities()
+    scores, probabilities = held_out.scores[PREDICTOR], held_out.probabilities()
     rules = {
         name: _rounded(
             {
@@ -157,10 +157,10 @@ def summarize(held_out: HeldOut) -> dict:
         "positive": round(float(labels.mean()), 4),
         **_rounded(
             {
-                **ranking(labels, probabilities[active]),
+                **ranking(labels, scores[active]),
                 "brier": brier_score_loss(labels, probabilities[active]),
-                "moment_error": moment_error(held_out, probabilities),
-                "frozen": frozen_share(held_out, probabilities),
+                "moment_error": moment_error(held_out, scores),
+                "frozen": frozen_share(held_out, scores),
             }
         ),
         "rules": rules,

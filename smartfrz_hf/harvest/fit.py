@@ -28,7 +28,7 @@ class FitOptions:
     epochs: int = 20
     batch_size: int = 64
     learning_rate: float = 3e-3
-    weight_decay: float = 0.3
+    weight_decay: float = 1.0
     seed: int = 0
     progress: bool = False
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -17,7 +18,7 @@ from .fit import FitOptions, fit
 from .table import RecordedRun
 
 PREDICTOR = "predictor"
-TEMPERATURES = np.geomspace(0.25, 8, 61)
+LEAST_SLOPE = 1e-3
 
 
 @torch.no_grad()
@@ -43,6 +44,9 @@ def rule_inputs(stages: FreezingStages) -> dict[str, np.ndarray]:
         "progress and depth": progress - depth,
         "learning rate left": -rest,
     }
+    if columns["context"].shape[-1] > CONTEXT:
+        hidden, _, _, said, _, _, _ = columns["context"][..., CONTEXT:].unbind(-1)
+        found |= {"change of what leaves the unit": -hidden, "change of what the model says": -said}
     return {name: value.double().numpy() for name, value in found.items()}
 
 
@@ -93,19 +97,20 @@ class HeldOut:
             found[self.folds == fold] = choose(self.folds != fold)
         return found
 
-    def temperature(self, rows: np.ndarray) -> float:
-        """The temperature that makes the predictor's probabilities on some rows likeliest (Guo et al., 2017)."""
+    def calibration(self, rows: np.ndarray) -> dict[str, float]:
+        """The `offset` and `temperature` that make the label likeliest on some rows (Platt, 1999)."""
         score, wanted = (x[rows][self.active[rows]] for x in (self.scores[PREDICTOR], self.labels))
-
-        def cost(temperature: float) -> float:
-            z = score / temperature
-            return float(np.mean(np.logaddexp(0, z) - wanted * z))
-
-        return float(min(TEMPERATURES, key=cost))
+        found = LogisticRegression(C=np.inf).fit(score[:, None], wanted)
+        temperature = 1 / max(found.coef_.item(), LEAST_SLOPE)
+        return {"offset": -found.intercept_.item() * temperature, "temperature": temperature}
 
     def probabilities(self) -> np.ndarray:
-        """The predictor's, each fold's with the temperature fitted on the others: `(rows, units)`."""
-        return 1 / (1 + np.exp(-self.scores[PREDICTOR] / self.elsewhere(self.temperature)[:, None]))
+        """The predictor's that the label holds, each fold's as calibrated on the others: `(rows, units)`."""
+        offset, temperature = (
+            self.elsewhere(lambda rows, key=key: self.calibration(rows)[key])[:, None]  # type: ignore[misc]
+            for key in ("offset", "temperature")
+        )
+        return expit((self.scores[PREDICTOR] - offset) / temperature)
 
     def moments(self, freeze: np.ndarray) -> np.ndarray:
         """
@@ -160,7 +165,7 @@ def cross_validate(
     scores = rule_inputs(judged)
     scores[PREDICTOR], scores["logistic regression"] = (np.zeros(scores["depth"].shape) for _ in range(2))
     for fold in tqdm(sorted(set(groups)), desc=description):
-        train, test = stages.select(torch.from_numpy(known != fold), drop_front=True), folds == fold
+        train, test = stages.select(torch.from_numpy(known != fold), as_in_use=True), folds == fold
         part = judged.select(torch.from_numpy(test))
         scores[PREDICTOR][test] = logits(fit(train, config, options), part)
         regression, active = (

@@ -22,7 +22,7 @@ from .dataset import FreezingStages
 from .evaluate import operating_points, summarize
 from .fit import FitOptions, fit
 from .held_out import cross_validate
-from .labels import LABELS
+from .labels import LABELS, TARGETS
 from .table import RecordedRun, read_runs
 
 SPACINGS = (1, 2)
@@ -65,14 +65,15 @@ def decision_ms(predictor: SmartFRZPredictor, blocks: int = 32, repeats: int = 5
 
 
 def judge(
-    folder: str | os.PathLike, label: str, config: SmartFRZPredictorConfig, options: FitOptions
+    folder: str | os.PathLike, label: str, target: str, config: SmartFRZPredictorConfig, options: FitOptions
 ) -> dict[str, Any]:
     """
     Fit predictors to all runs of a harvest but one model family's, or one data set's, and judge them there.
 
     Args:
         folder (`str`): the harvest.
-        label (`str`): one of [`LABELS`].
+        label (`str`): one of [`LABELS`], by which they are judged.
+        target (`str`): one of [`TARGETS`], which they learn.
         config ([`SmartFRZPredictorConfig`]): form and sizes.
         options ([`FitOptions`]): how predictors are fitted.
 
@@ -80,23 +81,25 @@ def judge(
         `dict`: what was measured, as plain JSON.
 
     Raises:
-        ValueError: the label is unknown, or there is nothing to hold out.
+        ValueError: the label or target is unknown, or there is nothing to hold out.
         FileNotFoundError: the folder holds no run.
     """
-    if label not in LABELS:
-        raise ValueError(f"The label is {label!r}; it must be one of {', '.join(LABELS)}.")
+    for what, name, known in (("label", label, LABELS), ("target", target, TARGETS)):
+        if name not in known:
+            raise ValueError(f"The {what} is {name!r}; it must be one of {', '.join(known)}.")
     runs = read_runs(folder)
-    stages = FreezingStages(runs, config, label, SPACINGS)
+    stages = FreezingStages(runs, config, label, SPACINGS, target)
     held_out = {name: cross_validate(stages, config, key, options, name) for name, key in GROUPS.items()}
     by_family = held_out["leave_one_family_out"]
     everything = by_family.folds == by_family.folds
     predictor = SmartFRZPredictor(config)
     return {
         "label": label,
+        "target": target,
         "config": {key: getattr(config, key) for key in CONFIG_KEYS},
         "fit": asdict(options) | {"spacings": SPACINGS},
         **{name: summarize(part) for name, part in held_out.items()},
-        "temperature": by_family.temperature(everything),
+        "calibration": by_family.calibration(everything),
         "operating_points": operating_points(by_family),
         "decision_ms_32_blocks": round(decision_ms(predictor), 2),
         "parameters": predictor.num_parameters(),
@@ -139,10 +142,11 @@ def make(folder: str | os.PathLike, evaluation: dict[str, Any], out: str | os.Pa
     points = {name: point["threshold"] for name, point in evaluation["operating_points"].items()}
     config = SmartFRZPredictorConfig(**evaluation["config"], operating_points=points)
     how = {key: value for key, value in evaluation["fit"].items() if key != "spacings"}
-    stages = FreezingStages(runs, config, evaluation["label"], evaluation["fit"]["spacings"])
+    stages = FreezingStages(runs, config, evaluation["label"], evaluation["fit"]["spacings"], evaluation["target"])
     everything = torch.ones(len(stages), dtype=torch.bool)
-    predictor = fit(stages.select(everything, drop_front=True), config, FitOptions(**how))
-    predictor.temperature.fill_(evaluation["temperature"])
+    predictor = fit(stages.select(everything, as_in_use=True), config, FitOptions(**how))
+    predictor.offset.fill_(evaluation["calibration"]["offset"])
+    predictor.temperature.fill_(evaluation["calibration"]["temperature"])
     predictor.save_pretrained(out)
     draw_charts(evaluation, out)
     (Path(out) / "README.md").write_text(write_card(Path(out).name, evaluation))

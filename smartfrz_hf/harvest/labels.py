@@ -88,6 +88,18 @@ def same_to_rewind(tensors: dict[str, torch.Tensor], threshold: float) -> torch.
     return at_probes(tensors["rewind_shifts"], tensors["rewind_steps"], tensors["probe_steps"]) <= threshold
 
 
+def kept(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """
+    What is left of the run's way if the front up to each unit is put back to each probe, from 0 to 1: learned with
+    cross-entropy, it makes a predictor say what freezing there costs on average, so that a rare but dear mistake counts.
+
+    Returns:
+        `torch.Tensor` of shape `(probes, units)`.
+    """
+    shifts = at_probes(tensors["rewind_shifts"], tensors["rewind_steps"], tensors["probe_steps"])
+    return 1 - shifts.clamp(0, 1).float()
+
+
 def _similar(tensors: dict[str, torch.Tensor], key: str, threshold: float) -> torch.Tensor:
     return similar(tensors[key], threshold)
 
@@ -99,4 +111,9 @@ LABELS: dict[str, Callable[[dict[str, torch.Tensor]], torch.Tensor]] = {
     "settled": lambda tensors: settled(tensors["cka"]),
     **{f"rewind-cost-{x}": partial(cheap_to_rewind, threshold=x) for x in (0.02, 0.05)},
     **{f"rewind-shift-{x}": partial(same_to_rewind, threshold=x) for x in (0.01, 0.03)},
+}
+# By name, what a predictor learns, from the same and the label.
+TARGETS: dict[str, Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]] = {
+    "kept": lambda tensors, label: kept(tensors),
+    "label": lambda tensors, label: label.float(),
 }

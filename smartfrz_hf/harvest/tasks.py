@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Image, load_dataset
+from datasets import Array3D, Dataset, DatasetDict, Features, Image, load_dataset
 from scipy.stats import spearmanr
 from transformers import (
     AutoConfig,
@@ -192,11 +192,15 @@ def _prepare_images(spec: RunSpec, parts: list[Dataset]):
 
     def to_pixels(rows):
         pictures = (picture.resize((spec.image_size, spec.image_size)) for picture in rows[image])
-        pixels = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
-        return {"pixel_values": pixels.transpose(0, 3, 1, 2) / 127.5 - 1, "label": rows["label"]}
+        values = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
+        return {"pixel_values": values.transpose(0, 3, 1, 2) / 127.5 - 1, "label": rows["label"]}
 
+    # As nested lists, which `map` would make of them, reading a batch takes longer than training on it.
+    pixels = Array3D((3, spec.image_size, spec.image_size), "float32")
+    features = Features({"pixel_values": pixels, "label": parts[0].features["label"]})
     parts = [
-        part.map(to_pixels, batched=True, remove_columns=part.column_names).with_format("torch") for part in parts
+        part.map(to_pixels, batched=True, remove_columns=part.column_names, features=features).with_format("torch")
+        for part in parts
     ]
     if spec.from_scratch:
         model = AutoModelForImageClassification.from_config(

@@ -77,6 +77,6 @@ class SmartFRZPolicy(Policy):
             front = observation.front
             moved = torch.zeros(observation.units, MOVES)  # not known
             if front is not None and front.changes is not None:
-                moved = moves(front.changes, rates.spent[front.since], spent[-1])
+                moved = moves(front.changes)
             context = torch.cat([context, moved], dim=-1)
         return self.predictor(features, usable, context[depth:].to(device)).probabilities.tolist()

@@ -4,7 +4,7 @@ import torch
 
 DYNAMICS = 10
 CONTEXT = 4
-MOVES = 14
+MOVES = 7
 EPSILON = 1e-12
 LEAST, MOST = 1e-6, 1e3  # a ratio outside says no more than one at the bound
 
@@ -108,34 +108,21 @@ def contexts(units: int, progress: float, rate: torch.Tensor, spent: torch.Tenso
     return torch.cat([depth.unsqueeze(1), now.expand(units, -1)], dim=1)
 
 
-def moves(changes: torch.Tensor, since: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+def moves(changes: torch.Tensor) -> torch.Tensor:
     r"""
     How the front probe moves, in quantities that know nothing of the size of what models put out.
 
-    With \\(r_l\\) the mean squared distance of what the model says to what it would say with the front up to the unit
-    as it was at an earlier look \\(l\\), \\(h_l\\) that of what leaves the unit, \\(y_l\\) that of what the model says, and
-    \\(l = 0\\) the look at the start of the run, they are, for each earlier look but that, decimal logarithms of
-    \\(r_l / y_0\\), \\(h_l / h_0\\), \\(y_l / y_0\\) and \\(r_l / y_0 \cdot (1 - b) / (b - b_l)\\), with \\(b\\) the
-    share of the run's summed learning rate that is spent: what is to come if it goes on as it did since then; and last
-    that of \\(r_0 / y_0\\), and a one.
+    With \\(h_l\\) the mean squared distance of what leaves the unit from what left it at an earlier look \\(l\\),
+    \\(y_l\\) that of what the model says, and \\(l = 0\\) the look at the start of the run, they are, for each earlier
+    look but that, decimal logarithms of \\(h_l / h_0\\) and of \\(y_l / y_0\\), and last a one: all are zero where
+    nothing is known.
 
     Args:
-        changes (`torch.Tensor` of shape `(units, looks, 3)`): \\(r\\), \\(h\\) and \\(y\\) of each unit, the start last.
-        since (`torch.Tensor` of shape `(looks,)`): share of the summed learning rate spent before each look.
-        now (`torch.Tensor` of shape `()`): share that is spent.
+        changes (`torch.Tensor` of shape `(units, looks, 2)`): \\(h\\) and \\(y\\) of each unit, the start last.
 
     Returns:
-        `torch.Tensor` of shape `(units, 14)`.
+        `torch.Tensor` of shape `(units, 7)`.
     """
-    front, hidden, output = changes.double().unbind(-1)
-    left = ((1 - now) / (now - since[:-1]).clamp(min=EPSILON)).double()
-    all_along = output[:, -1:]
-    found = [
-        log_ratio(front[:, :-1], all_along),
-        log_ratio(hidden[:, :-1], hidden[:, -1:]),
-        log_ratio(output[:, :-1], all_along),
-        log_ratio(front[:, :-1] * left, all_along),
-        log_ratio(front[:, -1:], all_along),
-        torch.ones_like(all_along),
-    ]
-    return torch.cat(found, dim=-1).float()
+    hidden, output = changes.double().unbind(-1)
+    parts = [log_ratio(part[:, :-1], part[:, -1:]) for part in (hidden, output)]
+    return torch.cat([*parts, torch.ones_like(output[:, :1])], dim=-1).float()

@@ -96,6 +96,7 @@ class SmartFRZPredictor(PreTrainedModel):
     config: SmartFRZPredictorConfig
     feature_mean: torch.Tensor
     feature_std: torch.Tensor
+    offset: torch.Tensor
     temperature: torch.Tensor
 
     def __init__(self, config: SmartFRZPredictorConfig):
@@ -111,6 +112,7 @@ class SmartFRZPredictor(PreTrainedModel):
             if config.unit_attention:
                 self.unit_query, self.unit_key, self.unit_value = (nn.Linear(found, found) for _ in range(3))
         self.head = mlp(found, config.head_size, config.head_size, 1)
+        self.register_buffer("offset", torch.zeros(()))
         self.register_buffer("temperature", torch.ones(()))
         self.post_init()
 
@@ -162,8 +164,8 @@ class SmartFRZPredictor(PreTrainedModel):
         Args:
             features (`torch.Tensor` of shape `(units, window, input_size)`): histories, as `read` gives them.
             usable (`torch.Tensor` of shape `(units, window)`, `bool`): which snapshots attention may look at.
-            context (`torch.Tensor` of shape `(units, 4)`): relative depth, progress, learning rate relative to its
-                peak, and the share of the summed learning rate still to come.
+            context (`torch.Tensor` of shape `(units, context_size)`): relative depth, progress, learning rate relative to
+                its peak, and the share of the summed learning rate still to come; and how the front probe moves.
             active (`torch.Tensor` of shape `(units,)`, `bool`, *optional*): which units there are. All when not given.
             labels (`torch.Tensor` of shape `(units,)`, *optional*): 1 for converged, 0 for not, or between.
 
@@ -187,7 +189,7 @@ class SmartFRZPredictor(PreTrainedModel):
         logits = self.head(found).squeeze(-1)
         if self.config.form == "dynamics" and self.config.front_sum:
             logits = -(-logits).masked_fill(~active, LEAST).logcumsumexp(-1)
-        logits = logits / self.temperature
+        logits = (logits - self.offset) / self.temperature
         loss = None
         if labels is not None:
             wanted = labels.to(logits.dtype)

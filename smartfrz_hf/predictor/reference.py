@@ -135,5 +135,5 @@ def predict_reference(
     logits = [_mlp(layers("head"), x)[0] for x in found]
     if config.form == "dynamics" and config.front_sum:
         logits = [-math.log(sum(math.exp(-z) for z in logits[: unit + 1])) for unit in range(len(logits))]
-    temperature = float(predictor.temperature)
-    return [z / temperature for z in logits], attentions
+    offset, temperature = float(predictor.offset), float(predictor.temperature)
+    return [(z - offset) / temperature for z in logits], attentions
