@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .batches import first_rows, float_tensors, map_tensors, named_tensors, pack
 from .blocks import BlockStack, evaluation_mode
 
 ROWS = 16
-MOST_NUMBERS = 2**15  # kept of what leaves a unit, of each row
+MOST_NUMBERS = 2**12  # kept of what leaves a unit, of each row
 TOKENS = 2  # a row, of outputs that have some
 
 
@@ -49,9 +50,12 @@ def shift(logits: torch.Tensor, others: torch.Tensor) -> float:
 
 
 def thinned(hidden: torch.Tensor) -> torch.Tensor:
-    """Of each row at most 32,768 numbers, evenly spread and always the same ones: `(rows, numbers)`."""
+    """Of each row at most 4,096 numbers, evenly spread over all features and always the same ones: `(rows, numbers)`."""
     numbers = hidden.detach().flatten(1)
-    return numbers[:, :: -(-numbers.shape[1] // MOST_NUMBERS)].clone()
+    stride = -(-numbers.shape[1] // MOST_NUMBERS)
+    while gcd(stride, hidden.shape[-1]) > 1:  # else it would see some features only, at every place
+        stride += 1
+    return numbers[:, ::stride].clone()
 
 
 @dataclass(frozen=True)
