@@ -350,8 +350,8 @@ def test_evaluation_of_a_perfect_predictor():
         frozen_share(held_out, held_out.scores["zero"]) == 0 < frozen_share(held_out, held_out.scores["zero"], most=1)
     )
     points = operating_points(held_out)
-    assert summary["frozen"] == points["balanced"]["frozen"]
-    assert points["balanced"]["frozen"] == pytest.approx(np.mean([0.8, 0.6, 0.4, 0.8, 0.6]), abs=1e-3)
+    assert summary["frozen"] == points["aggressive"]["frozen"]
+    assert points["aggressive"]["frozen"] == pytest.approx(np.mean([0.8, 0.6, 0.4, 0.8, 0.6]), abs=1e-3)
 
 
 def test_evaluation_sees_when_a_predictor_is_too_early_or_unsure():

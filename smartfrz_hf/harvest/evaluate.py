@@ -8,8 +8,10 @@ from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_s
 from .held_out import PREDICTOR, HeldOut
 from .labels import at_probes
 
-# What freezing may cost on average: by the rewind test, the share of how far a run has moved the logits.
-COSTS = {"conservative": 0.01, "balanced": 0.03, "aggressive": 0.1}
+# What freezing may cost on average: by the rewind test, the share of how far a run has moved the logits. In
+# `benchmarks/results/labels.json`, freezes of at most 1 % lost no accuracy, and of 1 to 3 % lost 0.9 points.
+COSTS = {"conservative": 0.003, "balanced": 0.01, "aggressive": 0.03}
+FROZEN_AT = 0.03
 
 
 def path_cost(held_out: HeldOut, moments: np.ndarray) -> np.ndarray:
@@ -44,7 +46,7 @@ def operating_points(held_out: HeldOut) -> dict[str, dict[str, float]]:
         (mean share of units and time).
     """
     probabilities = held_out.probabilities()
-    grid = np.append(np.linspace(0.02, 0.98, 49), [0.985, 0.99, 0.995])
+    grid = np.append(np.linspace(0.02, 0.98, 49), [0.985, 0.99, 0.995, 0.998, 0.999])
     moments = np.stack([held_out.moments(probabilities >= threshold) for threshold in grid])
     costs = np.stack([path_cost(held_out, when) for when in moments])
     run = held_out.stages.columns["run"].numpy()
@@ -68,7 +70,7 @@ def operating_points(held_out: HeldOut) -> dict[str, dict[str, float]]:
     return found
 
 
-def frozen_share(held_out: HeldOut, scores: np.ndarray, most: float = COSTS["balanced"]) -> float:
+def frozen_share(held_out: HeldOut, scores: np.ndarray, most: float = FROZEN_AT) -> float:
     """
     How much a score lets freeze at a given cost, with the one threshold for all runs that lets freeze most.
 
