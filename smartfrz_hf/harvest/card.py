@@ -121,7 +121,7 @@ def point_table(points: dict[str, dict[str, float]]) -> str:
     ]
     for name, point in points.items():
         cost = f"{point['cost']:.1%} | {point['worst_cost']:.1%}"
-        lines.append(f"| `{name}` | {point['threshold']:.2f} | {point['frozen']:.0%} | {cost} |")
+        lines.append(f"| `{name}` | {point['threshold']:.3f} | {point['frozen']:.0%} | {cost} |")
     return "\n".join(lines)
 
 
