@@ -6,6 +6,7 @@ Variants that are there already are not run again.
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from workers import in_processes, provenance
 
 from smartfrz_hf import SmartFRZPredictorConfig
 from smartfrz_hf.cli import DEFAULT_LABEL, DEFAULT_TARGET
+from smartfrz_hf.front_history import LAGS
 from smartfrz_hf.harvest.dataset import FreezingStages
 from smartfrz_hf.harvest.evaluate import summarize
 from smartfrz_hf.harvest.fit import FitOptions
@@ -24,7 +26,7 @@ from smartfrz_hf.harvest.held_out import cross_validate
 from smartfrz_hf.harvest.judge import SPACINGS
 from smartfrz_hf.harvest.labels import LABELS
 from smartfrz_hf.harvest.table import read_runs
-from smartfrz_hf.predictor.inputs import CONTEXT, DYNAMICS
+from smartfrz_hf.predictor.inputs import CONTEXT, DYNAMICS, MOVES
 
 ROOT = Path(__file__).parents[1]
 FEATURES = (
@@ -91,6 +93,7 @@ def variants() -> dict[str, Variant]:
         found[f"as shipped, shown {samples} samples"] = Variant("other input", judged={"samples": samples})
     for spacing in (2, 4):
         found[f"as shipped, shown spacing {spacing}"] = Variant("other input", judged={"spacings": (spacing,)})
+    found["as shipped, not shown the front probe"] = Variant("other input", judged={"probed": False})
     found["without the sum over the front"] = Variant("network", {"front_sum": False})
     found["without attention across units"] = Variant("network", {"unit_attention": False})
     found["half as wide"] = Variant(
@@ -101,8 +104,10 @@ def variants() -> dict[str, Variant]:
     )
     found["the paper's form: weights themselves"] = Variant("network", {"form": "weights", "front_probe": False})
     found["without the front probe"] = Variant("front probe", {"front_probe": False})
-    for name, places in (("what leaves the unit", range(4, 7)), ("what the model says", range(7, 10))):
-        found[f"without {name}"] = Variant("front probe", change=partial(blank, "context", places))
+    for name, place in (("what leaves the unit", CONTEXT), ("what the model says", CONTEXT + len(LAGS))):
+        found[f"without {name}"] = Variant(
+            "front probe", change=partial(blank, "context", range(place, place + len(LAGS)))
+        )
     found["learned as a label"] = Variant("label", target="label")
     found["with self-CKA"] = Variant("extra input", config_class=WithSelfCKA, change=add_self_cka)
     for label in LABELS:
@@ -121,6 +126,8 @@ def judge(name: str, runs: Path, file: Path) -> None:
     if variant.judged is not None:
         shown = SmartFRZPredictorConfig(samples=variant.judged.get("samples", config.samples), front_probe=True)
         judged = FreezingStages(stages.runs, shown, variant.label, variant.judged.get("spacings", (1,)))
+        if not variant.judged.get("probed", True):
+            blank("context", range(CONTEXT, CONTEXT + MOVES), judged.columns)
     held_out = cross_validate(stages, config, lambda run: run.family, FitOptions(), name, judged)
     found = summarize(held_out)
     kept = {key: found[key] for key in ("auc", "ap", "brier", "moment_error", "frozen", "positive")}
@@ -150,7 +157,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.done.mkdir(parents=True, exist_ok=True)
-    files = {name: options.done / f"{i:02d}.json" for i, name in enumerate(variants())}
+    files = {name: options.done / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}.json" for name in variants()}
     waiting = [name for name in files if not files[name].exists() and (options.only or "") in name]
     in_processes(judge, [(name, options.runs, files[name]) for name in waiting], options.processes, "variants")
     results = {

@@ -31,7 +31,8 @@ WAYS = {
     "static": SmartFRZConfig(policy="static"),
     "linear": SmartFRZConfig(policy="linear"),
 }
-FEWER = "fewer steps"
+# Full training with so few steps that it takes as long as another way.
+FEWER = {f"as long as {way}": way for way in ("balanced", "aggressive")}
 
 
 def result_file(folder: Path, spec: RunSpec, way: str) -> Path:
@@ -49,17 +50,17 @@ def make_start(spec: RunSpec, folder: Path, data_dir: str | None) -> None:
     Path(f"{file}.new").rename(file)
 
 
-def run(spec: RunSpec, way: str, folder: Path, data_dir: str | None, as_long_as: str) -> None:
+def run(spec: RunSpec, way: str, folder: Path, data_dir: str | None) -> None:
     """Train in one way, and write what that cost and how good the model is."""
     start = load_file(start_file(folder, spec)) if spec.pretraining else None
     ready = prepare(spec, data_dir, HELD_OUT_ROWS, start)
     steps = full_steps = spec.epochs * -(-len(ready.train) // spec.batch_size)
     config = WAYS.get(way)
-    if way == FEWER:
+    if way in FEWER:
         took = {
-            name: json.loads(result_file(folder, spec, name).read_text())["seconds"] for name in ("full", as_long_as)
+            name: json.loads(result_file(folder, spec, name).read_text())["seconds"] for name in ("full", FEWER[way])
         }
-        steps = max(1, round(full_steps * min(1, took[as_long_as] / took["full"])))
+        steps = max(1, round(full_steps * min(1, took[FEWER[way]] / took["full"])))
     callback = None if config is None else SmartFRZCallback(config)
     with tempfile.TemporaryDirectory() as output:
         trainer = ready.trainer(spec, output, [] if callback is None else [callback], max_steps=steps)
@@ -135,9 +136,11 @@ def main() -> None:
     parser.add_argument("--data_dir", help="folder of local copies of the data; the Hub when not given")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "held_out", help="folder of finished runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run of each way each")
-    parser.add_argument("--ways", nargs="+", default=["full", "balanced", "static", "linear"], choices=WAYS)
     parser.add_argument(
-        "--as_long_as", default="balanced", choices=WAYS, help="way whose time full training with fewer steps gets"
+        "--ways",
+        nargs="+",
+        default=["full", "balanced", "static", "linear", "as long as balanced"],
+        choices=[*WAYS, *FEWER],
     )
     parser.add_argument("--tasks", nargs="+", help="run these only; results are of all that is finished. Default: all")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time; they share the cores")
@@ -147,26 +150,25 @@ def main() -> None:
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     specs = [replace(spec, seed=seed) for seed in options.seeds for spec in read_specs(options.specs)]
-    ways = [*options.ways, FEWER] if {"full", options.as_long_as} <= set(options.ways) else options.ways
     wanted = [spec for spec in specs if spec.name in (options.tasks or [spec.name])]
     starts = [(spec, options.runs, options.data_dir) for spec in wanted if spec.pretraining]
     starts = [job for job in starts if not start_file(options.runs, job[0]).exists()]
     in_processes(make_start, starts, options.processes, "pretraining")
+    ways = {*options.ways, *(name for way in options.ways if way in FEWER for name in ("full", FEWER[way]))}
     # How few steps are trained in the last way follows from what the others took.
-    for part in (options.ways, [way for way in ways if way == FEWER]):
+    for part in (WAYS, FEWER):
         jobs = [
-            (spec, way, options.runs, options.data_dir, options.as_long_as)
+            (spec, way, options.runs, options.data_dir)
             for spec in wanted
             for way in part
-            if not result_file(options.runs, spec, way).exists()
+            if way in ways and not result_file(options.runs, spec, way).exists()
         ]
         in_processes(run, jobs, options.processes, "runs")
-    files = [result_file(options.runs, spec, way) for spec in specs for way in [*WAYS, FEWER]]
+    files = [result_file(options.runs, spec, way) for spec in specs for way in [*WAYS, *FEWER]]
     runs = [json.loads(file.read_text()) for file in files if file.exists()]
     results = {
         "seeds": options.seeds,
-        "fewer_steps_take_as_long_as": options.as_long_as,
-        "tasks": summarize(runs, [*WAYS, FEWER]),
+        "tasks": summarize(runs, [*WAYS, *FEWER]),
         "runs": runs,
     }
     results |= provenance("torch", "transformers", "accelerate")

@@ -9,6 +9,7 @@ the only difference. Branches that are there already are not run again.
 import argparse
 import json
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,19 @@ def labels_at(tensors: dict[str, torch.Tensor], step: int, depth: int) -> dict[s
 def correlation(rows: list[dict], label: str, regret: str) -> float:
     """Rank correlation of what a label calls unsafe with what it cost."""
     return float(spearmanr([-row["labels"][label] for row in rows], [row[regret] for row in rows])[0])
+
+
+def shift_table(results: dict) -> str:
+    """What freezes lost in score, by their rewind shift, as a Markdown table."""
+    lines = ["| rewind shift | freezes | points lost, mean |", "|---|---|---|"]
+    for least, most in pairwise((0, 0.01, 0.03, 0.1, 0.3, 1)):
+        lost = [
+            100 * row["regret_score"]
+            for row in results["rows"]
+            if row["depth"] and least <= -row["labels"]["rewind_shift"] < most
+        ]
+        lines.append(f"| {least:.0%} to {most:.0%} | {len(lost)} | {np.mean(lost):+.1f} |")
+    return "\n".join(lines)
 
 
 def correlation_table(results: dict) -> str:

@@ -24,6 +24,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "held-out runs": ("held_out", held_out.table),
     "operating points": ("predictor", lambda found: point_table(found["operating_points"])),
     "regret": ("labels", regret.regret_table),
+    "regret by shift": ("labels", regret.shift_table),
     "regret by label": ("labels", regret.correlation_table),
 }
 

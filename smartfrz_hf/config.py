@@ -88,7 +88,8 @@ class SmartFRZConfig:
             the model when it is not given.
         offload_frozen (`bool`, *optional*, defaults to `False`):
             Whether weights of a front that the activation cache stands in for are moved to host memory until they are
-            needed. Copying the model meanwhile copies no weights; `state_dict` gives them.
+            needed, as by each look of the front probe. Copying the model meanwhile copies no weights; `state_dict` gives
+            them.
 
     Parameters of the other policies:
         static_depth (`float`, *optional*, defaults to `0.5`):

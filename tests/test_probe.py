@@ -41,11 +41,14 @@ def test_a_look_is_what_the_model_makes_of_the_first_rows(name):
     assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     rows = {key: value[:3] for key, value in batch.items() if key != "labels"}
     seen = {}
+    entered = lambda module, args, kwargs: seen.update({0: args[0] if args else kwargs["hidden_states"]})  # noqa: E731
+    stack.blocks[0].register_forward_pre_hook(entered, with_kwargs=True)
     for unit, block in enumerate(stack.blocks, start=1):
         block.register_forward_hook(lambda module, args, output, unit=unit: seen.update({unit: output}))
     said = model.eval()(**rows).logits
     said = said if said.dim() == 2 else spread_tokens(said, batch["attention_mask"][:3])
     torch.testing.assert_close(now.output, said)
+    assert sorted(seen) == list(range(len(stack)))
     for unit, output in seen.items():
         output = output[0] if isinstance(output, tuple) else output
         torch.testing.assert_close(now.hidden[unit], output.flatten(1))

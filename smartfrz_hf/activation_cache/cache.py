@@ -52,8 +52,8 @@ class ActivationCache:
         savings ([`CacheSavings`]): what it has saved so far.
         last_epoch (`bool`): whether no training row comes again, so that none is kept.
         rows_left (`int`, *optional*): training rows until the end of the run, if known.
-        aside (`bool`): whether to leave passes alone for now: what the front probe puts in the place of the front is not
-            what it puts out.
+        aside (`bool`): whether to leave passes alone for now: the front probe looks at what leaves each unit, so that all
+            have to run.
     """
 
     def __init__(

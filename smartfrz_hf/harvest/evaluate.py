@@ -129,7 +129,7 @@ def summarize(held_out: HeldOut) -> dict:
 
     Returns:
         `dict`: `runs`, `rows`, `positive` (share of converged rows), `auc`, `ap`, `brier`, `moment_error`, `frozen` (see
-        [`frozen_share`]), `rules` and `folds`, by name, and `reliability`, by tenths of predicted probability.
+        [`frozen_share`]), `frozen_at_most`, the same of what is to be learned, had it been known, `rules` and `folds`, by name, and `reliability`, by tenths of predicted probability.
     """
     active, labels = held_out.active, held_out.labels[held_out.active]
     scores, probabilities = held_out.scores[PREDICTOR], held_out.probabilities()
@@ -163,6 +163,7 @@ def summarize(held_out: HeldOut) -> dict:
                 "brier": brier_score_loss(labels, probabilities[active]),
                 "moment_error": moment_error(held_out, scores),
                 "frozen": frozen_share(held_out, scores),
+                "frozen_at_most": frozen_share(held_out, held_out.stages.columns["targets"].double().numpy()),
             }
         ),
         "rules": rules,

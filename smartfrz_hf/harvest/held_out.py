@@ -11,6 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
+from ..front_history import LAGS
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
 from ..predictor.inputs import CONTEXT
 from .dataset import INPUTS, FreezingStages
@@ -44,9 +45,11 @@ def rule_inputs(stages: FreezingStages) -> dict[str, np.ndarray]:
         "progress and depth": progress - depth,
         "learning rate left": -rest,
     }
-    if columns["context"].shape[-1] > CONTEXT:
-        hidden, _, _, said, _, _, _ = columns["context"][..., CONTEXT:].unbind(-1)
-        found |= {"change of what leaves the unit": -hidden, "change of what the model says": -said}
+    moved = columns["context"][..., CONTEXT:]
+    if moved.shape[-1]:
+        # Since the last stage.
+        found["change of what leaves the unit"] = -moved[..., 0]
+        found["change of what the model says"] = -moved[..., len(LAGS)]
     return {name: value.double().numpy() for name, value in found.items()}
 
 
@@ -106,11 +109,12 @@ class HeldOut:
 
     def probabilities(self) -> np.ndarray:
         """The predictor's that the label holds, each fold's as calibrated on the others: `(rows, units)`."""
-        offset, temperature = (
-            self.elsewhere(lambda rows, key=key: self.calibration(rows)[key])[:, None]  # type: ignore[misc]
-            for key in ("offset", "temperature")
-        )
-        return expit((self.scores[PREDICTOR] - offset) / temperature)
+        found = np.zeros_like(self.scores[PREDICTOR])
+        for fold in np.unique(self.folds):
+            here = self.folds == fold
+            fitted = self.calibration(~here)
+            found[here] = expit((self.scores[PREDICTOR][here] - fitted["offset"]) / fitted["temperature"])
+        return found
 
     def moments(self, freeze: np.ndarray) -> np.ndarray:
         """
