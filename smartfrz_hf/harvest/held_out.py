@@ -53,11 +53,19 @@ def rule_inputs(stages: FreezingStages) -> dict[str, np.ndarray]:
     return {name: value.double().numpy() for name, value in found.items()}
 
 
-def _regressors(stages: FreezingStages) -> torch.Tensor:
-    """What logistic regression sees: the last snapshot's quantities, their means over the window, and the context."""
+def _regressors(stages: FreezingStages, context: int) -> torch.Tensor:
+    """What logistic regression sees: the last snapshot's quantities, their means over the window, and of the context."""
     features, usable = stages.columns["features"], stages.columns["usable"].unsqueeze(-1)
     mean = (features * usable).sum(2) / usable.sum(2).clamp(min=1)
-    return torch.cat([features[:, :, -1], mean, stages.columns["context"]], dim=-1).double()
+    return torch.cat([features[:, :, -1], mean, stages.columns["context"][..., :context]], dim=-1).double()
+
+
+def _regression(train: FreezingStages, test: FreezingStages, context: int) -> np.ndarray:
+    """What logistic regression says of some stages, fitted to others, told the first so many numbers of the context."""
+    model, active = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)), train.columns["active"]
+    model.fit(_regressors(train, context)[active], train.columns["labels"][active] >= 0.5)
+    seen = _regressors(test, context)
+    return model.decision_function(seen.flatten(0, 1)).reshape(seen.shape[:2])
 
 
 @dataclass
@@ -167,16 +175,14 @@ def cross_validate(
         judged = stages.select(stages.columns["spacing"] == stages.columns["spacing"].min())
     known, folds = groups[stages.columns["run"].numpy()], groups[judged.columns["run"].numpy()]
     scores = rule_inputs(judged)
-    scores[PREDICTOR], scores["logistic regression"] = (np.zeros(scores["depth"].shape) for _ in range(2))
+    told = {"logistic regression": judged.columns["context"].shape[-1]}
+    if told["logistic regression"] > CONTEXT:
+        told["logistic regression, not told of the front probe"] = CONTEXT
+    scores |= {name: np.zeros(scores["depth"].shape) for name in (PREDICTOR, *told)}
     for fold in tqdm(sorted(set(groups)), desc=description):
         train, test = stages.select(torch.from_numpy(known != fold), as_in_use=True), folds == fold
         part = judged.select(torch.from_numpy(test))
         scores[PREDICTOR][test] = logits(fit(train, config, options), part)
-        regression, active = (
-            make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
-            train.columns["active"],
-        )
-        regression.fit(_regressors(train)[active], train.columns["labels"][active] >= 0.5)
-        flat = _regressors(part).flatten(0, 1)
-        scores["logistic regression"][test] = regression.decision_function(flat).reshape(scores["depth"][test].shape)
+        for name, context in told.items():
+            scores[name][test] = _regression(train, part, context)
     return HeldOut(judged, folds, scores)
