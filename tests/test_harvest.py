@@ -404,7 +404,7 @@ def test_evaluate_and_fit_write_a_predictor_and_its_card(harvested, tmp_path):
     for part, groups in (("leave_one_family_out", {"vit", "resnet"}), ("leave_one_task_out", {"cifar10", "other"})):
         found = summary[part]
         assert found["rows"] > 50 and 0 <= found["auc"] <= 1 and 0 <= found["brier"] <= 1
-        assert set(found["folds"]) == groups and len(found["rules"]) == 10
+        assert set(found["folds"]) == groups and len(found["rules"]) == 11
     assert summary["parameters"] < 1_000_000 and summary["decision_ms_32_blocks"] > 0
     assert (tmp_path / "results_reliability.png").is_file() and (tmp_path / "results_rules.png").is_file()
 

@@ -33,7 +33,7 @@ class FreezingStages(Dataset):
     Attributes:
         columns (`dict[str, torch.Tensor]`): `features` `(rows, units, window, input_size)`, `usable`
             `(rows, units, window)`, `context` `(rows, units, context_size)`, `active`, `labels`, which say what has
-            converged, and `targets`, which are learned, `(rows, units)`, `run`, `step` and `spacing` `(rows,)`; and for
+            converged, and `targets`, which are learned, `(rows, units)`, `run`, `step`, `progress` and `spacing` `(rows,)`; and for
             rules, not for the predictor, `weight_change`, the update against the weights' own norm, `self_cka`, the CKA of
             each unit's output to what it was some probes before, and `gradient_change`, by which share the norm of its
             gradients has changed since the last probe (AutoFreeze, arXiv 2102.01386), `(rows, units)`.
@@ -128,6 +128,6 @@ def _rows(
             filled = value.new_zeros(most, *value.shape[1:])
             filled[:units] = value
             rows.setdefault(key, []).append(filled)
-        for key, number in (("run", index), ("step", step), ("spacing", spacing)):
+        for key, number in (("run", index), ("step", step), ("progress", step / last), ("spacing", spacing)):
             rows.setdefault(key, []).append(torch.tensor(number))
     return {key: torch.stack(values) for key, values in rows.items()}

@@ -135,7 +135,7 @@ class HeldOut:
             `np.ndarray` of shape `(runs, units)`: fraction of the run; 1 for never, NaN for units there are not.
         """
         columns = self.stages.columns
-        run, progress = columns["run"].numpy(), columns["context"][:, 0, 1].numpy()
+        run, progress = columns["run"].numpy(), columns["progress"].numpy()
         front = np.logical_and.accumulate(freeze | ~self.active, axis=1)
         found = np.full((run.max() + 1, front.shape[1]), np.nan)
         for index in np.unique(run):
