@@ -343,6 +343,8 @@ def test_evaluation_of_a_perfect_predictor():
     assert summary["rules"]["zero"]["auc"] == 0.5 and summary["rules"]["zero"]["ap"] == summary["positive"]
     assert summary["rows"] == int(held_out.active.sum()) < held_out.active.size
     moments = held_out.moments(held_out.labels)
+    held_out.stages.columns["context"].zero_()  # as variants of the ablation do
+    np.testing.assert_array_equal(held_out.moments(held_out.labels), moments)
     # The shift of 3 % is reached shortly before the unit stands still.
     assert moments[0].tolist() == pytest.approx([0.2, 0.4, 0.6]) and np.isnan(moments[1, 2])
     assert path_cost(held_out, moments).tolist() == pytest.approx([0, 0], abs=1e-6)
@@ -405,6 +407,8 @@ def test_evaluate_and_fit_write_a_predictor_and_its_card(harvested, tmp_path):
         found = summary[part]
         assert found["rows"] > 50 and 0 <= found["auc"] <= 1 and 0 <= found["brier"] <= 1
         assert set(found["folds"]) == groups and len(found["rules"]) == 11
+        told, untold = "logistic regression", "logistic regression, not told of the front probe"
+        assert found["rules"][told]["auc"] != found["rules"][untold]["auc"]
     assert summary["parameters"] < 1_000_000 and summary["decision_ms_32_blocks"] > 0
     assert (tmp_path / "results_reliability.png").is_file() and (tmp_path / "results_rules.png").is_file()
 

@@ -33,10 +33,11 @@ class FreezingStages(Dataset):
     Attributes:
         columns (`dict[str, torch.Tensor]`): `features` `(rows, units, window, input_size)`, `usable`
             `(rows, units, window)`, `context` `(rows, units, context_size)`, `active`, `labels`, which say what has
-            converged, and `targets`, which are learned, `(rows, units)`, `run`, `step`, `progress` and `spacing` `(rows,)`; and for
-            rules, not for the predictor, `weight_change`, the update against the weights' own norm, `self_cka`, the CKA of
-            each unit's output to what it was some probes before, and `gradient_change`, by which share the norm of its
-            gradients has changed since the last probe (AutoFreeze, arXiv 2102.01386), `(rows, units)`.
+            converged, and `targets`, which are learned, `(rows, units)`, `run`, `step`, `progress`, the step as a fraction
+            of the run, and `spacing`, `(rows,)`; and for rules, not for the predictor, `weight_change`, the update against
+            the weights' own norm, `self_cka`, the CKA of each unit's output to what it was some probes before, and
+            `gradient_change`, by which share the norm of its gradients has changed since the last probe (AutoFreeze, arXiv
+            2102.01386), `(rows, units)`.
     """
 
     def __init__(

@@ -54,14 +54,14 @@ def rule_inputs(stages: FreezingStages) -> dict[str, np.ndarray]:
 
 
 def _regressors(stages: FreezingStages, context: int) -> torch.Tensor:
-    """What logistic regression sees: the last snapshot's quantities, their means over the window, and of the context."""
+    """The last snapshot's quantities, their means over the window, and the first `context` numbers of the context."""
     features, usable = stages.columns["features"], stages.columns["usable"].unsqueeze(-1)
     mean = (features * usable).sum(2) / usable.sum(2).clamp(min=1)
     return torch.cat([features[:, :, -1], mean, stages.columns["context"][..., :context]], dim=-1).double()
 
 
 def _regression(train: FreezingStages, test: FreezingStages, context: int) -> np.ndarray:
-    """What logistic regression says of some stages, fitted to others, told the first so many numbers of the context."""
+    """What logistic regression says of `test`, fitted to `train`: `(rows, units)`."""
     model, active = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)), train.columns["active"]
     model.fit(_regressors(train, context)[active], train.columns["labels"][active] >= 0.5)
     seen = _regressors(test, context)
