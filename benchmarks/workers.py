@@ -22,12 +22,20 @@ def _quietly(threads: int, work: Callable, *arguments: Any) -> None:
 
 
 def in_processes(work: Callable, jobs: list[tuple], processes: int, description: str) -> None:
-    """Call `work` with the arguments of each job, each in a process of its own; they share the threads evenly."""
+    """
+    Call `work` with the arguments of each job, each in a process of its own; they share the threads evenly. What a job
+    raises is raised here, once those that run beside it have ended; the jobs after it are not begun.
+    """
     threads = max(1, torch.get_num_threads() // processes)
     with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = [pool.submit(_quietly, threads, work, *job) for job in jobs]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=description):
-            future.result()
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc=description):
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
 
 
 def provenance(*packages: str) -> dict[str, Any]:
