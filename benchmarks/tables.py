@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ablation
 import ddp_bytes
+import headroom
 import held_out
 import regret
 
@@ -19,6 +20,7 @@ PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "method_card.md")
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "ablation": ("ablation", ablation.table),
     "ddp bytes": ("ddp_bytes", ddp_bytes.table),
+    "headroom": ("headroom", headroom.table),
     "held-out families": ("predictor", lambda found: score_table(found["leave_one_family_out"])),
     "held-out tasks": ("predictor", lambda found: score_table(found["leave_one_task_out"])),
     "held-out runs": ("held_out", held_out.table),
