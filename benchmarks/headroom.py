@@ -1,8 +1,9 @@
 """
 How much could have been frozen on the held-out tasks, had it been known, and what does the shipped predictor say of them?
 
-Records the full runs as a harvest does, with the label that needs their end: the rewind test. Runs that are there already are
-not run again.
+Records the full runs as a harvest does, with the label that needs their end: the rewind test. What the predictor freezes is
+read off the recordings by its threshold alone, without the policy's rule for the first fifth of a run. Runs that are there
+already are not run again.
 """
 
 import argparse
@@ -26,14 +27,15 @@ from smartfrz_hf.predictor import SmartFRZPredictor
 
 ROOT = Path(__file__).parents[1]
 POINTS = ("balanced", "aggressive")
+LABEL = "rewind-shift-0.03"
 
 
-def judge(held_out: HeldOut, label: str, thresholds: dict[str, float]) -> dict:
+def judge(held_out: HeldOut, thresholds: dict[str, float]) -> dict:
     """Of the runs of one task: what could be frozen at each cost, and what the predictor freezes, at which cost."""
     active, score = held_out.active, held_out.scores[PREDICTOR]
     kept = held_out.stages.columns["targets"].numpy()
     found: dict = {"runs": len(held_out.stages.runs), "converged": float(held_out.labels[active].mean())}
-    found |= ranking(held_out.labels[active], score[active]) | {"label": label}
+    found |= ranking(held_out.labels[active], score[active])
 
     def frozen(moments: np.ndarray) -> dict[str, float]:
         shares = np.nanmean(1 - moments, axis=1).tolist()
@@ -72,7 +74,6 @@ def main() -> None:
     parser.add_argument("--data_dir", help="folder of local copies of the data; the Hub when not given")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "headroom", help="folder of recorded runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run of each task each")
-    parser.add_argument("--label", default="rewind-shift-0.03", help="what the ranking is judged by")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time; they share the cores")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "headroom.json", help="results file"
@@ -86,11 +87,13 @@ def main() -> None:
     predictor = SmartFRZPredictor.from_pretrained(ROOT / "predictor_weights" / "smartfrz-base")
     runs, found = read_runs(options.runs), {}
     for task in tasks:
-        part = [run for run in runs if run.name.rsplit("-", 1)[0] == task.name]
-        stages = FreezingStages(part, predictor.config, options.label)
+        names = {f"{task.name}-{seed}" for seed in options.seeds}
+        stages = FreezingStages([run for run in runs if run.name in names], predictor.config, LABEL)
         held_out = HeldOut(stages, np.full(len(stages), task.name), {PREDICTOR: logits(predictor, stages)})
-        found[task.name] = judge(held_out, options.label, predictor.config.operating_points)
-    results = {"seeds": options.seeds, "tasks": found} | provenance("torch", "transformers", "accelerate")
+        found[task.name] = judge(held_out, predictor.config.operating_points)
+    results = {"seeds": options.seeds, "label": LABEL, "tasks": found} | provenance(
+        "torch", "transformers", "accelerate"
+    )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))

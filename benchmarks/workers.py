@@ -24,7 +24,7 @@ def _quietly(threads: int, work: Callable, *arguments: Any) -> None:
 def in_processes(work: Callable, jobs: list[tuple], processes: int, description: str) -> None:
     """
     Call `work` with the arguments of each job, each in a process of its own; they share the threads evenly. What a job
-    raises is raised here, once those that run beside it have ended; the jobs after it are not begun.
+    raises is raised here, once those that have been handed out with it have ended; the others are not begun.
     """
     threads = max(1, torch.get_num_threads() // processes)
     with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
