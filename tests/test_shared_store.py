@@ -5,6 +5,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 
 import pytest
 import torch
@@ -47,6 +48,8 @@ def in_a_process(act, wait=True):
         try:
             act()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return ended(child) if wait else child
@@ -104,7 +107,8 @@ def test_many_writers_leave_one_copy(store):
                 names = [keys(count)[row] for row in rows]
                 assert other.put(names, depth, values(count, depth)[rows]) == len(rows)
                 for row, (found, value) in zip(rows.tolist(), other.get(names), strict=True):
-                    assert found >= depth and torch.equal(value, values(count, found)[row])
+                    # One that lags behind may have put the row at its own depth since.
+                    assert found in (1, 2) and torch.equal(value, values(count, found)[row])
 
     torch.set_num_threads(1)
     children = [in_a_process(lambda seed=seed: act(seed), wait=False) for seed in range(workers)]
