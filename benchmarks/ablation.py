@@ -104,13 +104,10 @@ def variants() -> dict[str, Variant]:
     )
     found["the paper's form: weights themselves"] = Variant("network", {"form": "weights", "front_probe": False})
     found["without the front probe"] = Variant("front probe", {"front_probe": False})
-    changes, spreads = range(CONTEXT, CONTEXT + 2 * len(LAGS)), range(CONTEXT + 2 * len(LAGS), CONTEXT + MOVES - 1)
-    for name, places in (
-        ("what leaves the unit", (*changes[: len(LAGS)], spreads[0])),
-        ("what the model says", (*changes[len(LAGS) :], spreads[1])),
-        ("changes against the rows' spread", spreads),
-    ):
-        found[f"without {name}"] = Variant("front probe", change=partial(blank, "context", places))
+    for name, place in (("what leaves the unit", CONTEXT), ("what the model says", CONTEXT + len(LAGS))):
+        found[f"without {name}"] = Variant(
+            "front probe", change=partial(blank, "context", range(place, place + len(LAGS)))
+        )
     found["learned as a label"] = Variant("label", target="label")
     found["with self-CKA"] = Variant("extra input", config_class=WithSelfCKA, change=add_self_cka)
     for label in LABELS:

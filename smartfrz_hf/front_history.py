@@ -37,8 +37,8 @@ class FrontHistory:
 
     Attributes:
         steps (`list[int]`): at which all looks so far were taken.
-        changes (`torch.Tensor` of shape `(units, 5, 2)`, *optional*): what [`Look.changes`] says of the looks that
-            [`looks_before`] names, and [`Look.spread`] of the last one. None before the second look.
+        changes (`torch.Tensor` of shape `(units, 4, 2)`, *optional*): what [`Look.changes`] says of the looks that
+            [`looks_before`] names. None before the second look.
     """
 
     def __init__(self, probe: FrontProbe):
@@ -68,8 +68,7 @@ class FrontHistory:
         self.steps.append(step)
         self._looks[number] = now
         if number:
-            changes = [now.changes(self._looks[i]) for i in looks_before(number)]
-            self.changes = torch.stack([*changes, now.spread()], dim=1)
+            self.changes = torch.stack([now.changes(self._looks[i]) for i in looks_before(number)], dim=1)
         kept = {0, *range(number + 1 - max(LAGS), number + 1)}
         self._looks = {i: look for i, look in self._looks.items() if i in kept}
 

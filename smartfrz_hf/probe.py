@@ -58,10 +58,6 @@ def thinned(hidden: torch.Tensor) -> torch.Tensor:
     return numbers[:, ::stride].clone()
 
 
-def _variance(rows: torch.Tensor) -> torch.Tensor:
-    return rows.float().var(0, correction=1 if len(rows) > 1 else 0).mean()
-
-
 @dataclass(frozen=True)
 class Look:
     """
@@ -86,18 +82,6 @@ class Look:
         pairs = zip(self.hidden, then.hidden, strict=True)
         hidden = torch.stack([(a - b).float().pow(2).mean() for a, b in pairs]).cpu()
         return torch.stack([hidden, torch.full_like(hidden, shift(self.output, then.output))], dim=1)
-
-    def spread(self) -> torch.Tensor:
-        """
-        How far the rows lie apart, by which it can be told whether the model has come far.
-
-        Returns:
-            `torch.Tensor` of shape `(units, 2)`: variances over the rows, of what leaves the unit and of what the model says,
-            which is the same for all units. Zero where there is one row only.
-        """
-        hidden = torch.stack([_variance(rows) for rows in self.hidden]).cpu()
-        said = self.output - self.output.mean(1, keepdim=True) if self.output.shape[1] > 1 else self.output
-        return torch.stack([hidden, torch.full_like(hidden, float(_variance(said)))], dim=1)
 
 
 class FrontProbe:

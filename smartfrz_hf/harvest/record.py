@@ -181,7 +181,7 @@ class RecordingCallback(TrainerCallback):
         self._front.record(step)
         changes = self._front.changes
         self._front_changes.append(
-            torch.zeros(len(self.names), len(looks_before(0)) + 1, 2) if changes is None else changes
+            torch.zeros(len(self.names), len(looks_before(0)), 2) if changes is None else changes
         )
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -199,8 +199,8 @@ class RecordingCallback(TrainerCallback):
             `(snapshots, units, samples)`; `probe_steps` `(probes,)`, `probe_losses` `(probes,)`, `cka` and `token_cka`
             `(probes, units)`, the linear CKA of each unit's output at a probe to its output at the end of the run, of
             pooled rows and of single tokens; `self_cka` `(probes, units)`, that of the pooled rows to `SELF_CKA_LAG`
-            probes before; `front_changes` `(probes, units, 10)`, what [`Look.changes`] says of 1, 2 and 4 probes before
-            and of the start, and [`Look.spread`]; `gradient_norms` `(probes, units)`, the norm of the sampled gradients added up since the last
+            probes before; `front_changes` `(probes, units, 8)`, what [`Look.changes`] says of 1, 2 and 4 probes before
+            and of the start; `gradient_norms` `(probes, units)`, the norm of the sampled gradients added up since the last
             probe; `rewind_steps` `(moments,)`, `rewind_losses` `(moments, units)`, the loss with the front up to each
             unit put back to each moment, `rewind_range` `(2,)`, the loss on the same rows at the start and the end of
             the run, and `rewind_shifts` `(moments, units)`, how far putting the front back moves the logits, as a

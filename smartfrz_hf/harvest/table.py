@@ -34,7 +34,7 @@ OF_RUN = {
 }
 OF_UNIT = ("cka", "token_cka", "self_cka", "gradient_norms", "rewind_losses", "rewind_shifts")
 # The same, with several numbers to each moment.
-OF_UNIT_WIDE = {"front_changes": 10}
+OF_UNIT_WIDE = {"front_changes": 8}
 
 
 @dataclass

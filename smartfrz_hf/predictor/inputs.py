@@ -4,7 +4,7 @@ import torch
 
 DYNAMICS = 10
 CONTEXT = 4
-MOVES = 9
+MOVES = 7
 EPSILON = 1e-12
 LEAST, MOST = 1e-6, 1e3  # a ratio outside says no more than one at the bound
 
@@ -113,20 +113,16 @@ def moves(changes: torch.Tensor) -> torch.Tensor:
     How the front probe moves, in quantities that know nothing of the size of what models put out.
 
     With \\(h_l\\) the mean squared distance of what leaves the unit from what left it at an earlier look \\(l\\),
-    \\(y_l\\) that of what the model says, \\(l = 0\\) the look at the start of the run, and \\(h_s\\) and \\(y_s\\) their
-    variances over the rows, they are decimal logarithms: for each earlier look but that at the start, of \\(h_l / h_0\\) and of
-    \\(y_l / y_0\\); of \\(h_0 / h_s\\) and \\(y_0 / y_s\\), zero where rows do not differ; and last a one: all are zero
-    where nothing is known.
+    \\(y_l\\) that of what the model says, and \\(l = 0\\) the look at the start of the run, they are, for each earlier
+    look but that, decimal logarithms of \\(h_l / h_0\\) and of \\(y_l / y_0\\), and last a one: all are zero where
+    nothing is known.
 
     Args:
-        changes (`torch.Tensor` of shape `(units, looks + 1, 2)`): \\(h\\) and \\(y\\) of each unit, last the start and the
-            variances.
+        changes (`torch.Tensor` of shape `(units, looks, 2)`): \\(h\\) and \\(y\\) of each unit, the start last.
 
     Returns:
-        `torch.Tensor` of shape `(units, 9)`.
+        `torch.Tensor` of shape `(units, 7)`.
     """
-    *earlier, start, spread = changes.double().unbind(1)
-    parts = [log_ratio(look, start) for look in earlier]
-    hidden, output = torch.stack(parts, dim=1).unbind(-1)
-    far = torch.where(spread > 0, log_ratio(start, spread), 0)
-    return torch.cat([hidden, output, far, torch.ones_like(far[:, :1])], dim=-1).float()
+    hidden, output = changes.double().unbind(-1)
+    parts = [log_ratio(part[:, :-1], part[:, -1:]) for part in (hidden, output)]
+    return torch.cat([*parts, torch.ones_like(output[:, :1])], dim=-1).float()
