@@ -191,6 +191,8 @@ def main():
         "spent": callback.ledger.to_dict()["spent"],
     }
     (options.folder / f"end-{rank}.json").write_text(json.dumps(found))
+    # Left to the interpreter's exit, threads of gloo may still run, and abort the process.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
