@@ -18,15 +18,15 @@ from workers import in_processes, provenance
 
 from smartfrz_hf import SmartFRZPredictorConfig
 from smartfrz_hf.cli import DEFAULT_LABEL, DEFAULT_TARGET
-from smartfrz_hf.front_history import LAGS
-from smartfrz_hf.harvest.dataset import FreezingStages
-from smartfrz_hf.harvest.evaluate import summarize
-from smartfrz_hf.harvest.fit import FitOptions
-from smartfrz_hf.harvest.held_out import cross_validate
-from smartfrz_hf.harvest.judge import SPACINGS
-from smartfrz_hf.harvest.labels import LABELS
-from smartfrz_hf.harvest.table import read_runs
-from smartfrz_hf.predictor.inputs import CONTEXT, DYNAMICS, MOVES
+from smartfrz_hf.predictor.features import CONTEXT, DYNAMICS, PROBE_FEATURES
+from smartfrz_hf.predictor_training.dataset import FreezingStages
+from smartfrz_hf.predictor_training.evaluate import summarize
+from smartfrz_hf.predictor_training.fit import FitOptions
+from smartfrz_hf.predictor_training.held_out import cross_validate
+from smartfrz_hf.predictor_training.judge import SPACINGS
+from smartfrz_hf.predictor_training.labels import LABELS
+from smartfrz_hf.predictor_training.table import read_runs
+from smartfrz_hf.signals.probe_history import LAGS
 
 ROOT = Path(__file__).parents[1]
 FEATURES = (
@@ -79,8 +79,8 @@ def variants() -> dict[str, Variant]:
     found = {"as shipped": Variant("")}
     for window in (3, 5, 10, 40):
         found[f"window {window}"] = Variant("history", {"window": window})
-    for samples in (16, 64, 256):
-        found[f"{samples} samples"] = Variant("history", {"samples": samples})
+    for weights_per_unit in (16, 64, 256):
+        found[f"{weights_per_unit} samples"] = Variant("history", {"weights_per_unit": weights_per_unit})
     for spacings in ((1,), (2,), (4,), (1, 2, 4)):
         found[f"spacings {', '.join(map(str, spacings))}"] = Variant("history", spacings=spacings)
     for place, name in enumerate(FEATURES):
@@ -89,8 +89,10 @@ def variants() -> dict[str, Variant]:
         found[f"without {name}"] = Variant("context", change=partial(blank, "context", (place,)))
     found["without all context"] = Variant("context", change=partial(blank, "context", range(CONTEXT)))
     found["without weights"] = Variant("quantities of a snapshot", change=partial(blank, "features", range(DYNAMICS)))
-    for samples in (128, 512):
-        found[f"as shipped, shown {samples} samples"] = Variant("other input", judged={"samples": samples})
+    for weights_per_unit in (128, 512):
+        found[f"as shipped, shown {weights_per_unit} samples"] = Variant(
+            "other input", judged={"weights_per_unit": weights_per_unit}
+        )
     for spacing in (2, 4):
         found[f"as shipped, shown spacing {spacing}"] = Variant("other input", judged={"spacings": (spacing,)})
     found["as shipped, not shown the front probe"] = Variant("other input", judged={"probed": False})
@@ -124,10 +126,12 @@ def judge(name: str, runs: Path, file: Path) -> None:
     variant.change(stages.columns)
     judged = None
     if variant.judged is not None:
-        shown = SmartFRZPredictorConfig(samples=variant.judged.get("samples", config.samples), front_probe=True)
+        shown = SmartFRZPredictorConfig(
+            weights_per_unit=variant.judged.get("weights_per_unit", config.weights_per_unit), front_probe=True
+        )
         judged = FreezingStages(stages.runs, shown, variant.label, variant.judged.get("spacings", (1,)))
         if not variant.judged.get("probed", True):
-            blank("context", range(CONTEXT, CONTEXT + MOVES), judged.columns)
+            blank("context", range(CONTEXT, CONTEXT + PROBE_FEATURES), judged.columns)
     held_out = cross_validate(stages, config, lambda run: run.family, FitOptions(), name, judged)
     found = summarize(held_out)
     kept = {key: found[key] for key in ("auc", "ap", "brier", "moment_error", "frozen", "positive")}

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback, Tr
 from workers import provenance
 
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer
-from smartfrz_hf.harvest.tasks import MINILM, resolve_model
+from smartfrz_hf.predictor_training.tasks import MINILM, resolve_model
 
 ROOT = Path(__file__).parents[1]
 STEPS = 8

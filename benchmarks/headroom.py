@@ -17,13 +17,13 @@ import numpy as np
 from scipy.special import expit
 from workers import provenance
 
-from smartfrz_hf.harvest.dataset import FreezingStages
-from smartfrz_hf.harvest.evaluate import COSTS, path_cost, ranking
-from smartfrz_hf.harvest.held_out import PREDICTOR, HeldOut, logits
-from smartfrz_hf.harvest.runs import harvest
-from smartfrz_hf.harvest.specs import read_specs
-from smartfrz_hf.harvest.table import read_runs
 from smartfrz_hf.predictor import SmartFRZPredictor
+from smartfrz_hf.predictor_training.dataset import FreezingStages
+from smartfrz_hf.predictor_training.evaluate import COSTS, path_cost, ranking
+from smartfrz_hf.predictor_training.held_out import PREDICTOR, HeldOut, logits
+from smartfrz_hf.predictor_training.runs import harvest
+from smartfrz_hf.predictor_training.specs import read_specs
+from smartfrz_hf.predictor_training.table import read_runs
 
 ROOT = Path(__file__).parents[1]
 POINTS = ("balanced", "aggressive")

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from workers import in_processes, provenance
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
-from smartfrz_hf.harvest.specs import RunSpec, read_specs
-from smartfrz_hf.harvest.tasks import prepare, pretrain
+from smartfrz_hf.predictor_training.specs import RunSpec, read_specs
+from smartfrz_hf.predictor_training.tasks import prepare, pretrain
 
 ROOT = Path(__file__).parents[1]
 HELD_OUT_ROWS = 4000

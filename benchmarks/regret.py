@@ -20,10 +20,10 @@ from transformers import TrainerCallback
 from workers import in_processes, provenance
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
-from smartfrz_hf.harvest.labels import at_probes, rewind_cost
-from smartfrz_hf.harvest.record import RecordingCallback
-from smartfrz_hf.harvest.specs import RunSpec, read_specs
-from smartfrz_hf.harvest.tasks import prepare
+from smartfrz_hf.predictor_training.labels import at_probes, rewind_cost
+from smartfrz_hf.predictor_training.record import RecordingCallback
+from smartfrz_hf.predictor_training.specs import RunSpec, read_specs
+from smartfrz_hf.predictor_training.tasks import prepare
 
 ROOT = Path(__file__).parents[1]
 MOMENTS = (0.15, 0.35, 0.65)

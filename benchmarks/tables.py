@@ -12,7 +12,7 @@ import headroom
 import held_out
 import regret
 
-from smartfrz_hf.harvest.card import point_table, score_table
+from smartfrz_hf.predictor_training.card import point_table, score_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "method_card.md")

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from smartfrz_hf.cost.flops import ComputeMeter
+from smartfrz_hf.cost.plotting import plot_timeline
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -24,8 +26,6 @@ from transformers import (
 )
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks
-from smartfrz_hf.accounting import ComputeMeter
-from smartfrz_hf.report import plot_timeline
 
 COLUMNS = ("score", "sentence1", "sentence2")
 

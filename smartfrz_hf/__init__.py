@@ -1,10 +1,10 @@
 """Adaptive layer freezing for Hugging Face Transformers (SmartFRZ, ICLR 2023)."""
 
-from .blocks import BlockStack, Unit, find_blocks
 from .callback import SmartFRZCallback
 from .config import SmartFRZConfig
-from .freezing import Freezer
-from .ledger import Ledger
+from .cost.ledger import Ledger
+from .freezing.freezer import Freezer
+from .model.units import BlockStack, Unit, find_blocks
 from .predictor import SmartFRZPredictor, SmartFRZPredictorConfig, load_predictor
 from .trainer import SmartFRZMixin, SmartFRZTrainer
 

@@ -9,20 +9,23 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .accounting import ComputeMeter
 from .activation_cache import ActivationCache, make_cache
-from .blocks import BlockStack, Unit, find_blocks
 from .checkpoint import RunState, check_state, load_renamed, load_state, save_state
-from .compiled import GraphLimits, is_compiled
+from .checks import check_engine
 from .config import SmartFRZConfig
-from .distributed import Ranks, check_engine, is_sharded, reshard
-from .freezing import Freezer
-from .front_history import FrontHistory, affordable_rows
-from .history import WeightHistory, WeightSampler
-from .ledger import Ledger, Stage
-from .policies import LearningRates, Observation, make_policy
+from .cost.flops import ComputeMeter
+from .cost.ledger import Ledger, Stage
+from .distributed.consensus import Ranks
+from .distributed.fsdp import is_sharded, reshard
+from .freezing.compile import GraphLimits, is_compiled
+from .freezing.freezer import Freezer
+from .model.units import BlockStack, Unit, find_blocks
+from .policies import Observation, make_policy
 from .predictor import SmartFRZPredictor
-from .probe import FrontProbe
+from .signals.probe import FrontProbe
+from .signals.probe_history import ProbeHistory, affordable_rows
+from .signals.schedule import LearningRates
+from .signals.weights import WeightHistory, WeightSampler
 
 logger = logging.get_logger(__name__)
 
@@ -108,9 +111,9 @@ class SmartFRZCallback(TrainerCallback):
         self._restarts = self._rates.restarts if self.config.unfreeze_on_restart and self.policy.history_size else []
         self._history: WeightHistory | None = None
         if self.policy.history_size is not None:
-            window, samples = self.policy.history_size
-            self._sampler = WeightSampler(self._stack.units, samples, self.config.sampling_seed)
-            self._history = WeightHistory(len(self._stack), window, samples, self._device)
+            window, weights_per_unit = self.policy.history_size
+            self._sampler = WeightSampler(self._stack.units, weights_per_unit, self.config.sampling_seed)
+            self._history = WeightHistory(len(self._stack), window, weights_per_unit, self._device)
         self._front = self._make_front(args)
         if not self._resume(args, state):
             if self._history is not None:
@@ -123,21 +126,21 @@ class SmartFRZCallback(TrainerCallback):
             rows_per_step = args.gradient_accumulation_steps * args.train_batch_size
             self._cache.rows_left = (state.max_steps - state.global_step) * rows_per_step
 
-    def _make_front(self, args: TrainingArguments) -> FrontHistory | None:
-        if not (self.policy.front_probe and self.config.probe_rows):
+    def _make_front(self, args: TrainingArguments) -> ProbeHistory | None:
+        if not (self.policy.front_probe and self.config.probe_examples):
             return None
         rows_per_step = args.gradient_accumulation_steps * args.train_batch_size
         rows = affordable_rows(self._decide_every * rows_per_step)
-        probe = FrontProbe(self._stack, min(rows, self.config.probe_rows))
+        probe = FrontProbe(self._stack, min(rows, self.config.probe_examples))
         probe.on_pass = self.meter.add_forward
-        return FrontHistory(probe)
+        return ProbeHistory(probe)
 
     def _look(self, step: int) -> None:
         """Take a look at the front probe, if there is one."""
         if self._front is None or not self._front.probe.ready:
             return
         if self._cache is not None:
-            self._cache.aside = True
+            self._cache.bypass = True
         try:
             self._front.record(step)
         except Exception as error:
@@ -148,7 +151,7 @@ class SmartFRZCallback(TrainerCallback):
             self._close_front()
         finally:
             if self._cache is not None:
-                self._cache.aside = False
+                self._cache.bypass = False
             reshard(self._stack.model)
 
     def _close_front(self) -> None:
@@ -273,7 +276,7 @@ class SmartFRZCallback(TrainerCallback):
         decision = self.policy.decide(observation)
         self.ledger.decisions += 1
         depth = decision.depth if self.config.max_depth is None else min(decision.depth, self.config.max_depth)
-        depth = self._ranks.agree(depth, f"the freezing stage of step {state.global_step}")
+        depth = self._ranks.broadcast(depth, f"the freezing stage of step {state.global_step}")
         if depth <= self._freezer.depth:
             return
         self.meter.recount(depth)
@@ -331,7 +334,7 @@ class SmartFRZCallback(TrainerCallback):
             logger.warning(f"The Trainer did not know the names of the weights in {folder}; they are loaded now.")
         found = load_state(folder, self._device)
         depths = -1 if found is None else found.depth
-        if self._ranks.agree(depths, f"the checkpoint {folder}") != depths:
+        if self._ranks.broadcast(depths, f"the checkpoint {folder}") != depths:
             raise ValueError(
                 f"This rank does not find in {folder} what rank 0 finds there: all have to read the same files."
             )

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .front_history import FrontHistory
-from .history import WeightHistory
+from .signals.probe_history import ProbeHistory
+from .signals.weights import WeightHistory
 
 logger = logging.get_logger(__name__)
 
@@ -23,7 +23,7 @@ HISTORY = "smartfrz_state.safetensors"
 PROBE = "smartfrz_probe.safetensors"
 FORMAT = 1
 # What has to be the same for a history to go on.
-OF_HISTORY = ("policy", "record_every", "sampling_seed", "blocks")
+HISTORY_FIELDS = ("policy", "record_every", "sampling_seed", "blocks")
 
 
 @dataclass
@@ -39,7 +39,7 @@ class RunState:
         ledger (`dict`): as [`Ledger.state`] gives it.
         meter (`dict`): as [`ComputeMeter.state`] gives it.
         history ([`WeightHistory`], *optional*): if the policy looks at one.
-        front ([`FrontHistory`], *optional*): if the policy looks at one. It is only saved so; a run loads it into its own,
+        front ([`ProbeHistory`], *optional*): if the policy looks at one. It is only saved so; a run loads it into its own,
             from `front_file`.
         front_file (`Path`, *optional*): the file that it is in.
     """
@@ -51,7 +51,7 @@ class RunState:
     ledger: dict[str, Any]
     meter: dict[str, Any]
     history: WeightHistory | None = None
-    front: FrontHistory | None = None
+    front: ProbeHistory | None = None
     front_file: Path | None = None
 
 
@@ -167,7 +167,7 @@ def check_state(
             f"it is of a model with the units {state.units}, {state.depth} of them frozen, and this has {units}"
         )
     other = {key: value for key, value in state.config.items() if config.get(key, value) != value}
-    for key in OF_HISTORY:
+    for key in HISTORY_FIELDS:
         if key in other:
             raise refuse(f"`{key}` was {other[key]!r} and is {config[key]!r} now")
     found = None if state.history is None else state.history.shape

@@ -18,10 +18,10 @@ def main() -> None:
     """Keep the commands named even while there are few of them."""
 
 
-def _open(room: str) -> ModuleType:
-    """A module of `harvest/`, whose packages the rest does without."""
+def _open(module: str) -> ModuleType:
+    """A module of `predictor_training/`, whose packages the rest does without."""
     try:
-        return import_module(f".harvest.{room}", __package__)
+        return import_module(f".predictor_training.{module}", __package__)
     except ModuleNotFoundError as error:
         typer.echo(f"This command needs the package {error.name}: pip install 'smartfrz_hf[harvest]'", err=True)
         raise typer.Exit(1) from error
@@ -65,11 +65,11 @@ def evaluate(
     ] = DEFAULT_TARGET,
     form: Annotated[str, typer.Option(help="What a snapshot is to the predictor: dynamics or weights.")] = "dynamics",
     window: Annotated[int, typer.Option(min=2, help="Snapshots in a history.")] = 20,
-    samples: Annotated[int, typer.Option(min=1, help="Sampled weights in a snapshot.")] = 1024,
+    weights_per_unit: Annotated[int, typer.Option(min=1, help="Sampled weights in a snapshot.")] = 1024,
     front_probe: Annotated[
         bool | None,
         typer.Option(
-            help="Whether the predictor is told how the front probe moves, and looks at it in training. Default: with the "
+            help="Whether the predictor is told how the front probe probe_features, and looks at it in training. Default: with the "
             "form dynamics."
         ),
     ] = None,
@@ -82,7 +82,7 @@ def evaluate(
     judging, options = _open("judge"), _open("fit").FitOptions(epochs=epochs, seed=seed)
     try:
         told = form == "dynamics" if front_probe is None else front_probe
-        config = SmartFRZPredictorConfig(form=form, window=window, samples=samples, front_probe=told)
+        config = SmartFRZPredictorConfig(form=form, window=window, weights_per_unit=weights_per_unit, front_probe=told)
         found = judging.judge(runs, label, target, config, options)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error

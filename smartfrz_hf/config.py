@@ -47,7 +47,7 @@ class SmartFRZConfig:
     Parameters that control the weight history:
         window (`int`, *optional*):
             Snapshots kept per unit. Defaults to what the predictor was made for.
-        samples (`int`, *optional*):
+        weights_per_unit (`int`, *optional*):
             Weights recorded per unit and snapshot. Defaults to what the predictor was made for.
         record_every (`float`, *optional*, defaults to `0.005`):
             Time between snapshots.
@@ -59,9 +59,9 @@ class SmartFRZConfig:
             Time of the first freezing stage.
         decide_every (`float`, *optional*, defaults to `0.05`):
             Time between freezing stages.
-        probe_rows (`int`, *optional*, defaults to `16`):
+        probe_examples (`int`, *optional*, defaults to `16`):
             Most rows of the first training batch that run again at each freezing stage, to see how far what leaves each
-            unit still moves; fewer where they would take more than 3 % of a short run. `0` leaves it to the weights
+            unit still probe_features; fewer where they would take more than 3 % of a short run. `0` leaves it to the weights
             alone, which say less.
 
     Parameters that control the activation cache:
@@ -135,7 +135,7 @@ class SmartFRZConfig:
     window: int | None = field(
         default=None, metadata={"help": "Snapshots kept per unit. Default: what the predictor was made for."}
     )
-    samples: int | None = field(
+    weights_per_unit: int | None = field(
         default=None, metadata={"help": "Weights per unit and snapshot. Default: what the predictor was made for."}
     )
     record_every: float = field(
@@ -148,7 +148,7 @@ class SmartFRZConfig:
     decide_every: float = field(
         default=0.05, metadata={"help": "Time between freezing stages: below 1 a fraction of the run, else steps."}
     )
-    probe_rows: int = field(
+    probe_examples: int = field(
         default=16, metadata={"help": "Most rows that run again at each freezing stage; 0: look at weights alone."}
     )
     activation_cache: bool = field(
@@ -230,7 +230,7 @@ class SmartFRZConfig:
             raise ValueError(
                 f"`static_depth` is {self.static_depth}; it must be a fraction below 1 or a whole number of units."
             )
-        for name, least in (("window", 2), ("samples", 1), ("max_depth", 0), ("probe_rows", 0)):
+        for name, least in (("window", 2), ("weights_per_unit", 1), ("max_depth", 0), ("probe_examples", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` is {value}; it must be at least {least}, or not given.")

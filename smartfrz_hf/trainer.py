@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .blocks import find_blocks
 from .callback import SmartFRZCallback
 from .checkpoint import last_complete_checkpoint, load_state
 from .config import SmartFRZConfig
-from .distributed import is_sharded, rebuild_reducer, reshard
-from .ledger import Ledger
+from .cost.ledger import Ledger
+from .distributed.ddp import rebuild_reducer
+from .distributed.fsdp import is_sharded, reshard
+from .model.units import find_blocks
 from .predictor import SmartFRZPredictor
 
 # A mixin comes before the Trainer it widens; only the type checker has to know which methods it can rely on.

@@ -11,21 +11,10 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from architectures import ARCHITECTURES, build
 from torch import nn
-from training import Rows, Watcher, predictor_that_says, smartfrz, train
+from training import Rows, Watcher, assert_same_run, predictor_that_says, smartfrz, train
 from transformers import TrainerCallback
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks
-
-
-def assert_same_run(first, second):
-    assert [log.get("loss") for log in first.state.log_history] == [
-        log.get("loss") for log in second.state.log_history
-    ]
-    for (key, p), (_, q) in zip(first.model.state_dict().items(), second.model.state_dict().items(), strict=True):
-        assert torch.equal(p, q), key
-    for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True):
-        for key, value in first.optimizer.state[p].items():
-            assert torch.equal(value, second.optimizer.state[q][key]), key
 
 
 @pytest.mark.parametrize("name", ["bert", "resnet", "gpt2"])
@@ -259,7 +248,7 @@ def test_what_fsdp_cannot_serve_is_refused(tmp_path, monkeypatch, plugin, change
     args = arguments(tmp_path, **changes)
     plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2} | plugin)
     state = SimpleNamespace(fsdp_plugin=plugin, parallelism_config=None)
-    monkeypatch.setattr("smartfrz_hf.distributed.AcceleratorState", lambda: state)
+    monkeypatch.setattr("smartfrz_hf.checks.AcceleratorState", lambda: state)
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match=why):
         smartfrz(**config).on_init_end(args, None, None, model=build("bert"))
@@ -273,7 +262,7 @@ def test_sharding_in_more_than_one_way_is_refused(tmp_path, monkeypatch, sizes):
     args = arguments(tmp_path)
     parallel = ParallelismConfig(dp_shard_size=2, **sizes)
     state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2), parallelism_config=parallel)
-    monkeypatch.setattr("smartfrz_hf.distributed.AcceleratorState", lambda: state)
+    monkeypatch.setattr("smartfrz_hf.checks.AcceleratorState", lambda: state)
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
     ((name, _),) = sizes.items()
     with pytest.raises(ValueError, match=f"over all processes only, not {name}=2; set `dp_shard_size` alone above 1"):
@@ -290,7 +279,7 @@ def test_a_model_sharded_while_loading_is_refused(tmp_path, monkeypatch):
 
 
 def test_predictor_that_does_not_fit_is_refused(tmp_path):
-    for field in ("window", "samples"):
+    for field in ("window", "weights_per_unit"):
         with pytest.raises(ValueError, match=f"`{field}` is 7, but the predictor was made for"):
             SmartFRZCallback(SmartFRZConfig(**{field: 7}), predictor_that_says(0.5))
     with pytest.raises(OSError, match="lacks config.json"):

@@ -25,7 +25,7 @@ from smartfrz_hf import SmartFRZConfig
         ({"linear_start": 1}, "must be below 1"),
         ({"linear_depth": 2}, r"within \[0, 1\]"),
         ({"window": 1}, "at least 2"),
-        ({"samples": 0}, "at least 1"),
+        ({"weights_per_unit": 0}, "at least 1"),
         ({"max_depth": -1}, "at least 0"),
         ({"blocks": []}, "at least one name"),
     ],

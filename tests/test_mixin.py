@@ -3,7 +3,7 @@
 import pytest
 import torch
 from architectures import build
-from test_checkpoint import STAGES, assert_same_end, undecided_predictor
+from resuming import STAGES, assert_same_end, undecided_predictor
 from training import Rows, predictor_that_says
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 

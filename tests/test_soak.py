@@ -9,8 +9,7 @@ import psutil
 import pytest
 import torch
 from architectures import TEXT
-from test_trainer_features import assert_left_alone
-from training import Rows, arguments, predictor_that_says
+from training import Rows, arguments, assert_left_alone, predictor_that_says
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer

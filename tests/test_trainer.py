@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training import Rows, arguments, predictor_that_says, train
 
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer, find_blocks
-from smartfrz_hf.accounting import CPU_ATTENTION
+from smartfrz_hf.cost.flops import CPU_ATTENTION
 from smartfrz_hf.policies import Decision
 
 KEYS = {"freeze/depth", "freeze/frozen_fraction", "freeze/compute_saved"}

@@ -8,9 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from architectures import build
-from test_callback import assert_same_run
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from training import Rows, arguments, predictor_that_says, train
+from training import Rows, arguments, assert_left_alone, assert_same_run, predictor_that_says, train
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer
@@ -37,15 +35,6 @@ def make(folder, alone, config=None, callbacks=(), model=None, probability=0.9, 
         **settings, callbacks=list(callbacks), smartfrz=config, predictor=predictor_that_says(probability)
     )
     return trainer, trainer.smartfrz
-
-
-def assert_left_alone(model):
-    """As if nothing had ever been frozen."""
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    for module in model.modules():
-        assert not module._forward_pre_hooks and not module._forward_hooks
-        assert not {"train", "forward"} & module.__dict__.keys()
-    assert not _get_current_dispatch_mode_stack()
 
 
 @EITHER

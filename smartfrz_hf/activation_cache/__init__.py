@@ -10,11 +10,12 @@ import psutil
 from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..accounting import ComputeMeter
-from ..compiled import is_compiled
 from ..config import SmartFRZConfig
-from ..distributed import Ranks, is_sharded
-from ..freezing import Freezer
+from ..cost.flops import ComputeMeter
+from ..distributed.consensus import Ranks
+from ..distributed.fsdp import is_sharded
+from ..freezing.compile import is_compiled
+from ..freezing.freezer import Freezer
 from .cache import ActivationCache
 from .store import ActivationStore
 

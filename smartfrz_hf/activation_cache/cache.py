@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..accounting import ComputeMeter
-from ..blocks import BlockStack
-from ..frozen_weights import FrozenWeights
-from ..ledger import CacheSavings
+from ..cost.flops import ComputeMeter
+from ..cost.ledger import CacheSavings
+from ..freezing.weights import FrozenWeights
+from ..model.units import BlockStack
 from .calls import Call, fingerprints, read_call
 from .exactness import Exactness, name_front, positions
-from .prefix import Prefix, Unservable
+from .prefix import Prefix, UnsupportedModelError
 from .store import ActivationStore
-from .worth import Worth
+from .worth import CacheMonitor
 
 if TYPE_CHECKING:
     from .shared import SharedStore
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # The stem alone costs about as much as a lookup.
-LEAST_DEPTH = 2
+MIN_DEPTH = 2
 # Trying what can be left out, and which rows have the same bits, takes as long as the front for about four batches.
 TRIAL_BATCHES = 8
 
@@ -52,7 +52,7 @@ class ActivationCache:
         savings ([`CacheSavings`]): what it has saved so far.
         last_epoch (`bool`): whether no training row comes again, so that none is kept.
         rows_left (`int`, *optional*): training rows until the end of the run, if known.
-        aside (`bool`): whether to leave passes alone for now: the front probe looks at what leaves each unit, so that all
+        bypass (`bool`): whether to leave passes alone for now: the front probe looks at what leaves each unit, so that all
             have to run.
     """
 
@@ -69,7 +69,7 @@ class ActivationCache:
         self.stack, self.store, self.meter = stack, store, meter
         self.rows_per_epoch, self.last_epoch, self.weights = rows_per_epoch, False, weights
         self.rows_left: int | None = None
-        self.aside = False
+        self.bypass = False
         self._shared = None if isinstance(store, ActivationStore) else store
         self._ranks = ranks
         self.savings = CacheSavings()
@@ -77,7 +77,7 @@ class ActivationCache:
         self._exactness = Exactness(self._prefix, exact)
         self._proved: set[tuple] = set()
         self._row_seconds: float | None = None
-        self._worth = Worth(rows_per_epoch)
+        self._worth = CacheMonitor(rows_per_epoch)
         self._in_a_row = 0
         self._front: list[Mapping[str, torch.Tensor | None]] = []
         self._weights: list[tuple[int, int] | bytes] = []
@@ -118,9 +118,9 @@ class ActivationCache:
         assert prefix is not None
         training = self.stack.model.training
         if (
-            self.aside
+            self.bypass
             or prefix.busy
-            or self.depth < LEAST_DEPTH
+            or self.depth < MIN_DEPTH
             or (training and self.meter is not None and self.meter.counting)
         ):
             return prefix.plain(*args, **kwargs)
@@ -135,7 +135,7 @@ class ActivationCache:
                 return prefix.plain(*args, **kwargs)
             self._prove(call)
             output = self._answer(call, keep=not (training and self.last_epoch))
-        except Unservable as error:
+        except UnsupportedModelError as error:
             self._turn_off(f"{type(self.stack.model).__name__} cannot be served, since {error}")
             return prefix.plain(*args, **kwargs)
         reason = self._worth.why_not()
@@ -176,8 +176,8 @@ class ActivationCache:
         self._tell_meter(call, groups)
         output = prefix.serve(call, hidden)
         self._in_a_row = 0 if groups else self._in_a_row + call.rows
-        if self.weights is not None and self._in_a_row > len(store) / self._ranks and not self.weights.parked:
-            self.weights.park(prefix.idle)
+        if self.weights is not None and self._in_a_row > len(store) / self._ranks and not self.weights.offloaded:
+            self.weights.offload(prefix.idle)
             self._weights = self._weight_versions()
         return output
 
@@ -323,7 +323,7 @@ class ActivationCache:
         if isinstance(self.store, ActivationStore):
             self.store.clear()
         else:
-            self._unpark()
+            self._reload()
             versions = self._weight_versions()
             self.store.fronts.clear()
             self._name_fronts()
@@ -338,14 +338,14 @@ class ActivationCache:
 
     def _wake(self) -> None:
         """Bring the weights back before a module of the front runs."""
-        if self.weights is not None and self.weights.parked:
+        if self.weights is not None and self.weights.offloaded:
             self._forget_if_changed()
-            self._unpark()
+            self._reload()
             self._weights = self._weight_versions()
 
-    def _unpark(self) -> None:
+    def _reload(self) -> None:
         if self.weights is not None:
-            self.weights.unpark()
+            self.weights.reload()
             self._in_a_row = 0
 
     def _tell_meter(self, call: Call, groups: dict[int, list[int]]) -> None:

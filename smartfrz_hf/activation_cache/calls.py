@@ -12,7 +12,7 @@ import torch
 # They reach the head or only say what to give back.
 NOT_READ = ("labels", "num_items_in_batch", "return_dict", "return_loss")
 # What they ask for lies inside the front, so it has to run.
-NEEDS_ALL = ("output_attentions", "output_hidden_states", "output_router_logits", "use_cache")
+NEEDS_FULL_FORWARD = ("output_attentions", "output_hidden_states", "output_router_logits", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ def read_call(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any],
         front, hands in or asks for past keys and values, or has an argument that is neither plain nor given by row.
     """
     bound = bind(signature, args, kwargs)
-    if bound is None or any(bound.get(name) for name in NEEDS_ALL):
+    if bound is None or any(bound.get(name) for name in NEEDS_FULL_FORWARD):
         return None
-    if any(getattr(config, name, False) and bound.get(name) is None for name in NEEDS_ALL[:-1]):
+    if any(getattr(config, name, False) and bound.get(name) is None for name in NEEDS_FULL_FORWARD[:-1]):
         return None
     tensors: dict[str, torch.Tensor] = {}
     others: dict[str, Any] = {name: bound.pop(name) for name in NOT_READ if name in bound}

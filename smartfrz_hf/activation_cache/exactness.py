@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..blocks import Unit
+from ..model.units import Unit
 from .calls import Call, unpadded
 from .prefix import Prefix
 

@@ -10,13 +10,13 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import nn
 
-from ..blocks import BlockStack, evaluation_mode
-from ..stand_in import StandIn
+from ..model.forward_patch import ForwardPatch
+from ..model.units import BlockStack, evaluation_mode
 from .calls import Call, bind, take_rows, unpadded
 from .passes import Pass, Shape, equal, find_hidden, leaves, replace_first
 
 
-class Unservable(Exception):
+class UnsupportedModelError(Exception):
     """The front of this model cannot be left out; the message says why."""
 
 
@@ -53,12 +53,12 @@ class Prefix:
         self._shapes: dict[tuple[nn.Module, tuple], Any] = {}
         self._learned: set[tuple] = set()
         self._outer: dict[str, Any] | None = None
-        self._backbone = StandIn(stack.backbone, forward)
-        self._stand_ins = [self._backbone]
+        self._backbone = ForwardPatch(stack.backbone, forward)
+        self._patches = [self._backbone]
         if stack.model is not stack.backbone:
-            outer = StandIn(stack.model, self._call_model)
+            outer = ForwardPatch(stack.model, self._call_model)
             self._model, self._outer_signature = outer, inspect.signature(outer.original)
-            self._stand_ins.append(outer)
+            self._patches.append(outer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Prefix":
         return self  # hooks of a copied model find no pass of theirs here, and do nothing
@@ -72,9 +72,9 @@ class Prefix:
         """Take in all units in front of `depth`."""
         for index in range(self.depth, depth):
             for module in self.stack.units[index].modules.values():
-                stand_in = StandIn(module, lambda *args, **kwargs: None)
-                stand_in.forward = functools.partial(self._run_or_skip, index, stand_in)
-                self._stand_ins.append(stand_in)
+                patch = ForwardPatch(module, lambda *args, **kwargs: None)
+                patch.forward = functools.partial(self._run_or_skip, index, patch)
+                self._patches.append(patch)
             if index + 1 < len(self.stack):
                 enter = functools.partial(self._enter, index + 1)
                 block = self.stack.blocks[index]
@@ -87,9 +87,9 @@ class Prefix:
         """Give all modules their own forward pass back."""
         for hook in self._hooks:
             hook.remove()
-        for stand_in in reversed(self._stand_ins):
-            stand_in.remove()
-        self._hooks, self._stand_ins = [], []
+        for patch in reversed(self._patches):
+            patch.remove()
+        self._hooks, self._patches = [], []
 
     def plain(self, *args, **kwargs) -> Any:
         """The backbone's own forward pass."""
@@ -117,7 +117,7 @@ class Prefix:
             `torch.Tensor`: of shape `(rows, ...)`.
 
         Raises:
-            Unservable: the pass did not come to the boundary.
+            UnsupportedModelError: the pass did not come to the boundary.
         """
         if skip:
             self._learn_shapes(call)
@@ -126,7 +126,7 @@ class Prefix:
         with torch.no_grad(), contextlib.suppress(_Boundary), self._under_way(one):
             self.plain(**call.arguments(rows))
         if one.hidden is None:
-            raise Unservable("its blocks do not run one after the other")
+            raise UnsupportedModelError("its blocks do not run one after the other")
         if not skip and end == self.depth:
             self._learned.add(call.layout)
         return one.hidden
@@ -153,7 +153,7 @@ class Prefix:
         (rotary tables, a position bias) are found on the way, and go on running.
 
         Raises:
-            Unservable: they are not the same, or the blocks do not run one after the other.
+            UnsupportedModelError: they are not the same, or the blocks do not run one after the other.
         """
         rows = [0, call.rows - 1]
         if call.mask is not None:  # the row with the most padding, since it is there that zeros take its place
@@ -161,20 +161,20 @@ class Prefix:
         try:
             with evaluation_mode(self.stack.model):
                 self._prove(call, rows)
-        except Unservable:
+        except UnsupportedModelError:
             raise
         except Exception as error:  # the model's own code runs here, with tensors that it may not expect
-            raise Unservable(f"it does not run without them ({type(error).__name__}: {error})") from error
+            raise UnsupportedModelError(f"it does not run without them ({type(error).__name__}: {error})") from error
 
     def _prove(self, call: Call, rows: list[int]) -> None:
         first, whole = self._try(call, rows)
         once = all(first.starts[block] == 1 for block in self.stack.blocks[: self.depth])
         if first.hidden is None or len(first.hidden) != 2 or not once:
-            raise Unservable("its blocks do not run one after the other, each once, with one entry per row")
+            raise UnsupportedModelError("its blocks do not run one after the other, each once, with one entry per row")
         ends, hidden = [-1, -1], first.hidden
         if call.mask is not None:
             if hidden.ndim != 3 or hidden.shape[1] != call.length:
-                raise Unservable("its hidden states do not follow the attention mask")
+                raise UnsupportedModelError("its hidden states do not follow the attention mask")
             self._prove_padding(call, rows, hidden)
             inside = unpadded(call.mask[rows])
             inside[~inside.any(1)] = True  # with nothing else to read, a row reads its padding, and is not kept
@@ -198,7 +198,9 @@ class Prefix:
         if not same(blocks | set(stem)):
             needless = {module for module in stem if same(blocks | {module})}
             if not same(blocks | needless):
-                raise Unservable("what runs behind the boundary reads more of the front than what crosses it")
+                raise UnsupportedModelError(
+                    "what runs behind the boundary reads more of the front than what crosses it"
+                )
 
     def _prove_padding(self, call: Call, rows: list[int], hidden: torch.Tensor) -> None:
         """Rows are known without the padding behind them, so nothing may depend on it but rounding."""
@@ -209,7 +211,7 @@ class Prefix:
         for length in (call.length, end):
             other = self.run(call.cut(length), rows)
             if (hidden[0, :end] - other[0, :end]).abs().amax() > 0.01 * hidden[0, :end].abs().amax():
-                raise Unservable("its frozen blocks read positions that the attention mask hides")
+                raise UnsupportedModelError("its frozen blocks read positions that the attention mask hides")
 
     def _try(self, call: Call, rows: list[int], skip: int = 0, enters: torch.Tensor | None = None):
         """A pass through the whole model if it is at hand, else through the backbone."""
@@ -245,13 +247,13 @@ class Prefix:
         finally:
             self._outer = None
 
-    def _run_or_skip(self, index: int, stand_in: StandIn, *args, **kwargs) -> Any:
+    def _run_or_skip(self, index: int, patch: ForwardPatch, *args, **kwargs) -> Any:
         """The forward pass of a module of unit `index`."""
-        one, module = self._passing, stand_in.module
+        one, module = self._passing, patch.module
         if one is None:
             self._before_run()
             with torch.no_grad():
-                return stand_in.original(*args, **kwargs)
+                return patch.original(*args, **kwargs)
         one.starts[module] += 1
         is_end = index + 1 == one.end == len(self.stack) and module is self.stack.blocks[-1]
         if index < one.skip and module in self.idle:
@@ -259,7 +261,7 @@ class Prefix:
             return replace_first(output, one.enters) if is_end else output
         self._before_run()
         with torch.no_grad():
-            output = stand_in.original(*args, **kwargs)
+            output = patch.original(*args, **kwargs)
         shapes = recursively_apply(Shape.of, output)
         one.outputs[module] = leaves(shapes, Shape)
         self._shapes[module, one.layout] = shapes
@@ -274,7 +276,7 @@ class Prefix:
             return None
         place = find_hidden(args, kwargs)
         if place is None:
-            raise Unservable("a block is given no hidden states")
+            raise UnsupportedModelError("a block is given no hidden states")
         if index == one.end:
             one.starts[module] += 1
         if index == one.skip and one.enters is not None:

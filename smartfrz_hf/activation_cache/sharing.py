@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers.utils import logging
 
-from ..distributed import Ranks
+from ..distributed.consensus import Ranks
 from .shared import SharedStore, one_line
 
 logger = logging.get_logger(__name__)

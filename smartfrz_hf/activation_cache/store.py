@@ -94,7 +94,7 @@ class ActivationStore:
 
     def get(self, keys: Sequence[bytes]) -> list[tuple[int, torch.Tensor] | None]:
         """
-        Look rows up.
+        ProbeSnapshot rows up.
 
         Args:
             keys (`Sequence[bytes]`): of 16 bytes each.

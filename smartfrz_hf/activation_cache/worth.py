@@ -3,7 +3,7 @@
 from statistics import median
 
 
-class Worth:
+class CacheMonitor:
     """
     Judges every half of an epoch whether looking rows up has saved time.
 

@@ -2,7 +2,8 @@
 
 from ..config import SmartFRZConfig
 from ..predictor import SmartFRZPredictor, load_predictor
-from .base import Decision, LearningRates, Observation, Policy
+from ..signals.schedule import LearningRates
+from .base import Decision, Observation, Policy
 from .linear import LinearPolicy
 from .never import NeverPolicy
 from .smartfrz import SmartFRZPolicy
@@ -30,7 +31,7 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
         predictor ([`SmartFRZPredictor`], *optional*): used instead of the one that the configuration names.
 
     Raises:
-        ValueError: `window` or `samples` is not what the predictor was made for.
+        ValueError: `window` or `weights_per_unit` is not what the predictor was made for.
         OSError: the predictor's files are missing or damaged.
     """
     if config.policy == "static":
@@ -41,7 +42,7 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
         return NeverPolicy()
     if predictor is None:
         predictor = load_predictor(config.predictor, revision=config.predictor_revision)
-    for name in ("window", "samples"):
+    for name in ("window", "weights_per_unit"):
         wanted, made_for = getattr(config, name), getattr(predictor.config, name)
         if wanted is not None and wanted != made_for:
             raise ValueError(

@@ -3,14 +3,14 @@
 import torch
 from transformers.utils import logging
 
-from ..history import WeightHistory
 from ..predictor import SmartFRZPredictor
-from ..predictor.inputs import MOVES, contexts, moves
+from ..predictor.features import PROBE_FEATURES, contexts, probe_features
+from ..signals.weights import WeightHistory
 from .base import Decision, Observation, Policy
 
 logger = logging.get_logger(__name__)
 
-LEAST_SNAPSHOTS = 3
+MIN_SNAPSHOTS = 3
 EARLY, PEAK = 0.2, 0.8
 
 
@@ -29,7 +29,7 @@ class SmartFRZPolicy(Policy):
 
     def __init__(self, predictor: SmartFRZPredictor, threshold: float):
         self.predictor, self.threshold = predictor.eval(), threshold
-        self.history_size = (predictor.config.window, predictor.config.samples)
+        self.history_size = (predictor.config.window, predictor.config.weights_per_unit)
         self.front_probe = predictor.config.front_probe
         self._warned = False
 
@@ -40,7 +40,7 @@ class SmartFRZPolicy(Policy):
         A history with NaN or infinity in it means that training has diverged: nothing freezes, and one warning says so.
         """
         history, depth = observation.history, observation.depth
-        if history is None or history.filled < LEAST_SNAPSHOTS or depth == observation.units:
+        if history is None or history.filled < MIN_SNAPSHOTS or depth == observation.units:
             return Decision(depth, "not enough history")
         if observation.progress < EARLY and observation.rates.relative[observation.step] >= PEAK:
             return Decision(depth, "early in the run and near the peak of the learning rate")
@@ -75,8 +75,8 @@ class SmartFRZPolicy(Policy):
         context = contexts(observation.units, observation.progress, rates.relative[observation.step], spent[-1])
         if self.front_probe:
             front = observation.front
-            moved = torch.zeros(observation.units, MOVES)  # not known
+            moved = torch.zeros(observation.units, PROBE_FEATURES)  # not known
             if front is not None and front.changes is not None:
-                moved = moves(front.changes)
+                moved = probe_features(front.changes)
             context = torch.cat([context, moved], dim=-1)
         return self.predictor(features, usable, context[depth:].to(device)).probabilities.tolist()

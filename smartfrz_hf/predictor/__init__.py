@@ -1,9 +1,8 @@
 """The predictor: has a unit's representation become what it will be at the end of the run?"""
 
 from .configuration import SmartFRZPredictorConfig
-from .loading import FILES, default_predictor_path, load_predictor
+from .hub import FILES, default_predictor_path, load_predictor, push_predictor
 from .modeling import SmartFRZPredictor, SmartFRZPredictorOutput
-from .publishing import push_predictor
 
 __all__ = [
     "FILES",

@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..config import OPERATING_POINTS
-from .inputs import CONTEXT, DYNAMICS, MOVES
+from .features import CONTEXT, DYNAMICS, PROBE_FEATURES
 
 logger = logging.get_logger(__name__)
 
@@ -24,14 +24,14 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             `"dynamics"`: scale-free quantities of how they move, which do not depend on the order or number of
             samples, together with where in the run and in the model the unit stands.
         window (`int`, *optional*, defaults to `20`): snapshots in a history.
-        samples (`int`, *optional*, defaults to `1024`): sampled weights in a snapshot.
+        weights_per_unit (`int`, *optional*, defaults to `1024`): sampled weights in a snapshot.
         encoder_size (`int`, *optional*, defaults to `16`): width of the hidden layers of the query, key and value MLPs.
         attention_size (`int`, *optional*, defaults to `8`): size of queries, keys and values.
         unit_size (`int`, *optional*, defaults to `16`): size of the vector that stands for a unit (`"dynamics"` only).
         unit_attention (`bool`, *optional*, defaults to `True`): whether units attend to each other (`"dynamics"` only).
         front_sum (`bool`, *optional*, defaults to `True`): whether the odds against freezing add up over the units of
             the front (`"dynamics"` only).
-        front_probe (`bool`, *optional*, defaults to `False`): whether it is told how the front probe moves (`"dynamics"`
+        front_probe (`bool`, *optional*, defaults to `False`): whether it is told how the front probe probe_features (`"dynamics"`
             only).
         head_size (`int`, *optional*, defaults to `16`): width of the hidden layers of the head.
         operating_points (`dict[str, float]`, *optional*): probability from which a unit counts as converged, for
@@ -45,7 +45,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
 
     form: str = "dynamics"
     window: int = 20
-    samples: int = 1024
+    weights_per_unit: int = 1024
     encoder_size: int = 16
     attention_size: int = 8
     unit_size: int = 16
@@ -68,7 +68,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             raise ValueError(f"`form` is {self.form!r}; it must be one of {', '.join(map(repr, FORMS))}.")
         if self.front_probe and self.form == "weights":
             raise ValueError('`front_probe` is for `form="dynamics"`: the paper\'s form is told of the weights alone.')
-        for name in ("window", "samples", "encoder_size", "attention_size", "unit_size", "head_size"):
+        for name in ("window", "weights_per_unit", "encoder_size", "attention_size", "unit_size", "head_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number from 1 on.")
         points = self.operating_points
@@ -80,11 +80,11 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
     @property
     def input_size(self) -> int:
         """Numbers per snapshot that enter the encoders."""
-        return self.samples if self.form == "weights" else DYNAMICS
+        return self.weights_per_unit if self.form == "weights" else DYNAMICS
 
     @property
     def context_size(self) -> int:
         """Numbers per unit that enter the head beside what attention gives."""
         if self.form == "weights":
             return 0
-        return CONTEXT + MOVES if self.front_probe else CONTEXT
+        return CONTEXT + PROBE_FEATURES if self.front_probe else CONTEXT

@@ -8,11 +8,11 @@ from transformers import PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
 from .configuration import SmartFRZPredictorConfig
-from .inputs import DYNAMICS, dynamics
+from .features import DYNAMICS, dynamics
 
 # Standard deviations. What lies further out than anything seen in training is told as far out, and no further.
 CLIP = 2.0
-LEAST = -1e4  # log of the odds against freezing of a unit that is not there
+MIN_LOG_ODDS = -1e4  # log of the odds against freezing of a unit that is not there
 
 
 @dataclass
@@ -125,7 +125,7 @@ class SmartFRZPredictor(PreTrainedModel):
     @classmethod
     def from_default(cls) -> "SmartFRZPredictor":
         """The predictor inside the package, loaded with no network."""
-        from .loading import load_predictor
+        from .hub import load_predictor
 
         return load_predictor()
 
@@ -136,8 +136,8 @@ class SmartFRZPredictor(PreTrainedModel):
         What a history is to the network.
 
         Args:
-            snapshots (`torch.Tensor` of shape `(units, window, samples)`): oldest first.
-            start (`torch.Tensor` of shape `(units, samples)`): the snapshot at the start of the run.
+            snapshots (`torch.Tensor` of shape `(units, window, weights_per_unit)`): oldest first.
+            start (`torch.Tensor` of shape `(units, weights_per_unit)`): the snapshot at the start of the run.
             mask (`torch.Tensor` of shape `(window,)`, `bool`): which snapshots are real; the last two must be.
             spent (`torch.Tensor` of shape `(window,)`): share of the summed learning rate spent before each snapshot.
 
@@ -165,7 +165,7 @@ class SmartFRZPredictor(PreTrainedModel):
             features (`torch.Tensor` of shape `(units, window, input_size)`): histories, as `read` gives them.
             usable (`torch.Tensor` of shape `(units, window)`, `bool`): which snapshots attention may look at.
             context (`torch.Tensor` of shape `(units, context_size)`): relative depth, progress, learning rate relative to
-                its peak, and the share of the summed learning rate still to come; and how the front probe moves.
+                its peak, and the share of the summed learning rate still to come; and how the front probe probe_features.
             active (`torch.Tensor` of shape `(units,)`, `bool`, *optional*): which units there are. All when not given.
             labels (`torch.Tensor` of shape `(units,)`, *optional*): 1 for converged, 0 for not, or between.
 
@@ -188,7 +188,7 @@ class SmartFRZPredictor(PreTrainedModel):
                 found = found + shared
         logits = self.head(found).squeeze(-1)
         if self.config.form == "dynamics" and self.config.front_sum:
-            logits = -(-logits).masked_fill(~active, LEAST).logcumsumexp(-1)
+            logits = -(-logits).masked_fill(~active, MIN_LOG_ODDS).logcumsumexp(-1)
         logits = (logits - self.offset) / self.temperature
         loss = None
         if labels is not None:

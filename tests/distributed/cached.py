@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainerCallb
 
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer
 from smartfrz_hf.activation_cache import sharing
-from smartfrz_hf.activation_cache.worth import Worth
+from smartfrz_hf.activation_cache.worth import CacheMonitor
 from smartfrz_hf.policies import Decision
 
 
@@ -105,7 +105,7 @@ def main():
     )
     assert args.world_size == options.world_size, f"{args.world_size} processes, not {options.world_size}"
     # Tiny models compute faster than anything can be looked up; keep their cache on nevertheless.
-    Worth.why_not = lambda self: None
+    CacheMonitor.why_not = lambda self: None
     if options.hosts:
         sharing._host = lambda: (str(os.getpid()), 0)
     counting = Counting(options.off_at, options.killed_at)

@@ -18,8 +18,8 @@ from training import Rows, arguments, predictor_that_says
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer, find_blocks
-from smartfrz_hf.history import WeightSampler
 from smartfrz_hf.policies import Decision
+from smartfrz_hf.signals.weights import WeightSampler
 
 STAGES = {5: 2, 9: 3, 13: 5}
 FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
@@ -92,8 +92,8 @@ class Watching(TrainerCallback):
             self.copied.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
             units = find_blocks(self.copied).units
             every = range(len(units))
-            samples = WeightSampler(units, self.callback._sampler.samples).read_all(every)
-            assert torch.equal(self.callback._sampler.read_all(every), samples), "shards give other samples"
+            weights_per_unit = WeightSampler(units, self.callback._sampler.weights_per_unit).read_all(every)
+            assert torch.equal(self.callback._sampler.read_all(every), weights_per_unit), "shards give other samples"
 
 
 def whole(tensor):

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
+from launching import launch
 from safetensors.torch import load_file
-from test_ddp import launch
 
 # An epoch has six steps.
 GROWING = '--stages={"0": 2, "9": 4}'

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_ddp import STAGES, launch, results
+from launching import STAGES, launch, results
 
 # What a run has to survive: everything trains again at step 8, where a checkpoint is written; evaluations; accumulation.
 RESTARTS = {

@@ -1,8 +1,8 @@
 """Two real processes (gloo) that train twice."""
 
 import torch
+from launching import launch
 from safetensors.torch import load_file
-from test_ddp import launch
 
 
 def test_the_second_run_sends_what_had_frozen_in_the_first(tmp_path):

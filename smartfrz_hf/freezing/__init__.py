@@ -1,0 +1,1 @@
+"""Freezing the front of a model so that it costs nothing more."""

@@ -1,0 +1,1 @@
+"""Models: their units, nested values, and patched forward passes."""

@@ -1,0 +1,1 @@
+"""What is observed of a run: weights, outputs of a few examples, learning rates."""

@@ -1,0 +1,125 @@
+"""Each policy answers as its rule says."""
+
+import math
+
+import pytest
+import torch
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
+from training import predictor_that_says
+from transformers import get_linear_schedule_with_warmup
+
+from smartfrz_hf import SmartFRZConfig
+from smartfrz_hf.policies import LinearPolicy, NeverPolicy, Observation, SmartFRZPolicy, StaticPolicy, make_policy
+from smartfrz_hf.signals.schedule import LearningRates
+from smartfrz_hf.signals.weights import WeightHistory
+
+
+def seen(step=50, depth=0, units=5, history=None, trainable=None, learning_rate=1.0):
+    rates = LearningRates([*([1.0] * 100), learning_rate])
+    rates.relative[step] = learning_rate
+    return Observation(step, 100, depth, trainable or [True] * units, rates, history)
+
+
+def filled_history(units=5, records=4):
+    history = WeightHistory(units, 4, 32)
+    history._ring.normal_()
+    history.steps = list(range(records))
+    return history
+
+
+def test_never():
+    assert [NeverPolicy().decide(seen(depth=d)).depth for d in (0, 3)] == [0, 3]
+
+
+def test_static():
+    assert StaticPolicy(0.5).decide(seen(units=7)).depth == 3
+    assert StaticPolicy(4.0).decide(seen(units=7)).depth == 4
+    assert StaticPolicy(0.0).decide(seen(units=7)).depth == 0
+    with pytest.raises(ValueError, match="at most 7"):
+        StaticPolicy(8).decide(seen(units=7))
+
+
+def test_linear():
+    policy = LinearPolicy(start=0.2, level=0.5)
+    assert [policy.decide(seen(step, units=10)).depth for step in (0, 20, 37, 61, 100)] == [0, 0, 1, 2, 5]
+    assert policy.decide(seen(36, depth=4, units=10)).depth == 4, "what is frozen stays frozen"
+
+
+def test_smartfrz_freezes_the_converged_front_only():
+    policy = SmartFRZPolicy(predictor_that_says(0.5), 0.6)
+    for probabilities, depth, wanted in (
+        ([0.7, 0.9, 0.5, 0.9, 0.9], 0, 2),
+        ([0.5, 0.9, 0.9, 0.9, 0.9], 0, 0),
+        ([0.6, 0.6, 0.6, 0.6, 0.6], 0, 5),
+        ([0.9, 0.1, 0.9], 2, 3),
+    ):
+        policy.score = lambda *_, p=probabilities: p
+        assert policy.decide(seen(depth=depth, history=filled_history())).depth == wanted
+
+
+def test_units_with_nothing_to_train_stand_in_no_way():
+    policy = SmartFRZPolicy(predictor_that_says(0.5), 0.6)
+    policy.score = lambda *_: [0.1, 0.9, 0.1, 0.9, 0.9]
+    trainable = [False, True, False, True, True]
+    assert policy.decide(seen(history=filled_history(), trainable=trainable)).depth == 5
+    trainable = [False, True, True, True, True]
+    assert policy.decide(seen(history=filled_history(), trainable=trainable)).depth == 2
+
+
+def test_smartfrz_waits_for_history():
+    policy = SmartFRZPolicy(predictor_that_says(0.9), 0.5)
+    assert policy.decide(seen(history=filled_history(records=2))).depth == 0
+    assert policy.decide(seen(history=filled_history(records=3))).depth == 5
+
+
+def test_nothing_freezes_early_near_the_peak_of_the_learning_rate():
+    policy = SmartFRZPolicy(predictor_that_says(0.9), 0.5)
+    for step, learning_rate, depth in ((5, 1.0, 0), (19, 0.8, 0), (5, 0.5, 5), (20, 1.0, 5), (60, 0.4, 5)):
+        history = filled_history()
+        assert policy.decide(seen(step, history=history, learning_rate=learning_rate)).depth == depth
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_freeze_nothing(value):
+    policy = SmartFRZPolicy(predictor_that_says(0.9), 0.5)
+    history = filled_history()
+    history._ring[4, 0, 0] = value
+    decision = policy.decide(seen(history=history))
+    assert decision.depth == 0 and "not finite" in decision.reason
+
+
+def test_make_policy():
+    predictor = predictor_that_says(0.5)
+    assert isinstance(make_policy(SmartFRZConfig(), predictor), SmartFRZPolicy)
+    assert isinstance(make_policy(SmartFRZConfig(policy="static")), StaticPolicy)
+    assert isinstance(make_policy(SmartFRZConfig(policy="linear")), LinearPolicy)
+    assert isinstance(make_policy(SmartFRZConfig(policy="never")), NeverPolicy)
+    made_for = predictor.config
+    policy = make_policy(SmartFRZConfig(window=made_for.window, weights_per_unit=made_for.weights_per_unit), predictor)
+    assert policy.predictor is predictor
+
+
+def test_learning_rates():
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    rates = LearningRates.planned(get_linear_schedule_with_warmup(optimizer, 2, 10), 10)
+    assert rates.relative[:4].tolist() == [0.0, 0.5, 1.0, 0.875] and rates.relative[-1] == 0
+    assert rates.spent[:3].tolist() == pytest.approx([0, 0, 0.1]) and rates.spent[-1] == 1
+    constant = LearningRates.planned(StepLR(optimizer, 3), 4)
+    assert constant.relative.tolist() == [1.0] * 5 and constant.spent.tolist() == pytest.approx(
+        [0, 0.2, 0.4, 0.6, 0.8]
+    )
+    nothing = LearningRates([0.0, 0.0])
+    assert nothing.relative.tolist() == nothing.spent.tolist() == [0, 0]
+
+
+def test_restarts_of_a_schedule():
+    def cosine(steps):
+        return [0.5 + 0.5 * math.cos(math.pi * step / steps) for step in range(steps)]
+
+    warm = [step / 10 for step in range(10)]
+    assert LearningRates(warm + cosine(40) + cosine(40) + cosine(40)).restarts == [50, 90]
+    # Rises more slowly, and only some of the way.
+    assert LearningRates([1.0, 0.5, 0.2, 0.1, 0.15, 0.2, 0.3, 0.2]).restarts == [5]
+    for rates in (warm + cosine(40), [1.0] * 20, warm + [1.0] * 9, [1.0, 0.6, 0.9, 0.6], [1.0, 0.01, 0.05, 0.0]):
+        assert LearningRates(rates).restarts == []

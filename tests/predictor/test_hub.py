@@ -1,0 +1,165 @@
+"""Predictors go to the Hub and come back, through the Hub's own client, against a server on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hub_server import TOKEN, HubServer
+
+from smartfrz_hf import SmartFRZPredictor, SmartFRZPredictorConfig
+from smartfrz_hf.predictor import FILES
+
+REPO = "me/mine"
+
+
+@pytest.fixture
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder as `smartfrz fit` writes it, with a file beside it that is nobody's business."""
+    torch.manual_seed(0)
+    path = tmp_path / "predictor"
+    SmartFRZPredictor(SmartFRZPredictorConfig(window=5, weights_per_unit=16)).save_pretrained(path)
+    (path / "README.md").write_text("---\nlibrary_name: smartfrz_hf\n---\n# Mine\n")
+    (path / "notes.txt").write_text("private")
+    return path
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """Runs a command in a process that knows this Hub, an empty home, and a token if given one."""
+
+    def go(*words, token=None, **environment):
+        # The Hub's own large-file service cannot be had on this machine; plain LFS can.
+        changes = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        changes |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
+        kept = {key: value for key, value in os.environ.items() if key not in ("HF_TOKEN", "HF_HUB_TOKEN")}
+        if token is not None:
+            changes["HF_TOKEN"] = token
+        return subprocess.run(
+            [sys.executable, *words], env=kept | changes, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    return go
+
+
+def load(run, name=REPO, token=None, environment=None, **kwargs):
+    """Load a predictor in a process of its own: what it says about itself, or the error."""
+    code = (
+        "import json, sys; from smartfrz_hf import load_predictor\n"
+        "name, kwargs = json.loads(sys.argv[1])\n"
+        "try:\n"
+        "    predictor = load_predictor(name, **kwargs)\n"
+        "    found = {'window': predictor.config.window, 'sum': sum(p.double().sum().item() for p in predictor.parameters())}\n"
+        "except OSError as error:\n"
+        "    found = {'error': str(error)}\n"
+        "print(json.dumps(found))\n"
+    )
+    done = run("-c", code, json.dumps([name, kwargs]), token=token, **environment or {})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) | {"warnings": done.stderr}
+
+
+def content(predictor_folder):
+    predictor = SmartFRZPredictor.from_pretrained(predictor_folder)
+    return sum(p.double().sum().item() for p in predictor.parameters())
+
+
+def files_of(folder):
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def test_push_and_load_again(hub, run, folder):
+    words = ("-m", "smartfrz_hf.cli", "push", str(folder), REPO)
+    done = run(*words, "--private", token=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert f"{hub.endpoint}/{REPO}/commit/" in done.stdout
+    assert hub.repos[REPO]["private"]
+    (files,) = (hub.repos[REPO]["commits"][sha] for sha in hub.repos[REPO]["branches"].values())
+    assert set(files) == {".gitattributes", "README.md", *FILES}
+    assert files["README.md"] == (folder / "README.md").read_bytes()
+
+    assert load(run, token=TOKEN)["sum"] == content(folder)
+    assert "error" in load(run, token=None, cache_dir=str(folder / "empty"))
+
+    # Later without the Hub, from what was fetched.
+    count = len(hub.requests)
+    assert load(run, environment={"HF_HUB_OFFLINE": "1"})["sum"] == content(folder)
+    assert len(hub.requests) == count
+
+    # Another predictor on a branch of its own; the main one stays.
+    SmartFRZPredictor(SmartFRZPredictorConfig(window=7, weights_per_unit=16)).save_pretrained(folder)
+    done = run(*words, "--revision", "longer", token=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert load(run, token=TOKEN, revision="longer")["window"] == 7
+    assert load(run, token=TOKEN)["window"] == 5
+    assert "no-such" in load(run, token=TOKEN, revision="no-such")["error"]
+
+
+def test_a_predictor_in_a_subfolder(hub, run, folder):
+    hub.commit(REPO, {f"small/{name}": value for name, value in files_of(folder).items()})
+    assert load(run, subfolder="small")["sum"] == content(folder)
+
+
+@pytest.mark.parametrize("token", [None, "hf_wrong"])
+def test_push_without_a_right_token(hub, run, folder, token):
+    done = run("-m", "smartfrz_hf.cli", "push", str(folder), REPO, token=token)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "token" in done.stderr.lower() or "401" in done.stderr
+    assert not hub.repos
+
+
+def test_push_of_a_damaged_predictor_reaches_no_hub(hub, run, folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    done = run("-m", "smartfrz_hf.cli", "push", str(folder), REPO, token=TOKEN)
+    assert done.returncode == 1
+    assert "damaged" in done.stderr and "Traceback" not in done.stderr
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("token", [None, "hf_wrong"])
+def test_what_is_not_there_is_named(hub, run, folder, token):
+    error = load(run, "me/other", token=token)["error"]
+    assert "me/other" in error and "401" in error
+    hub.commit(REPO, {"config.json": (folder / "config.json").read_bytes()})
+    assert ("lacks model.safetensors" if token is None else "401") in load(run, token=token)["error"]
+
+
+def test_a_connection_that_breaks_is_tried_again(hub, run, folder):
+    hub.commit(REPO, files_of(folder))
+    hub.breaks = 1
+    assert load(run)["sum"] == content(folder)
+    assert not hub.breaks
+    assert sum("GET" in request and "safetensors" in request for request in hub.requests) >= 2
+
+
+def test_a_truncated_file_is_refused(hub, run, folder):
+    files = files_of(folder)
+    hub.commit(REPO, files | {"model.safetensors": files["model.safetensors"][:-20]})
+    assert "damaged" in load(run)["error"]
+
+
+def test_a_config_of_a_newer_version_gives_one_warning(hub, run, folder):
+    files = files_of(folder)
+    config = json.loads(files["config.json"]) | {"heads_of_the_future": 3}
+    hub.commit(REPO, files | {"config.json": json.dumps(config).encode()})
+    found = load(run)
+    assert found["sum"] == content(folder)
+    assert found["warnings"].count("heads_of_the_future") == 1
+
+
+def test_pickled_weights_are_refused_and_not_fetched(hub, run, folder, tmp_path):
+    torch.save({}, tmp_path / "weights")
+    pickled = (tmp_path / "weights").read_bytes()
+    hub.commit(REPO, {"config.json": (folder / "config.json").read_bytes(), "pytorch_model.bin": pickled})
+    assert "safetensors" in load(run)["error"]
+    assert not any("GET" in request and ".bin" in request for request in hub.requests)

@@ -1,0 +1,199 @@
+"""The front probe says how far what leaves each unit, and what the model says, has come."""
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, build
+from training import Watcher, train
+from transformers import TrainerCallback
+
+from smartfrz_hf import (
+    SmartFRZCallback,
+    SmartFRZConfig,
+    SmartFRZPredictor,
+    SmartFRZPredictorConfig,
+    find_blocks,
+)
+from smartfrz_hf.predictor.features import probe_features
+from smartfrz_hf.signals.probe import MAX_NUMBERS, FrontProbe, shift, spread_tokens, thinned
+from smartfrz_hf.signals.probe_history import ProbeHistory, affordable_rows
+
+
+def shaken(model, by=0.1):
+    """Weights moved at random, as training probe_features them."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator) * parameter.abs().mean())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_look_is_what_the_model_makes_of_the_first_rows(name):
+    model = build(name)
+    batch, stack = ARCHITECTURES[name].batch(model), find_blocks(model)
+    probe = FrontProbe(stack, rows=3)
+    model(**batch)
+    assert probe.ready
+    random_state = torch.get_rng_state()
+    then = probe.look()
+    shaken(model)
+    now = probe.look()
+    assert torch.get_rng_state().equal(random_state)
+    assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    rows = {key: value[:3] for key, value in batch.items() if key != "labels"}
+    seen = {}
+    entered = lambda module, args, kwargs: seen.update({0: args[0] if args else kwargs["hidden_states"]})  # noqa: E731
+    stack.blocks[0].register_forward_pre_hook(entered, with_kwargs=True)
+    for unit, block in enumerate(stack.blocks, start=1):
+        block.register_forward_hook(lambda module, args, output, unit=unit: seen.update({unit: output}))
+    said = model.eval()(**rows).logits
+    said = said if said.dim() == 2 else spread_tokens(said, batch["attention_mask"][:3])
+    torch.testing.assert_close(now.output, said)
+    assert sorted(seen) == list(range(len(stack)))
+    for unit, output in seen.items():
+        output = output[0] if isinstance(output, tuple) else output
+        torch.testing.assert_close(now.hidden[unit], output.flatten(1))
+    changes = now.changes(then)
+    assert changes.shape == (len(stack), 2) and changes.gt(0).all()
+    assert changes[:, 1].tolist() == pytest.approx([shift(now.output, then.output)] * len(stack))
+    wanted = [(a - b).pow(2).mean().item() for a, b in zip(now.hidden, then.hidden, strict=True)]
+    assert changes[:, 0].tolist() == pytest.approx(wanted)
+    assert now.changes(now).eq(0).all()
+
+
+def test_of_much_that_leaves_a_unit_some_is_kept():
+    hidden = torch.arange(2 * 4 * MAX_NUMBERS).view(2, -1, 64)
+    kept = thinned(hidden)
+    assert kept.is_contiguous() and kept[0].tolist() == list(range(0, 4 * MAX_NUMBERS, 5))
+    assert (kept[0] % 64).unique().tolist() == list(range(64)), "of all features"
+    assert thinned(hidden[:, :5]).equal(hidden[:, :5].flatten(1)), "all of little"
+
+
+def predictor(seed=3):
+    """A predictor that makes something of all that it is told, and calls about half of it converged."""
+    torch.manual_seed(seed)
+    return SmartFRZPredictor(SmartFRZPredictorConfig(window=4, weights_per_unit=32, front_probe=True))
+
+
+def freezing(threshold=0.5, **config):
+    return SmartFRZCallback(SmartFRZConfig(freeze_threshold=threshold, **config), predictor())
+
+
+class Scores(TrainerCallback):
+    """Notes what the policy said at each freezing stage."""
+
+    def __init__(self, callback):
+        self.said, policy = [], callback.policy
+        score = policy.score
+
+        def noted(observation, *args):
+            changes = None if observation.front is None else observation.front.changes
+            self.said.append((observation.step, score(observation, *args), changes))
+            return self.said[-1][1]
+
+        policy.score = noted
+
+
+def test_looking_changes_nothing(tmp_path):
+    watchers = Watcher(), Watcher()
+    callback = freezing(threshold=1.0)
+    train(tmp_path / "plain", [watchers[0]])
+    train(tmp_path / "watched", [callback, watchers[1]])
+    assert callback._front is None, "let go of"
+    for plain, watched in zip(watchers[0].weights, watchers[1].weights, strict=True):
+        assert all(plain[key].equal(watched[key]) for key in plain)
+
+
+def test_looks_are_told_to_the_policy_and_paid_for(tmp_path):
+    callback, blind = (
+        freezing(threshold=1.0, decide_every=0.025),
+        freezing(threshold=1.0, decide_every=0.025, probe_examples=0),
+    )
+    seen, unseen = Scores(callback), Scores(blind)
+    for one in (callback, blind):
+        train(tmp_path, [one])
+    changes = [changes for *_, changes in seen.said]
+    assert [step for step, *_ in seen.said] == list(range(4, 20)) and all(c.shape == (5, 4, 2) for c in changes)
+    assert (changes[-1][:, -1] > changes[-1][:, 0]).all(), "further from the start than from a step ago"
+    assert changes[-1].gt(0).all()
+    assert all(changes is None for *_, changes in unseen.said)
+    assert seen.said[-1][1] != unseen.said[-1][1]
+    assert callback.ledger.spent.backward == blind.ledger.spent.backward
+    # Twenty looks, the first at the start, at as many rows as a batch has.
+    forward = [flops.forward for flops in callback.ledger.full_unit_flops.values()]
+    looks = callback.ledger.spent.forward - blind.ledger.spent.forward
+    assert looks == pytest.approx(20 * sum(forward))
+
+
+def test_looks_see_a_front_that_lies_in_host_memory(tmp_path):
+    here, offloaded = (freezing(max_depth=3, offload_frozen=offload) for offload in (False, True))
+    seen, seen_parked, lay = Scores(here), Scores(offloaded), []
+    look = offloaded._look
+
+    def noted(step):
+        lay.append(offloaded._freezer.weights is not None and offloaded._freezer.weights.offloaded)
+        look(step)
+
+    offloaded._look = noted
+    for one in (here, offloaded):
+        train(tmp_path, [one], max_steps=40)
+    assert any(lay), "the front was away when it was looked at"
+    assert len(seen.said) == len(seen_parked.said)
+    for (_, scores, changes), (_, scores_parked, changes_parked) in zip(seen.said, seen_parked.said, strict=True):
+        assert scores == scores_parked and changes.equal(changes_parked) and changes.isfinite().all()
+
+
+def test_rows_that_a_run_can_afford():
+    assert affordable_rows(rows_between=10) == 4, "at least"
+    assert affordable_rows(rows_between=160) == 14
+
+
+@pytest.mark.parametrize("killed_at", [3, 7])
+def test_a_resumed_run_has_looked_at_the_same(tmp_path, killed_at):
+    whole, resumed = freezing(threshold=0.65), freezing(threshold=0.65)
+    said, said_after = Scores(whole), Scores(resumed)
+    full = train(tmp_path / "whole", [whole], save_strategy="steps", save_steps=killed_at)
+    checkpoint = tmp_path / "whole" / f"checkpoint-{killed_at}"
+    again = train(tmp_path / "whole", [resumed], resume=str(checkpoint))
+    assert whole.ledger.freeze_steps == resumed.ledger.freeze_steps != {}
+    rest = [entry for entry in said.said if entry[0] > killed_at]
+    assert len(rest) == len(said_after.said) > 0
+    for (step, scores, changes), (step_after, scores_after, changes_after) in zip(rest, said_after.said, strict=True):
+        assert (step, scores) == (step_after, scores_after) and changes.equal(changes_after)
+    weights = again.model.state_dict()
+    assert all(value.equal(weights[key]) for key, value in full.model.state_dict().items())
+
+
+def test_a_model_that_cannot_be_looked_at(tmp_path, caplog):
+    class Stubborn(type(build("bert"))):
+        def forward(self, input_ids, attention_mask, *, labels, **kwargs):
+            return super().forward(input_ids, attention_mask, labels=labels, **kwargs)
+
+    model = build("bert")
+    model.__class__ = Stubborn
+    callback = freezing(threshold=1.0)
+    seen = Scores(callback)
+    train(tmp_path, [callback], model=model)
+    assert caplog.text.count("The front probe does not work with Stubborn (TypeError") == 1
+    assert len(seen.said) == 16 and all(changes is None for *_, changes in seen.said)
+
+
+def test_what_no_checkpoint_can_hold_is_not_looked_at():
+    model = build("bert")
+    front = ProbeHistory(FrontProbe(find_blocks(model)))
+    model(**ARCHITECTURES["bert"].batch(model))
+    front.probe._inputs[1]["return_dict"] = object()
+    with pytest.raises(TypeError, match="object among the model's inputs"):
+        front.record(0)
+
+
+def test_moves_know_no_scale():
+    changes = torch.tensor([[[1.0, 0.02], [2.0, 0.04], [3.0, 0.1], [10.0, 1.0]]])
+    found = probe_features(changes)
+    assert found.shape == (1, 7) and found[0, -1] == 1
+    torch.testing.assert_close(10 ** found[0, :-1], torch.tensor([0.1, 0.2, 0.3, 0.02, 0.04, 0.1]))
+    torch.testing.assert_close(probe_features(1000 * changes), found)
+
+
+def test_the_form_of_the_paper_is_not_told_of_the_front():
+    with pytest.raises(ValueError, match="front_probe"):
+        SmartFRZPredictorConfig(form="weights", front_probe=True)
