@@ -13,8 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from smartfrz_hf.cost.flops import ComputeMeter
-from smartfrz_hf.cost.plotting import plot_timeline
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,6 +24,8 @@ from transformers import (
 )
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks
+from smartfrz_hf.cost.flops import ComputeMeter
+from smartfrz_hf.cost.plotting import plot_timeline
 
 COLUMNS = ("score", "sentence1", "sentence2")
 

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..distributed.fsdp import gather_for_backward
 from ..model.units import BlockStack, Unit
-from ..weights import FrozenWeights
+from .weights import FrozenWeights
 
 logger = logging.get_logger(__name__)
 
