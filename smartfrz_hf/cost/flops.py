@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.utils import logging
 
+from .._compat import forget_failed_pass
 from ..model.nested import main_input_elements
 from ..model.units import BlockStack
 from ..signals.probe import ROWS, FirstBatch
-from .ledger import Flops
+from .ledger import HEAD, Flops
 from .trace import PassCosts, TrainableWeights, count_pass
 
 logger = logging.get_logger(__name__)
-
-HEAD = "head"
 
 
 class ComputeMeter:
@@ -39,7 +39,7 @@ class ComputeMeter:
     they were frozen from the start.
 
     Args:
-        model ([`~torch.nn.Module`]): the model that the training loop calls, outside DDP.
+        model ([`~torch.nn.Module`]): the model that the training loop calls.
         stack ([`BlockStack`]): its units, before any is frozen.
         optimizer (`torch.optim.Optimizer`, *optional*): without it the optimizer's FLOPs are left out.
         first_batch ([`FirstBatch`], *optional*): where the rows come from; by default the meter keeps some of its own.
@@ -52,6 +52,8 @@ class ComputeMeter:
         optimizer: Optimizer | None = None,
         first_batch: FirstBatch | None = None,
     ):
+        # DDP hands the batch on to the module inside it.
+        model = model.module if isinstance(model, DistributedDataParallel) else model
         self._model, self._stack, self._optimizer = model, stack, optimizer
         self._weights = TrainableWeights(model, stack)
         self._depth = self._latest = 0
@@ -62,7 +64,8 @@ class ComputeMeter:
         self._steps: Counter[int] = Counter()
         self._passes = self._aside = 0
         self._skipped = [0.0] * len(stack)
-        self._earlier = {"spent": Flops(), "full": Flops()}  # from a checkpoint that has only sums
+        # Sums from a checkpoint of format 1.
+        self._earlier = {"spent": Flops(), "full": Flops()}
         self._taken = Flops()
         self._first_batch = first_batch or FirstBatch(model, ROWS)
         self._hook = model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
@@ -76,6 +79,14 @@ class ComputeMeter:
     def full(self) -> Flops:
         """FLOPs that the training so far would have cost with nothing frozen and no activation cache."""
         return sum(self._full_by_unit(), self._earlier["full"])
+
+    @property
+    def unit_parameters(self) -> dict[str, int]:
+        """Parameters that were trainable at the start, by unit and `"head"` (everything else)."""
+        sizes = [0] * (len(self._stack) + 1)
+        for parameter, unit in self._weights.units.items():
+            sizes[unit] += parameter.numel()
+        return dict(zip(self._names, sizes, strict=True))
 
     @property
     def unit_flops(self) -> dict[str, Flops]:
@@ -110,6 +121,7 @@ class ComputeMeter:
                 "they are estimated from its trainable parameters. Training is not affected."
             )
             self._costs = _by_parameters(self._weights)
+            forget_failed_pass(self._model)
 
     def end_of_step(self) -> None:
         """To be called after each optimizer step, before its gradients are cleared."""
@@ -173,6 +185,8 @@ class ComputeMeter:
         self._skipped = list(state["skipped_elements"])
         self._earlier = {name: Flops(**flops) for name, flops in state["earlier"].items()}
         self._taken = self.spent
+        if self._costs is not None:
+            self._first_batch.close()
 
     def _before_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
@@ -204,12 +218,15 @@ class ComputeMeter:
         ]
 
     @property
+    def _names(self) -> list[str]:
+        return [*self._stack.names, HEAD]
+
+    @property
     def _updates(self) -> list[float]:
         return self._update or [0.0] * (len(self._stack) + 1)
 
     def _average(self, by_unit: list[Flops]) -> dict[str, Flops]:
-        names = [*self._stack.names, HEAD]
-        return {name: flops * (1 / max(self._passes, 1)) for name, flops in zip(names, by_unit, strict=True)}
+        return {name: flops * (1 / max(self._passes, 1)) for name, flops in zip(self._names, by_unit, strict=True)}
 
     def _count_update(self, optimizer: Optimizer) -> list[float]:
         """FLOPs of an optimizer step with nothing frozen, by unit."""
