@@ -34,7 +34,7 @@ def _detach(value: Any, requires_grad: bool) -> Any:
     return value
 
 
-def is_reentrant(block: nn.Module) -> bool:
+def _is_reentrant(block: nn.Module) -> bool:
     """Whether the block runs under reentrant activation checkpointing, which drops all gradients of a block none of
     whose inputs asks for one (transformers#21381).
     """
@@ -185,7 +185,7 @@ class Freezer:
         unit = self.stack.units[self.depth]
 
         def cut(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            requires_grad = torch.is_grad_enabled() and is_reentrant(module)
+            requires_grad = torch.is_grad_enabled() and _is_reentrant(module)
             return _detach(args, requires_grad), _detach(kwargs, requires_grad)
 
         # A block that runs again reads its own output there, which must not be cut: behind a frozen stem nothing asks
