@@ -193,3 +193,12 @@ class TrainerHooks(_TrainerBase):
                 Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             )
         super()._save_checkpoint(model, trial)
+
+
+# torch: FSDP2
+
+
+def forget_failed_pass(model: nn.Module) -> None:
+    """Have FSDP2 forget a pass that ended with an exception. Later versions of torch have a public name for it, earlier ones none."""
+    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()
