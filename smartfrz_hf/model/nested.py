@@ -76,3 +76,17 @@ def from_state(state: Any) -> Any:
     if kind == "dict":
         return {key: from_state(part) for key, part in parts.items()}
     return CONTAINERS[kind](from_state(parts[str(i)]) for i in range(len(parts)))
+
+
+def main_input_elements(model: Any, inputs: Any) -> int:
+    """
+    How many elements (tokens, pixels) a model is given.
+
+    Args:
+        model (`torch.nn.Module`): its `main_input_name` says which tensor counts, by default `"input_ids"`.
+        inputs (`Any`): nested inputs. Without a tensor of that name the largest one counts, and without any tensor 1.
+    """
+    name = getattr(model, "main_input_name", None) or "input_ids"
+    tensors = list(named_tensors(inputs))
+    sizes = [tensor.numel() for key, tensor in tensors if key == name]
+    return sizes[0] if sizes else max((tensor.numel() for _, tensor in tensors), default=1)

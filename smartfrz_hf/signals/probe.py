@@ -12,7 +12,16 @@ from accelerate.utils import recursively_apply, send_to_device
 from torch import nn
 
 from ..model.forward_patch import LeftBehind
-from ..model.nested import batch_size, block_input, first_rows, float_tensors, from_state, named_tensors, to_state
+from ..model.nested import (
+    batch_size,
+    block_input,
+    first_rows,
+    float_tensors,
+    from_state,
+    main_input_elements,
+    named_tensors,
+    to_state,
+)
 from ..model.units import BlockStack, evaluation_mode
 
 ROWS = 16
@@ -91,11 +100,8 @@ class FirstBatch:
 
     @property
     def elements(self) -> int:
-        """Number of elements of the model's main input, such as token ids, or of the first tensor; 1 without any."""
-        named = list(named_tensors(self.inputs))
-        main_input = getattr(self._model, "main_input_name", "input_ids")
-        others = [tensor.numel() for _, tensor in named] or [1]
-        return next((tensor.numel() for name, tensor in named if name == main_input), others[0])
+        """Number of elements of the model's main input, such as token ids."""
+        return main_input_elements(self._model, self.inputs)
 
     def close(self) -> None:
         """Remove the hook from the model."""
