@@ -42,6 +42,11 @@ def tensor_version(tensor: torch.Tensor) -> int:
     return tensor._version
 
 
+def has_gradient_hook(tensor: torch.Tensor) -> bool:
+    """Whether `register_hook` was called on the tensor. There is no public name for it."""
+    return bool(tensor._backward_hooks)
+
+
 # torch.compile
 
 

@@ -33,7 +33,7 @@ def block_input(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def batch_size(inputs: Any) -> int:
-    """The length that most of the nested tensors have; 0 without any."""
+    """Number of rows of a batch: the length that most of its tensors have."""
     lengths = [len(tensor) for _, tensor in named_tensors(inputs) if tensor.dim()]
     return max(lengths, key=lengths.count, default=0)
 

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import recursively_apply, send_to_device
 from torch import nn
 
+from ..model.forward_patch import LeftBehind
 from ..model.nested import (
     batch_size,
     block_input,
@@ -75,7 +76,8 @@ class FirstBatch:
 
     Args:
         model (`torch.nn.Module`): the model; a pre-hook on it takes the rows at its first call in training mode.
-        rows (`int` or `Callable[[int], int]`): the largest number of rows, or what makes it from the batch size.
+        rows (`int` or `Callable[[int], int]`):
+            The largest number of rows, or a function that gives it for the number of rows in the batch.
 
     Attributes:
         inputs (`tuple[tuple, dict]`, *optional*): positional and keyword arguments; `None` until the batch has come.
@@ -84,7 +86,7 @@ class FirstBatch:
     def __init__(self, model: nn.Module, rows: int | Callable[[int], int]):
         self._model, self._rows = model, rows
         self.inputs: tuple[tuple, dict[str, Any]] | None = None
-        self._hook = model.register_forward_pre_hook(self._take, with_kwargs=True)
+        self._hook = model.register_forward_pre_hook(LeftBehind(self._take), with_kwargs=True)
 
     @property
     def ready(self) -> bool:
@@ -123,9 +125,8 @@ class FirstBatch:
     def _take(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training:
             kwargs = {key: value for key, value in kwargs.items() if key not in NOT_INPUTS}
-            inputs = (args, kwargs)
-            rows = self._rows(batch_size(inputs)) if callable(self._rows) else self._rows
-            self.inputs = first_rows(inputs, rows)
+            rows = self._rows if isinstance(self._rows, int) else self._rows(batch_size((args, kwargs)))
+            self.inputs = first_rows((args, kwargs), rows)
             self.close()
 
 
