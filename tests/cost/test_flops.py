@@ -11,6 +11,7 @@ from architectures import ARCHITECTURES, build
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from training import smartfrz, train
+from versions import checkpoint_activations
 
 from smartfrz_hf import Freezer, Ledger, SmartFRZCallback, SmartFRZConfig, find_blocks
 from smartfrz_hf.cost.flops import CPU_ATTENTION, ComputeMeter
@@ -28,7 +29,7 @@ class Bench:
     def __init__(self, name="bert", optimizer=None, checkpointing=None, model=None):
         self.model = build(name) if model is None else model
         if checkpointing is not None:
-            self.model.activation_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+            checkpoint_activations(self.model, checkpointing == "reentrant")
         self.batch = ARCHITECTURES[name].batch(self.model)
         self.stack = find_blocks(self.model)
         self.optimizer = optimizer(self.model.parameters()) if optimizer else None
