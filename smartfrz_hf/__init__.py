@@ -5,7 +5,7 @@ from .config import SmartFRZConfig
 from .cost.ledger import Ledger
 from .freezing.freezer import Freezer
 from .model.units import BlockStack, Unit, find_blocks
-from .predictor import SmartFRZPredictor, SmartFRZPredictorConfig, load_predictor
+from .predictor import SmartFRZPredictor, SmartFRZPredictorConfig, load_predictor, push_predictor
 from .trainer import SmartFRZMixin, SmartFRZTrainer
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "Unit",
     "find_blocks",
     "load_predictor",
+    "push_predictor",
 ]
 __version__ = "0.1.0"
