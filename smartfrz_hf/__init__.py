@@ -1,17 +1,24 @@
 """Adaptive layer freezing for Hugging Face Transformers (SmartFRZ, ICLR 2023)."""
 
 from .callback import SmartFRZCallback
-from .config import SmartFRZConfig
+from .config import SmartFRZArguments, SmartFRZConfig
 from .cost.ledger import Ledger
 from .freezing.freezer import Freezer
 from .model.units import BlockStack, Unit, find_blocks
-from .predictor import SmartFRZPredictor, SmartFRZPredictorConfig, load_predictor
+from .policies import Decision, Observation, Policy, register_policy
+from .predictor import SmartFRZPredictor, SmartFRZPredictorConfig, load_predictor, push_predictor
+from .run import FreezingRun
 from .trainer import SmartFRZMixin, SmartFRZTrainer
 
 __all__ = [
     "BlockStack",
+    "Decision",
     "Freezer",
+    "FreezingRun",
     "Ledger",
+    "Observation",
+    "Policy",
+    "SmartFRZArguments",
     "SmartFRZCallback",
     "SmartFRZConfig",
     "SmartFRZMixin",
@@ -21,5 +28,7 @@ __all__ = [
     "Unit",
     "find_blocks",
     "load_predictor",
+    "push_predictor",
+    "register_policy",
 ]
 __version__ = "0.1.0"

@@ -1,58 +1,29 @@
-"""The state of a run in its checkpoints: a few files beside those of the Trainer."""
+"""The files of SmartFRZ in a checkpoint: one JSON file, and one safetensors file for its tensors."""
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .signals.probe_history import ProbeHistory
-from .signals.weights import WeightHistory
+from .cost.flops import upgrade_meter_state
+from .distributed.fsdp import is_sharded
+from .run import FreezingRun
 
 logger = logging.get_logger(__name__)
 
-STATE = "smartfrz_state.json"
-HISTORY = "smartfrz_state.safetensors"
-PROBE = "smartfrz_probe.safetensors"
-FORMAT = 1
-# What has to be the same for a history to go on.
-HISTORY_FIELDS = ("policy", "record_every", "sampling_seed", "blocks")
-
-
-@dataclass
-class RunState:
-    """
-    What a run has to know to go on as if it had never stopped.
-
-    Attributes:
-        step (`int`): optimizer steps done.
-        units (`list[str]`): names of the model's units.
-        depth (`int`): frozen units.
-        config (`dict`): of the run, as [`SmartFRZConfig.to_dict`] gives it.
-        ledger (`dict`): as [`Ledger.state`] gives it.
-        meter (`dict`): as [`ComputeMeter.state`] gives it.
-        history ([`WeightHistory`], *optional*): if the policy looks at one.
-        front ([`ProbeHistory`], *optional*): if the policy looks at one. It is only saved so; a run loads it into its own,
-            from `front_file`.
-        front_file (`Path`, *optional*): the file that it is in.
-    """
-
-    step: int
-    units: list[str]
-    depth: int
-    config: dict[str, Any]
-    ledger: dict[str, Any]
-    meter: dict[str, Any]
-    history: WeightHistory | None = None
-    front: ProbeHistory | None = None
-    front_file: Path | None = None
+STATE_FILE = "smartfrz_state.json"
+TENSORS_FILE = "smartfrz_state.safetensors"
+FORMAT = 2
+TENSOR = "__tensor__"  # {TENSOR: name} stands in the JSON file for the tensor `name` of the other file
 
 
 def _digest(file: Path) -> str:
@@ -66,123 +37,182 @@ def _version() -> str:
         return "unknown"
 
 
-def save_state(state: RunState, folder: str | os.PathLike) -> None:
+def _split(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Replace tensors in nested dictionaries and lists by their names, and collect them."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().contiguous()
+        return {TENSOR: name}
+    if isinstance(value, dict):
+        return {key: _split(item, f"{name}.{key}".lstrip("."), tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_split(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+    return value
+
+
+def _join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Undo `_split`."""
+    if isinstance(value, dict):
+        if set(value) == {TENSOR}:
+            return tensors[value[TENSOR]]
+        return {key: _join(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_join(item, tensors) for item in value]
+    return value
+
+
+def save_state(state: dict[str, Any], folder: str | os.PathLike) -> None:
     """
-    Write the files, each in one move, the one that names the others last.
+    Write the state of a run into a folder: `smartfrz_state.json` and `smartfrz_state.safetensors`.
+
+    The JSON file holds `format` (`int`), `version` (of smartfrz_hf), `tensors` (SHA-256 of the other file) and `state`,
+    in which `{"__tensor__": name}` stands for a tensor of the other file. Each file appears as a whole, the JSON file
+    last, so that a process that dies in between leaves nothing that looks complete.
 
     Args:
-        state ([`RunState`]): what to write.
-        folder (`str`): of the checkpoint; made if it is not there.
+        state (`dict`): what [`FreezingRun.state_dict`] gives.
+        folder (`str`): of the checkpoint; made when it is missing.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {"history": (HISTORY, state.history), "front": (PROBE, state.front)}
-    values = {key: value for key, value in vars(state).items() if key not in (*kept, "front_file")}
-    values |= {"format": FORMAT, "version": _version()}
-    for key, (name, part) in kept.items():
-        values[key] = None
-        if part is not None:
-            partial = folder / f".{name}.partial"
-            part.save(partial)
-            values[key] = _digest(partial)
-            partial.replace(folder / name)
-    partial = folder / f".{STATE}.partial"
+    tensors: dict[str, torch.Tensor] = {}
+    values = _split(state, "", tensors)
+    partial = folder / f".{TENSORS_FILE}.partial"
+    save_file(tensors, partial)
+    content = {"format": FORMAT, "version": _version(), "tensors": _digest(partial), "state": values}
+    partial.replace(folder / TENSORS_FILE)
+    partial = folder / f".{STATE_FILE}.partial"
     with partial.open("w") as file:
-        file.write(json.dumps(values, indent=2) + "\n")
+        file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(folder / STATE)
+    partial.replace(folder / STATE_FILE)
 
 
-def load_state(folder: str | os.PathLike, device: Any = None) -> RunState | None:
+def load_state(folder: str | os.PathLike) -> dict[str, Any] | None:
     """
-    Read what [`save_state`] wrote.
+    Read what [`save_state`] wrote, in this version's format or an earlier one's.
 
     Args:
         folder (`str`): of the checkpoint.
-        device (`torch.device`, *optional*): where the history is put. Defaults to the CPU.
 
     Returns:
-        [`RunState`], or `None` where the checkpoint was made without SmartFRZ.
+        `dict` for [`FreezingRun.load_state_dict`], with tensors on the CPU, or `None` if the folder holds no state.
 
     Raises:
         ValueError: the files are damaged, do not belong together, or were written by a newer version.
     """
     folder = Path(folder)
-    if not (folder / STATE).is_file():
+    path = folder / STATE_FILE
+    if not path.is_file():
         return None
-    remedy = f"Take another checkpoint, or delete {STATE} there to go on with nothing frozen and an empty history."
+    remedy = f"Resume from another checkpoint, or delete {STATE_FILE} there to go on with nothing frozen."
     try:
-        values = json.loads((folder / STATE).read_text())
-        if values["format"] > FORMAT:
+        content = json.loads(path.read_text())
+        if content["format"] > FORMAT:
             raise ValueError(
-                f"{folder / STATE} was written by version {values['version']} of smartfrz_hf, in a format that this "
-                f"one does not know. Install that version. {remedy}"
+                f"{path} was written by version {content['version']} of smartfrz_hf, in format {content['format']}; this "
+                f"version reads formats up to {FORMAT}. Install that version. {remedy}"
             )
-        known = {key: values[key] for key in ("step", "units", "depth", "config", "ledger", "meter")}
-        digests = {HISTORY: values["history"], PROBE: values.get("front")}
+        if content["format"] == 1:
+            return _load_format_1(content, folder, remedy)
+        file = _checked(folder / TENSORS_FILE, content["tensors"], remedy)
+        return _join(content["state"], load_file(file))
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / STATE} is damaged ({type(error).__name__}: {error}). {remedy}") from error
-    files = {name: folder / name for name, digest in digests.items() if digest is not None}
-    for name, file in files.items():
-        if not file.is_file() or _digest(file) != digests[name]:
-            raise ValueError(f"{file} is missing or not the one that {STATE} was written with. {remedy}")
-    history = WeightHistory.load(files[HISTORY], device) if HISTORY in files else None
-    return RunState(**known, history=history, front_file=files.get(PROBE))
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {remedy}") from error
 
 
-def check_state(
-    state: RunState,
-    folder: str | os.PathLike,
-    step: int,
-    units: list[str],
-    shape: tuple[int, ...] | None,
-    config: dict[str, Any],
-) -> None:
+def _checked(file: Path, digest: str, remedy: str) -> Path:
+    if not file.is_file() or _digest(file) != digest:
+        raise ValueError(f"{file} is missing, or not the one that {STATE_FILE} was written with. {remedy}")
+    return file
+
+
+def _load_format_1(content: dict[str, Any], folder: Path, remedy: str) -> dict[str, Any]:
+    """Format 1 (smartfrz_hf 0.1): one file for the weight history, one for the probe, and metadata in JSON in both."""
+    state = {key: content[key] for key in ("step", "units", "depth", "config", "ledger")}
+    renamed = {"samples": "weights_per_unit", "probe_rows": "probe_examples"}
+    state["config"] = {renamed.get(key, key): value for key, value in state["config"].items()}
+    state |= {"meter": upgrade_meter_state(content["meter"]), "policy": {}, "weight_history": None, "probe_history": None}
+    if content["history"] is not None:
+        tensors, metadata = _read(_checked(folder / TENSORS_FILE, content["history"], remedy))
+        steps, window = json.loads(metadata["steps"]), tensors["ring"].shape[1]
+        snapshots = tensors["ring"].roll(-(len(steps) % window), dims=1)  # format 1 kept the ring buffer as it lay
+        state["weight_history"] = {"snapshots": snapshots, "start": tensors["start"], "steps": steps}
+    if content.get("front") is not None:
+        tensors, metadata = _read(_checked(folder / "smartfrz_probe.safetensors", content["front"], remedy))
+        known = json.loads(metadata["known"])
+        units = range(len(state["units"]))
+        state["probe_history"] = {
+            "steps": known["steps"],
+            "changes": tensors.get("changes"),
+            "inputs": _nested_inputs(known["probe"], tensors),
+            "snapshots": {
+                str(number): {
+                    "hidden": [tensors[f"{number}.{unit}"] for unit in units],
+                    "output": tensors[f"{number}.output"],
+                }
+                for number in known["looks"]
+            },
+        }
+    return state
+
+
+def _nested_inputs(packed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+    """The inputs of the probe as format 1 kept them: each value as `{kind: content}`."""
+    ((kind, value),) = packed.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "mapping":
+        return {key: _nested_inputs(part, tensors) for key, part in value.items()}
+    if kind in ("list", "tuple"):
+        return [_nested_inputs(part, tensors) for part in value]
+    return value
+
+
+def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+
+
+def load_run(run: FreezingRun, folder: str | os.PathLike, step: int) -> bool:
     """
-    See whether a run can go on from a state. What may differ in the configuration is said in a warning.
+    Have a run go on from a checkpoint of a Trainer. To be called on all ranks.
 
     Args:
-        state ([`RunState`]): what was found.
-        folder (`str`): where.
+        run ([`FreezingRun`]): made, but not begun.
+        folder (`str`): of the checkpoint.
         step (`int`): optimizer steps done in the checkpoint.
-        units (`list[str]`): names of the model's units.
-        shape (`tuple[int, ...]`, *optional*): of the history that the policy needs, if it needs one.
-        config (`dict`): of the run, as [`SmartFRZConfig.to_dict`] gives it.
+
+    Returns:
+        `bool`: whether the checkpoint holds a state. If not, a warning says so.
 
     Raises:
-        ValueError: it cannot; the message says why and what helps.
+        ValueError: the state is damaged, or of another step, model or policy, or differs between the ranks.
     """
-
-    def refuse(what: str) -> ValueError:
-        return ValueError(
-            f"The SmartFRZ state in {folder} cannot be taken up: {what}. Resume as the run was started, or delete "
-            f"{STATE} there to go on with nothing frozen and an empty history."
+    load_renamed(run.stack.model, folder)
+    state = load_state(folder)
+    run.check_same(-1 if state is None else state["depth"], f"the checkpoint {folder}")
+    if state is None:
+        logger.warning(
+            f"{folder} holds no SmartFRZ state ({STATE_FILE}): training goes on with nothing frozen and an empty history."
         )
-
-    if state.step != step:
-        raise refuse(f"it is of step {state.step}, and the checkpoint of step {step}")
-    if state.units != units or not 0 <= state.depth <= len(units):
-        raise refuse(
-            f"it is of a model with the units {state.units}, {state.depth} of them frozen, and this has {units}"
+        return False
+    if state["step"] != step:
+        raise ValueError(
+            f"The SmartFRZ state in {folder} is of step {state['step']}, but the checkpoint is of step {step}. Resume "
+            f"from another checkpoint, or delete {STATE_FILE} there to go on with nothing frozen."
         )
-    other = {key: value for key, value in state.config.items() if config.get(key, value) != value}
-    for key in HISTORY_FIELDS:
-        if key in other:
-            raise refuse(f"`{key}` was {other[key]!r} and is {config[key]!r} now")
-    found = None if state.history is None else state.history.shape
-    if found != shape:
-        raise refuse(f"{HISTORY} holds a history of shape {found}, and the policy needs {shape}")
-    if other:
-        changed = ", ".join(f"`{key}` was {value!r} and is {config[key]!r}" for key, value in other.items())
-        logger.warning(f"The run goes on with another configuration than it was started with: {changed}.")
+    if not any(Path(folder).glob("optimizer*")):
+        logger.warning(f"{folder} holds no optimizer state: the optimizer starts anew, frozen units stay frozen.")
+    run.load_state_dict(state)
+    return True
 
 
 def load_renamed(model: nn.Module, folder: str | os.PathLike) -> bool:
     """
     Load the weights of a checkpoint whose tensors have other names than the model's.
 
-    `save_pretrained` writes some models (ViT, DeiT) under the names that they had in earlier versions of Transformers, and the
+    `save_pretrained` writes some models (ViT, DeiT) under the names of earlier versions of Transformers, and the
     Trainer, which looks for the present ones, then resumes with new weights and says nothing (Transformers 5.23).
 
     Args:
@@ -193,26 +223,28 @@ def load_renamed(model: nn.Module, folder: str | os.PathLike) -> bool:
         `bool`: whether there was something to mend.
     """
     files = list(Path(folder).glob("model*.safetensors"))
-    if not isinstance(model, PreTrainedModel) or not files:
+    # Checkpoints of FSDP2 are read by Accelerate, by the names that the model has.
+    if not isinstance(model, PreTrainedModel) or not files or is_sharded(model):
         return False
-    names = set()
+    names: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             names |= set(tensors.keys())
     if names <= set(model.state_dict()):
         return False
-    found = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
-    model.load_state_dict(found.state_dict())
+    renamed = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
+    model.load_state_dict(renamed.state_dict())
+    logger.warning(f"The Trainer did not find the weights in {folder} by their names; they are loaded now.")
     return True
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
     """
-    The latest checkpoint that was written to its end. The Trainer writes its state last, so that a process that was killed
-    while it wrote leaves a folder without a readable one.
+    The latest checkpoint that was written to its end, if there is one. The Trainer writes its state last, so that a
+    process that was killed while it wrote leaves a folder without a readable one.
 
     Args:
-        folder (`str`): the Trainer's output folder.
+        folder (`str`): output folder of the Trainer.
     """
 
     def step(path: Path) -> int:
@@ -225,5 +257,5 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    found = [path for path in Path(folder).glob("checkpoint-*") if step(path) >= 0 and complete(path)]
-    return str(max(found, key=step)) if found else None
+    checkpoints = [path for path in Path(folder).glob("checkpoint-*") if step(path) >= 0 and complete(path)]
+    return str(max(checkpoints, key=step)) if checkpoints else None

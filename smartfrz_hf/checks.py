@@ -1,28 +1,116 @@
 """What is refused, each with its remedy."""
 
+from typing import Any
+
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 from transformers.utils import logging
 
 from .config import SmartFRZConfig
+from .model.units import BlockStack
 
 logger = logging.get_logger(__name__)
 
 DDP_TYPES = ("MULTI_CPU", "MULTI_GPU", "MULTI_HPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_NPU", "MULTI_SDAA", "MULTI_XPU")
+# What has to be the same in a configuration for a run to go on from a checkpoint.
+HISTORY_FIELDS = ("policy", "record_every", "sampling_seed", "blocks", "stem")
 
 
-def check_engine(args: TrainingArguments, model: nn.Module, config: SmartFRZConfig, with_mixin: bool) -> None:
+def check_stack(stack: BlockStack) -> None:
     """
-    Refuse what freezing cannot serve.
+    Refuse a model in which nothing is left to freeze.
+
+    Raises:
+        ValueError: no unit has a trainable parameter.
+    """
+    if not any(unit.trainable for unit in stack.units):
+        raise ValueError(
+            f"All {len(stack)} units of {type(stack.model).__name__} are frozen already, so SmartFRZ has nothing to "
+            "freeze. Remove the callback, or let some parameters require gradients."
+        )
+
+
+def check_other_run(model: nn.Module, other: Any) -> None:
+    """
+    Refuse a second run on a model that another one freezes now.
+
+    Args:
+        model (`torch.nn.Module`): the unwrapped model.
+        other ([`FreezingRun`], *optional*): the run that freezes it.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if other is not None:
+        raise ValueError(
+            f"SmartFRZ already freezes this {type(model).__name__}. Use one `SmartFRZCallback`, one `SmartFRZTrainer` or "
+            "one `FreezingRun` for a model at a time: remove the second one, or close the first one (`run.close()`, "
+            "`callback.release()`)."
+        )
+
+
+def check_only_callback(control: Any, callback: Any) -> None:
+    """
+    Refuse a second callback in one Trainer.
+
+    Args:
+        control ([`~transformers.TrainerControl`] or `None`): of the Trainer; all its callbacks are given the same one.
+        callback ([`SmartFRZCallback`]): the one that is called.
+
+    Raises:
+        ValueError: another one was there before.
+    """
+    if control is not None and vars(control).setdefault("smartfrz_callback", callback) is not callback:
+        raise ValueError(
+            "The Trainer has two `SmartFRZCallback`s, which would freeze the model twice. Pass one callback to a plain "
+            "Trainer, or none to a `SmartFRZTrainer`, which has its own (`SmartFRZTrainer(..., smartfrz=...)`)."
+        )
+
+
+def check_wrapper(model: nn.Module) -> None:
+    """
+    Refuse a wrapper that freezing cannot work with.
+
+    Args:
+        model (`torch.nn.Module`): what the training loop calls.
+
+    Raises:
+        ValueError: it is `DataParallel`, DDP with a static graph, or a model that `from_pretrained` has sharded.
+    """
+    if isinstance(model, nn.DataParallel):
+        _refuse_data_parallel(len(model.device_ids))
+    if isinstance(model, DistributedDataParallel) and model.static_graph:
+        raise ValueError(
+            "SmartFRZ does not work with DDP's static graph, which fixes what is trained in the first step: ranks would "
+            "drift apart after a freeze. Leave out `ddp_static_graph=True` (`static_graph=True`)."
+        )
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "SmartFRZ does not work with a model that `from_pretrained(distributed_config=...)` has sharded. Load it "
+            "whole, and let Accelerate shard it (FSDP2)."
+        )
+
+
+def _refuse_data_parallel(devices: int) -> None:
+    raise ValueError(
+        f"SmartFRZ does not work with {devices} devices in one process (`DataParallel`). Start one process per device "
+        "with `accelerate launch` or `torchrun`, or show it one device (`CUDA_VISIBLE_DEVICES=0`)."
+    )
+
+
+def check_trainer(args: TrainingArguments, model: nn.Module, config: SmartFRZConfig, with_mixin: bool) -> None:
+    """
+    Refuse what freezing cannot work with in a Trainer.
 
     Args:
         args ([`~transformers.TrainingArguments`]): of the run.
         model (`torch.nn.Module`): what the Trainer trains.
         config ([`SmartFRZConfig`]): of the run.
-        with_mixin (`bool`): whether [`SmartFRZMixin`] widens the Trainer: it calls [`rebuild_reducer`] after each freeze, and
-            loads checkpoints of FSDP2.
+        with_mixin (`bool`): whether the Trainer has [`SmartFRZMixin`], which knows the DDP wrapper and loads checkpoints
+            of FSDP2.
 
     Raises:
         ValueError: the message says why, and what to do instead.
@@ -30,42 +118,42 @@ def check_engine(args: TrainingArguments, model: nn.Module, config: SmartFRZConf
     kind = args.distributed_state.distributed_type
     if args.deepspeed is not None or kind == DistributedType.DEEPSPEED:
         raise ValueError(
-            "SmartFRZ cannot freeze under DeepSpeed ZeRO, which fixes what is trained when it starts; use DDP or "
-            "a single process instead."
+            "SmartFRZ cannot freeze under DeepSpeed ZeRO, which fixes the trained parameters when it starts. Use DDP, "
+            "FSDP2 or a single process."
         )
     if args.n_gpu > 1:
-        raise ValueError(
-            f"SmartFRZ does not work with {args.n_gpu} devices in one process (`DataParallel`); start one process a "
-            "device with `accelerate launch` or `torchrun`, or show it one device (`CUDA_VISIBLE_DEVICES=0`)."
-        )
-    if getattr(model, "is_distributed_loading_by_transformers", False):
-        raise ValueError(
-            "SmartFRZ does not work with a model that `from_pretrained(distributed_config=...)` has sharded; load it whole, and "
-            "have Accelerate shard it (FSDP2)."
-        )
+        _refuse_data_parallel(args.n_gpu)
+    check_wrapper(model)
     if kind == DistributedType.FSDP:
         _check_fsdp(args, config, with_mixin)
-        return
-    if args.world_size == 1:
-        return
+    elif args.world_size > 1:
+        _check_ddp(args, kind, with_mixin)
+
+
+def _check_ddp(args: TrainingArguments, kind: DistributedType, with_mixin: bool) -> None:
     if kind.value not in DDP_TYPES:
         raise ValueError(
-            f"This version of smartfrz_hf serves several processes under DDP and FSDP2, not {kind.value}; leave that out, or "
+            f"SmartFRZ works with several processes under DDP and FSDP2, not {kind.value}. Use one of those, or remove "
             "the callback."
         )
+    if getattr(args, "ddp_static_graph", False):  # not in every version of Transformers
+        raise ValueError(
+            "SmartFRZ does not work with `ddp_static_graph=True`, which fixes what is trained in the first step: ranks "
+            "would drift apart after a freeze. Leave it out."
+        )
     if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        logger.warning_once("Accelerate shards no model on the CPU: this run asks for FSDP and is one of DDP.")
+        logger.warning_once("Accelerate does not shard models on the CPU: this run asks for FSDP and uses DDP.")
     if with_mixin:
         return
     unused = args.ddp_find_unused_parameters
     if unused is False or (unused is None and args.activation_checkpointing):
         raise ValueError(
-            "DDP stops at the first step after a unit froze unless it looks for unused parameters. Use "
-            "`SmartFRZTrainer`, or `SmartFRZMixin` over a Trainer of your own; or set `ddp_find_unused_parameters=True`."
+            "DDP stops at the first step after a freeze unless it looks for unused parameters. Use `SmartFRZTrainer`, or "
+            "add `SmartFRZMixin` to your own Trainer class; or set `ddp_find_unused_parameters=True`."
         )
     logger.warning(
-        "With the callback alone, DDP goes on sending the gradients of frozen units, which are zero. `SmartFRZTrainer`, or "
-        "`SmartFRZMixin` over a Trainer of your own, spares that."
+        "With the callback alone, DDP keeps sending the gradients of frozen units, which are zero. `SmartFRZTrainer`, or "
+        "`SmartFRZMixin` in your own Trainer class, avoids that."
     )
 
 
@@ -73,30 +161,83 @@ def _check_fsdp(args: TrainingArguments, config: SmartFRZConfig, with_mixin: boo
     state = AcceleratorState()
     if state.fsdp_plugin.fsdp_version == 1:
         raise ValueError(
-            "SmartFRZ cannot freeze under FSDP1, which flattens the parameters of a block, frozen or not, into one; use FSDP2 "
-            "(`fsdp_version: 2`) or DDP instead."
+            "SmartFRZ cannot freeze under FSDP1, which flattens the parameters of a block into one, frozen or not. Use "
+            "FSDP2 (`fsdp_version: 2`) or DDP."
         )
     parallel = state.parallelism_config
     if parallel is not None and parallel.total_size > parallel.dp_shard_size:
         sizes = {name: getattr(parallel, name) for name in ("dp_replicate_size", "tp_size", "cp_size", "sp_size")}
         others = ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
         raise ValueError(
-            f"SmartFRZ under FSDP2 serves sharding over all processes only, not {others}; set `dp_shard_size` alone above 1."
+            f"Under FSDP2, SmartFRZ works with sharding over all processes only, not {others}. Set `dp_shard_size` alone "
+            "above 1."
         )
     if state.fsdp_plugin.activation_checkpointing:
         raise ValueError(
-            "SmartFRZ does not work with the activation checkpointing of FSDP's plugin, which wraps the blocks; use "
-            "`TrainingArguments(activation_checkpointing=True)` instead."
+            "SmartFRZ does not work with the activation checkpointing of FSDP's plugin, which wraps the blocks. Use "
+            "`TrainingArguments(activation_checkpointing=True)`."
         )
     if config.frozen_dtype or config.offload_frozen:
         raise ValueError(
-            "`frozen_dtype` and `offload_frozen` do not work under FSDP2, which keeps the weights itself; use its own "
-            "`mixed_precision` and `cpu_offload` instead."
+            "`frozen_dtype` and `offload_frozen` do not work under FSDP2, which manages the weights itself. Use its own "
+            "`mixed_precision` and `cpu_offload`."
         )
     if args.torch_compile:
-        raise ValueError("SmartFRZ under FSDP2 does not work with `torch_compile`; leave that out, or use DDP.")
+        raise ValueError("Under FSDP2, SmartFRZ does not work with `torch_compile`. Leave it out, or use DDP.")
     if not with_mixin and args.save_strategy != "no":
         raise ValueError(
-            "A plain Trainer cannot load the optimizer state of a checkpoint of FSDP2 in which something is frozen. Use "
-            '`SmartFRZTrainer`, or `SmartFRZMixin` over a Trainer of your own; or write no checkpoints (`save_strategy="no"`).'
+            "A plain Trainer cannot load the optimizer state of an FSDP2 checkpoint in which something is frozen. Use "
+            '`SmartFRZTrainer`, or add `SmartFRZMixin` to your own Trainer class; or set `save_strategy="no"`.'
         )
+
+
+def check_restart(args: TrainingArguments, depth: int) -> None:
+    """
+    Refuse to start again with a smaller batch after units froze, without the mixin under DDP.
+
+    Raises:
+        RuntimeError: DDP was told to leave out what had frozen, and cannot be told otherwise.
+    """
+    if depth and args.auto_find_batch_size and args.world_size > 1:
+        raise RuntimeError(
+            "The Trainer starts again with a smaller batch, but DDP was told to leave out what had frozen. Use "
+            "`SmartFRZTrainer`, or add `SmartFRZMixin` to your own Trainer class; or set `auto_find_batch_size=False`."
+        )
+
+
+def check_state(
+    state: dict[str, Any], units: list[str], history_shape: tuple[int, ...] | None, config: dict[str, Any]
+) -> None:
+    """
+    Refuse a state that a run cannot go on from. Differences in the configuration that do no harm are logged.
+
+    Args:
+        state (`dict`): as [`FreezingRun.state_dict`] gives it.
+        units (`list[str]`): names of the model's units.
+        history_shape (`tuple[int, ...]`, *optional*): of the weight history that the policy needs, if it needs one.
+        config (`dict`): of the run, as [`SmartFRZConfig.to_dict`] gives it.
+
+    Raises:
+        ValueError: the message says what differs, and what helps.
+    """
+
+    def refuse(what: str) -> ValueError:
+        return ValueError(
+            f"This run cannot go on from the saved SmartFRZ state: {what}. Resume with the model and the configuration "
+            "that the run was started with, or delete `smartfrz_state.json` from the checkpoint to go on with nothing "
+            "frozen."
+        )
+
+    if state["units"] != units or not 0 <= state["depth"] <= len(units):
+        raise refuse(f"its model has the units {state['units']}, of which {state['depth']} are frozen; this one has {units}")
+    other = {key: value for key, value in state["config"].items() if config.get(key, value) != value}
+    for key in HISTORY_FIELDS:
+        if key in other:
+            raise refuse(f"`{key}` was {other[key]!r} and is {config[key]!r} now")
+    history = state["weight_history"]
+    shape = None if history is None else tuple(history["snapshots"].shape)
+    if shape != history_shape:
+        raise refuse(f"its weight history has the shape {shape}, but the policy needs {history_shape}")
+    if other:
+        changed = ", ".join(f"`{key}` was {value!r} and is {config[key]!r}" for key, value in other.items())
+        logger.warning(f"The run goes on with a different configuration than it was started with: {changed}.")

@@ -1,58 +1,88 @@
-"""Every knob of a SmartFRZ run. Imports no torch, so that command lines stay quick."""
+"""All options of a SmartFRZ run. Imports no torch, so that command lines stay quick."""
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+import re
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
+from typing import Any
 
-from transformers.utils import logging
+from transformers.utils import PushToHubMixin, logging
 
 logger = logging.get_logger(__name__)
 
 OPERATING_POINTS = ("conservative", "balanced", "aggressive")
-POLICIES = ("linear", "never", "smartfrz", "static")
+POLICIES = ["linear", "never", "smartfrz", "static"]  # `register_policy` adds to it
 FROZEN_DTYPES = ("float16", "bfloat16")
 CACHE_DTYPES = ("exact", "float16", "bfloat16", "int8")
 CONFIG_NAME = "smartfrz_config.json"
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class Size(float):
+    """
+    An amount of memory: a fraction below 1, a number of bytes, or a text such as `"8GB"` (10^9) or `"8GiB"` (2^30).
+
+    Example:
+
+    ```python
+    >>> from smartfrz_hf.config import Size
+
+    >>> float(Size("1.5GB"))
+    1500000000.0
+    ```
+    """
+
+    def __new__(cls, value: float | str) -> "Size":
+        """Read a text; raises `ValueError` for one that is no size."""
+        if isinstance(value, str):
+            match = re.fullmatch(r"([\d.]+(?:E[+-]?\d+)?) ?([KMGT]I?)?B?", value.strip().upper())
+            if match is None:
+                raise ValueError(f"{value!r} is no size; give a fraction, bytes, or a text such as '8GB'.")
+            value = float(match[1]) * UNITS[match[2] or ""]
+        return super().__new__(cls, value)
+
+
+def _option(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass
-class SmartFRZConfig:
+class SmartFRZConfig(PushToHubMixin):
     r"""
-    Configuration of [`SmartFRZCallback`] and [`SmartFRZTrainer`]. Every field is an option of
-    [`~transformers.HfArgumentParser`].
+    Configuration of [`SmartFRZCallback`], [`SmartFRZTrainer`] and [`FreezingRun`].
 
-    Lengths of time follow the convention of [`~transformers.TrainingArguments`]: a number below `1` is a fraction of
-    the run's optimizer steps, a number from `1` on is a count of steps.
+    A length of time below `1` is a fraction of the run's optimizer steps; from `1` on it is a number of steps, as in
+    [`~transformers.TrainingArguments`].
 
-    Parameters that choose the decision:
+    Parameters that control the decision:
         policy (`str`, *optional*, defaults to `"smartfrz"`):
-            Who decides: `"smartfrz"` (the predictor), `"static"` (a fixed prefix from the start), `"linear"` (a
-            prefix that grows evenly, as in Composer's layer freezing) or `"never"`.
-        predictor (`str`, *optional*):
-            Hub id or folder of the predictor. The one inside the package is used when it is not given.
+            What decides: `"smartfrz"` (the predictor), `"static"` (a fixed number of units from the start), `"linear"`
+            (a number that grows evenly, as in Composer's layer freezing), `"never"`, or a name that was given to
+            [`register_policy`].
+        predictor (`str`, *optional*, defaults to `"smartfrz-base"`):
+            Predictor on the Hub or in a folder. `"smartfrz-base"` comes with the package and needs no network.
         predictor_revision (`str`, *optional*):
             Branch, tag or commit of the predictor on the Hub.
         operating_point (`str`, *optional*, defaults to `"balanced"`):
-            How soon a unit counts as converged: `"conservative"`, `"balanced"` or `"aggressive"`. The probability that
-            each stands for comes with the predictor, and what each cost on runs held out is in its model card.
+            How early units freeze: `"conservative"`, `"balanced"` or `"aggressive"`. The predictor comes with a
+            probability for each.
         freeze_threshold (`float`, *optional*):
-            Probability from which a unit counts as converged, within `[0, 1]`, instead of the operating point's.
+            Probability in `[0, 1]` from which a unit freezes, in place of the operating point's.
         unfreeze_on_restart (`bool`, *optional*, defaults to `True`):
-            Whether everything trains again, with an empty history, when the learning rate has fallen and rises again
-            (warm restarts). Only for policies that look at the history.
+            Whether everything trains again when the learning rate rises again after it has fallen (warm restarts). Only
+            for policies that use the weight history.
         max_depth (`int`, *optional*):
-            Most units that may freeze, counted from the front, stem included. No limit when it is not given.
+            Most units that may freeze, counted from the front, the stem included. No limit by default.
+        when_all_frozen (`str`, *optional*, defaults to `"keep_last"`):
+            What happens when the policy freezes all that can train: `"keep_last"` keeps the last trainable unit active,
+            `"stop"` ends training early.
 
     Parameters that control the weight history:
-        window (`int`, *optional*):
-            Snapshots kept per unit. Defaults to what the predictor was made for.
-        weights_per_unit (`int`, *optional*):
-            Weights recorded per unit and snapshot. Defaults to what the predictor was made for.
         record_every (`float`, *optional*, defaults to `0.005`):
             Time between snapshots.
         sampling_seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampled positions.
+            Seed of the sampled weight positions.
 
     Parameters that control the freezing stages:
         first_decision (`float`, *optional*, defaults to `0.05`):
@@ -60,164 +90,104 @@ class SmartFRZConfig:
         decide_every (`float`, *optional*, defaults to `0.05`):
             Time between freezing stages.
         probe_examples (`int`, *optional*, defaults to `16`):
-            Most rows of the first training batch that run again at each freezing stage, to see how far what leaves each
-            unit still probe_features; fewer where they would take more than 3 % of a short run. `0` leaves it to the weights
-            alone, which say less.
+            Most examples of the first training batch that run again at each freezing stage, to see how the outputs of
+            the units change. Fewer are used where they would take more than 3 % of a short run. `0` turns it off.
 
     Parameters that control the activation cache:
         activation_cache (`bool`, *optional*, defaults to `True`):
-            Whether what crosses the frozen front is kept, so that the front need not run again for a row seen before.
-        cache_memory (`float`, *optional*, defaults to `0.25`):
-            Memory it may take: below `1` a fraction of the memory free when training starts, from `1` on bytes. That of
-            all ranks of a host together, which share one cache.
-        cache_disk (`float`, *optional*, defaults to `0`):
-            Disk it may take once memory is spent, all ranks of a host together: below `1` a fraction of the free disk,
-            from `1` on bytes.
+            Whether the output of the frozen front is kept and used again for rows that were seen before.
+        cache_memory (`float` or `str`, *optional*, defaults to `0.25`):
+            Memory for it: a fraction of the memory that is free when training starts, or bytes (`8e9`, `"8GB"`). The
+            processes of a machine share it.
+        cache_disk (`float` or `str`, *optional*, defaults to `0`):
+            Disk for it once memory is full: a fraction of the free disk, or bytes.
         cache_folder (`str`, *optional*):
-            Folder for the part on disk, which is removed at the end. Defaults to that for temporary files.
+            Folder for the part on disk, which is removed at the end. Defaults to the one for temporary files.
         cache_dtype (`str`, *optional*, defaults to `"exact"`):
-            Format of what is kept: `"exact"`, or, smaller and rounded, `"float16"`, `"bfloat16"` or `"int8"`.
+            Format of the kept outputs: `"exact"`, or smaller and rounded `"float16"`, `"bfloat16"`, `"int8"`.
         cache_exact (`bool`, *optional*, defaults to `True`):
-            Whether an activation is used again only where computing it anew would give the same bits. Without it,
-            results may differ by rounding, as they do between batch sizes, and more rows are found.
+            Whether an output is used again only where computing it would give the same bits.
 
     Parameters that control the frozen front:
         frozen_dtype (`str`, *optional*):
-            Precision in which linear and convolution layers of frozen blocks compute, `"bfloat16"` or `"float16"`;
-            their weights are kept, and saved, as they are, but a copy of the model meanwhile has rounded ones. That of
-            the model when it is not given.
+            Precision in which linear and convolution layers of frozen blocks compute, `"bfloat16"` or `"float16"`. Saved
+            weights keep their precision. Defaults to the model's precision.
         offload_frozen (`bool`, *optional*, defaults to `False`):
-            Whether weights of a front that the activation cache stands in for are moved to host memory until they are
-            needed, as by each look of the front probe. Copying the model meanwhile copies no weights; `state_dict` gives
-            them.
+            Whether the weights of a front whose outputs are all cached move to host memory until they are needed.
 
     Parameters of the other policies:
         static_depth (`float`, *optional*, defaults to `0.5`):
-            Units that `"static"` freezes: a fraction of them below `1`, a count from `1` on.
+            Units that `"static"` freezes: a fraction below `1`, a number from `1` on.
         linear_start (`float`, *optional*, defaults to `0.0`):
-            Fraction of the run at which `"linear"` starts to freeze.
+            Fraction of the run at which `"linear"` starts.
         linear_depth (`float`, *optional*, defaults to `0.75`):
-            Units that `"linear"` has frozen at the end of the run: a fraction of them up to `1`.
+            Fraction of the units that `"linear"` has frozen at the end.
 
     Parameters that describe the model:
         blocks (`list[str]`, *optional*):
-            Dotted names or shell patterns of the blocks in execution order, such as `encoder.layer.*`. They are found
-            by themselves in most models.
+            Names or shell patterns of the blocks in execution order, such as `encoder.layer.*`. Found by default.
+        stem (`list[str]`, *optional*):
+            Names or shell patterns of the modules that feed the first block. Found by default.
 
     Raises:
         ValueError: a field holds a value that cannot work; the message names the legal ones.
     """
 
-    policy: str = field(
-        default="smartfrz",
-        metadata={"help": "Who decides when a block freezes.", "choices": list(POLICIES)},
+    policy: str = _option("smartfrz", "What decides when a block freezes.", choices=POLICIES)
+    predictor: str | None = _option(None, "Predictor on the Hub or in a folder. Default: the one in the package.")
+    predictor_revision: str | None = _option(None, "Branch, tag or commit of the predictor on the Hub.")
+    operating_point: str = _option("balanced", "How early units freeze.", choices=list(OPERATING_POINTS))
+    freeze_threshold: float | None = _option(
+        None, "Probability from which a unit freezes. Default: the operating point's."
     )
-    predictor: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the predictor. Default: the one inside the package."}
+    unfreeze_on_restart: bool = _option(True, "Train everything again when the learning rate rises again.")
+    max_depth: int | None = _option(None, "Most units (stem included) that may freeze. Default: no limit.")
+    when_all_frozen: str = _option(
+        "keep_last", "When all that can train is frozen: keep the last unit active, or stop.", choices=["keep_last", "stop"]
     )
-    predictor_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the predictor on the Hub."}
+    record_every: float = _option(0.005, "Time between snapshots: below 1 a fraction of the run, else steps.")
+    sampling_seed: int = _option(0, "Seed of the sampled weight positions.")
+    first_decision: float = _option(0.05, "Time of the first freezing stage: below 1 a fraction of the run, else steps.")
+    decide_every: float = _option(0.05, "Time between freezing stages: below 1 a fraction of the run, else steps.")
+    probe_examples: int = _option(16, "Most examples that run again at each freezing stage; 0 turns the probe off.")
+    activation_cache: bool = _option(True, "Keep the output of the frozen front for rows that come again.")
+    cache_memory: Size | str | float = _option(0.25, "Memory of the cache: a fraction of what is free, or bytes (8GB).")
+    cache_disk: Size | str | float = _option(0.0, "Disk of the cache: a fraction of what is free, or bytes (100GB).")
+    cache_folder: str | None = _option(None, "Folder for the cache on disk. Default: the one for temporary files.")
+    cache_dtype: str = _option("exact", "Format of the kept outputs; all but `exact` round.", choices=list(CACHE_DTYPES))
+    cache_exact: bool = _option(True, "Use an output again only where computing it would give the same bits.")
+    frozen_dtype: str | None = _option(
+        None, "Precision in which frozen blocks compute. Default: the model's.", choices=list(FROZEN_DTYPES)
     )
-    operating_point: str = field(
-        default="balanced",
-        metadata={"help": "How soon a unit counts as converged.", "choices": list(OPERATING_POINTS)},
-    )
-    freeze_threshold: float | None = field(
-        default=None,
-        metadata={"help": "Probability from which a unit counts as converged. Default: the operating point's."},
-    )
-    unfreeze_on_restart: bool = field(
-        default=True, metadata={"help": "Train everything again when the learning rate has fallen and rises again."}
-    )
-    max_depth: int | None = field(
-        default=None, metadata={"help": "Most units (stem included) that may freeze. Default: no limit."}
-    )
-    window: int | None = field(
-        default=None, metadata={"help": "Snapshots kept per unit. Default: what the predictor was made for."}
-    )
-    weights_per_unit: int | None = field(
-        default=None, metadata={"help": "Weights per unit and snapshot. Default: what the predictor was made for."}
-    )
-    record_every: float = field(
-        default=0.005, metadata={"help": "Time between snapshots: below 1 a fraction of the run, else steps."}
-    )
-    sampling_seed: int = field(default=0, metadata={"help": "Seed of the sampled weight positions."})
-    first_decision: float = field(
-        default=0.05, metadata={"help": "Time of the first freezing stage: below 1 a fraction of the run, else steps."}
-    )
-    decide_every: float = field(
-        default=0.05, metadata={"help": "Time between freezing stages: below 1 a fraction of the run, else steps."}
-    )
-    probe_examples: int = field(
-        default=16, metadata={"help": "Most rows that run again at each freezing stage; 0: look at weights alone."}
-    )
-    activation_cache: bool = field(
-        default=True, metadata={"help": "Keep what crosses the frozen front, so that it need not run again."}
-    )
-    cache_memory: float = field(
-        default=0.25, metadata={"help": "Memory of the cache: below 1 a fraction of what is free, else bytes."}
-    )
-    cache_disk: float = field(
-        default=0.0, metadata={"help": "Disk of the cache: below 1 a fraction of what is free, else bytes."}
-    )
-    cache_folder: str | None = field(
-        default=None, metadata={"help": "Folder for the cache on disk. Default: that for temporary files."}
-    )
-    cache_dtype: str = field(
-        default="exact",
-        metadata={"help": "Format of what the cache keeps; all but `exact` round.", "choices": list(CACHE_DTYPES)},
-    )
-    cache_exact: bool = field(
-        default=True, metadata={"help": "Use an activation again only where computing it would give the same bits."}
-    )
-    frozen_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Precision in which frozen blocks compute. Default: the model's.",
-            "choices": list(FROZEN_DTYPES),
-        },
-    )
-    offload_frozen: bool = field(
-        default=False, metadata={"help": "Move the weights of a front that is fully cached to host memory."}
-    )
-    static_depth: float = field(
-        default=0.5, metadata={"help": "Units the policy `static` freezes: below 1 a fraction, else a count."}
-    )
-    linear_start: float = field(
-        default=0.0, metadata={"help": "Fraction of the run at which the policy `linear` starts to freeze."}
-    )
-    linear_depth: float = field(
-        default=0.75, metadata={"help": "Fraction of the units the policy `linear` has frozen at the end of the run."}
-    )
-    blocks: list[str] | None = field(
-        default=None,
-        metadata={"help": "Dotted names or shell patterns of the blocks, in execution order. Default: found."},
-    )
+    offload_frozen: bool = _option(False, "Move the weights of a fully cached front to host memory.")
+    static_depth: float = _option(0.5, "Units that the policy `static` freezes: below 1 a fraction, else a number.")
+    linear_start: float = _option(0.0, "Fraction of the run at which the policy `linear` starts.")
+    linear_depth: float = _option(0.75, "Fraction of the units that the policy `linear` has frozen at the end.")
+    blocks: list[str] | None = _option(None, "Names or shell patterns of the blocks, in order. Default: found.")
+    stem: list[str] | None = _option(None, "Names or patterns of what feeds the first block. Default: found.")
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(f"`policy` is {self.policy!r}; it must be one of {', '.join(map(repr, POLICIES))}.")
-        if self.operating_point not in OPERATING_POINTS:
-            legal = ", ".join(map(repr, OPERATING_POINTS))
-            raise ValueError(f"`operating_point` is {self.operating_point!r}; it must be one of {legal}.")
-        if self.frozen_dtype not in (None, *FROZEN_DTYPES):
-            legal = ", ".join(map(repr, FROZEN_DTYPES))
-            raise ValueError(f"`frozen_dtype` is {self.frozen_dtype!r}; it must be one of {legal}, or not given.")
+        if self.predictor is not None:
+            self.predictor = os.fspath(self.predictor)
+        for name in ("policy", "operating_point", "when_all_frozen", "frozen_dtype", "cache_dtype"):
+            option = self.__dataclass_fields__[name]
+            value, legal = getattr(self, name), option.metadata["choices"]
+            if value not in legal and (value is not None or option.default is not None):
+                raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, legal))}.")
         if self.offload_frozen and not self.activation_cache:
             raise ValueError("`offload_frozen` needs `activation_cache`: without it the front runs in every step.")
-        if self.cache_dtype not in CACHE_DTYPES:
-            legal = ", ".join(map(repr, CACHE_DTYPES))
-            raise ValueError(f"`cache_dtype` is {self.cache_dtype!r}; it must be one of {legal}.")
         for name in ("cache_memory", "cache_disk"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise ValueError(
-                    f"`{name}` is {value}; it must be a fraction from 0 to below 1, or a number of bytes."
-                )
+            try:
+                size = float(Size(getattr(self, name)))
+            except ValueError as error:
+                raise ValueError(f"`{name}`: {error}") from None
+            setattr(self, name, size)
+            if not 0 <= size < float("inf"):
+                raise ValueError(f"`{name}` is {size}; it must be a fraction from 0 to below 1, or a number of bytes.")
         for name in ("freeze_threshold", "linear_start", "linear_depth"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"`{name}` is {value}; it must lie within [0, 1].")
+                raise ValueError(f"`{name}` is {value}; it must be between 0 and 1.")
         if self.linear_start == 1:
             raise ValueError("`linear_start` is 1, the end of the run; it must be below 1.")
         for name in ("record_every", "first_decision", "decide_every"):
@@ -230,40 +200,41 @@ class SmartFRZConfig:
             raise ValueError(
                 f"`static_depth` is {self.static_depth}; it must be a fraction below 1 or a whole number of units."
             )
-        for name, least in (("window", 2), ("weights_per_unit", 1), ("max_depth", 0), ("probe_examples", 0)):
+        for name in ("max_depth", "probe_examples"):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`{name}` is {value}; it must be at least {least}, or not given.")
-        if self.blocks is not None and not self.blocks:
-            raise ValueError("`blocks` is empty; give at least one name or pattern, or leave it out.")
+            if value is not None and value < 0:
+                raise ValueError(f"`{name}` is {value}; it must be at least 0.")
+        for name in ("blocks", "stem"):
+            if getattr(self, name) == [] and name == "blocks":
+                raise ValueError("`blocks` is empty; give at least one name or pattern, or leave it out.")
 
-    def steps(self, name: str, max_steps: int) -> int:
+    def steps(self, name: str, total_steps: int) -> int:
         """
         A length of time in optimizer steps.
 
         Args:
             name (`str`): field that holds it: `"record_every"`, `"first_decision"` or `"decide_every"`.
-            max_steps (`int`): optimizer steps of the run.
+            total_steps (`int`): optimizer steps of the run.
 
         Returns:
-            `int`: at least 1. Fractions are rounded down, so that a stage is never later than asked for.
+            `int`: at least 1. Fractions are rounded down.
         """
         value = getattr(self, name)
-        return max(1, int(value * max_steps) if value < 1 else int(value))
+        return max(1, int(value * total_steps) if value < 1 else int(value))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "SmartFRZConfig":
-        """Build from a `dict`; keys of a newer version are dropped with one warning."""
+    def from_dict(cls, values: dict[str, Any]) -> "SmartFRZConfig":
+        """Build from a `dict`. Unknown keys, as of a newer version, are ignored with one warning."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             logger.warning(
-                f"SmartFRZConfig does not know {', '.join(unknown)} and ignores them: were they written by a newer "
-                "version of smartfrz_hf?"
+                f"SmartFRZConfig ignores {', '.join(unknown)}, which this version of smartfrz_hf does not know. Was the "
+                "file written by another version?"
             )
         return cls(**{key: value for key, value in values.items() if key in known})
 
@@ -274,6 +245,37 @@ class SmartFRZConfig:
         (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> "SmartFRZConfig":
-        """Read `smartfrz_config.json` from a folder."""
-        return cls.from_dict(json.loads((Path(folder) / CONFIG_NAME).read_text()))
+    def from_pretrained(cls, name: str | os.PathLike, **kwargs: Any) -> "SmartFRZConfig":
+        """
+        Read `smartfrz_config.json` from a folder or the Hub.
+
+        Args:
+            name (`str`): folder, or `user/name` on the Hub.
+            kwargs: for [`~huggingface_hub.hf_hub_download`], such as `revision` or `token`.
+
+        Raises:
+            OSError: the file is missing, or the Hub cannot be reached.
+        """
+        file = Path(name) / CONFIG_NAME
+        if not file.parent.is_dir():
+            from huggingface_hub import hf_hub_download
+
+            try:
+                file = Path(hf_hub_download(os.fspath(name), CONFIG_NAME, **kwargs))
+            except (OSError, ValueError) as error:
+                raise OSError(f"{name} is no folder, and {CONFIG_NAME} of {name} cannot be loaded from the Hub: {error}") from error
+        return cls.from_dict(json.loads(file.read_text()))
+
+
+PREFIX = "smartfrz_"
+# The options of `SmartFRZConfig` for a command line (`HfArgumentParser`), prefixed so that none collides.
+SmartFRZArguments = make_dataclass(
+    "SmartFRZArguments",
+    [(PREFIX + f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in fields(SmartFRZConfig)],
+    namespace={
+        "__doc__": "Options of [`SmartFRZConfig`] for [`~transformers.HfArgumentParser`], as `--smartfrz_policy` etc.",
+        "to_config": lambda self: SmartFRZConfig(
+            **{f.name: getattr(self, PREFIX + f.name) for f in fields(SmartFRZConfig)}
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""`SmartFRZTrainer`: what only a Trainer can do for freezing: DDP, FSDP2, checkpoints, logs for every tracker, honest FLOPs."""
+"""`SmartFRZTrainer`: what only a Trainer can do: DDP, FSDP2, exact resume, logs for every tracker, honest FLOPs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,26 +12,30 @@ from .callback import SmartFRZCallback
 from .checkpoint import last_complete_checkpoint, load_state
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger
-from .distributed.ddp import rebuild_reducer
 from .distributed.fsdp import is_sharded, reshard
 from .model.units import find_blocks
+from .policies import Policy
 from .predictor import SmartFRZPredictor
 
-# A mixin comes before the Trainer it widens; only the type checker has to know which methods it can rely on.
+# A mixin comes before the Trainer that it extends; only the type checker has to know which methods it can rely on.
 if TYPE_CHECKING:
-    _Widened = Trainer
+    _Extended = Trainer
 else:
-    _Widened = object
+    _Extended = object
 
 
-class SmartFRZMixin(_Widened):
+class SmartFRZMixin(_Extended):
     """
     Turns a subclass of [`~transformers.Trainer`] into one that freezes converged blocks.
 
     Args:
-        smartfrz ([`SmartFRZConfig`], *optional*): every knob.
-        predictor ([`SmartFRZPredictor`], *optional*): used instead of the one that the configuration names.
+        smartfrz ([`SmartFRZConfig`] or `dict`, *optional*): all options.
+        predictor ([`SmartFRZPredictor`] or `str`, *optional*): a predictor, or its name on the Hub or folder.
+        policy ([`Policy`] or `str`, *optional*): a policy of your own, or the name of one.
         args, kwargs: passed on to the Trainer.
+
+    Raises:
+        ValueError: an option is wrong, or `callbacks` holds a [`SmartFRZCallback`]: the mixin has one of its own.
 
     Example:
 
@@ -42,10 +46,15 @@ class SmartFRZMixin(_Widened):
     """
 
     def __init__(
-        self, *args, smartfrz: SmartFRZConfig | None = None, predictor: SmartFRZPredictor | None = None, **kwargs
+        self,
+        *args: Any,
+        smartfrz: SmartFRZConfig | dict[str, Any] | None = None,
+        predictor: SmartFRZPredictor | str | None = None,
+        policy: Policy | str | None = None,
+        **kwargs: Any,
     ):
-        self.smartfrz = SmartFRZCallback(smartfrz, predictor)
-        self.smartfrz.after_freezing = lambda: rebuild_reducer(self.model_wrapped)
+        self.smartfrz = SmartFRZCallback(smartfrz, predictor, policy)
+        self.smartfrz.trainer = self
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.smartfrz]
         super().__init__(*args, **kwargs)
 
@@ -56,8 +65,8 @@ class SmartFRZMixin(_Widened):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        Train. With `resume_from_checkpoint=True`, go on from the last checkpoint that was written to its end, and from the
-        start if there is none.
+        Train. With `resume_from_checkpoint=True`, go on from the last checkpoint that was written to its end, and from
+        the start if there is none.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
@@ -87,16 +96,16 @@ class SmartFRZMixin(_Widened):
     @contextmanager
     def _only_what_has_state(self, checkpoint: str | None) -> Iterator[None]:
         """
-        Meanwhile, under FSDP2, have those parameters ask for no gradient whose optimizer state a checkpoint does not hold. The
-        state of all others has to be there, or it does not load.
+        Under FSDP2, the optimizer state of all parameters that require a gradient has to be in a checkpoint, or it does
+        not load. So those whose state it does not hold require none meanwhile.
         """
-        found = load_state(checkpoint) if checkpoint and is_sharded(self.model_wrapped) else None
-        if found is None:
+        state = load_state(checkpoint) if checkpoint and is_sharded(self.model_wrapped) else None
+        if state is None:
             yield
             return
         # What trains again since this very step has no state yet.
-        before = [stage["depth"] for stage in found.ledger["stages"] if stage["step"] < found.step]
-        depth = max([found.depth, *before[-1:]])
+        before = [stage["depth"] for stage in state["ledger"]["stages"] if stage["step"] < state["step"]]
+        depth = max([state["depth"], *before[-1:]])
         units = find_blocks(self.model_wrapped, self.smartfrz.config.blocks).units[:depth]
         parameters = [p for unit in units for p in unit.named_parameters().values() if p.requires_grad]
         try:
@@ -115,10 +124,11 @@ class SmartFRZMixin(_Widened):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """
-        FLOPs of one micro-batch's forward and backward pass as they really ran: counted, and smaller once a prefix is
+        FLOPs of the forward and backward passes since the last call as they really ran, which are fewer once a prefix is
         frozen. `total_flos` is their sum; the base class counts six per weight and token whatever is frozen.
         """
-        return round(self.smartfrz.meter.end_of_backward().total)
+        run = self.smartfrz.run
+        return 0 if run is None else round(run.meter.take().total)
 
 
 class SmartFRZTrainer(SmartFRZMixin, Trainer):
@@ -126,15 +136,16 @@ class SmartFRZTrainer(SmartFRZMixin, Trainer):
     A [`~transformers.Trainer`] that freezes each block from the front once it has converged.
 
     Args:
-        smartfrz ([`SmartFRZConfig`], *optional*): every knob.
-        predictor ([`SmartFRZPredictor`], *optional*): used instead of the one that the configuration names.
+        smartfrz ([`SmartFRZConfig`] or `dict`, *optional*): all options.
+        predictor ([`SmartFRZPredictor`] or `str`, *optional*): a predictor, or its name on the Hub or folder.
+        policy ([`Policy`] or `str`, *optional*): a policy of your own, or the name of one.
         args, kwargs: as for [`~transformers.Trainer`].
 
     Example:
 
     ```python
-    trainer = SmartFRZTrainer(model, args, train_dataset=train_dataset, smartfrz=SmartFRZConfig())
+    trainer = SmartFRZTrainer(model, args, train_dataset=train_dataset, smartfrz={"operating_point": "conservative"})
     trainer.train()
-    trainer.ledger.freeze_steps
+    print(trainer.ledger)
     ```
     """

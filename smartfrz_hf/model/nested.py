@@ -1,71 +1,74 @@
-"""Batches as models take them: tensors in nested lists, tuples and dictionaries."""
+"""Tensors in nested lists, tuples and dictionaries, as models take and return them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
+
+CONTAINERS = {"dict": dict, "list": list, "tuple": tuple}
 
 
-def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A copy of nested lists, tuples and dictionaries, with each tensor changed."""
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of nested lists, tuples and dictionaries, each with the innermost key that leads to it."""
     if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(part, change) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map_tensors(part, change) for part in value)
-    return value
-
-
-def pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Nested lists, tuples and dictionaries as plain JSON values, with the tensors set apart."""
-    if isinstance(value, torch.Tensor):
-        tensors[f"input.{len(tensors)}"] = value.contiguous()
-        return {"tensor": f"input.{len(tensors) - 1}"}
-    if isinstance(value, Mapping):
-        return {"mapping": {key: pack(part, tensors) for key, part in value.items()}}
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [pack(part, tensors) for part in value]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    raise TypeError(f"{type(value).__name__} among the model's inputs")
-
-
-def unpack(packed: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
-    """What [`pack`] was given."""
-    ((kind, value),) = packed.items()
-    if kind == "tensor":
-        return tensors[value]
-    if kind == "mapping":
-        return {key: unpack(part, tensors) for key, part in value.items()}
-    if kind == "value":
-        return value
-    return {"list": list, "tuple": tuple}[kind](unpack(part, tensors) for part in value)
-
-
-def named_tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
-    """All tensors of nested lists, tuples and dictionaries, each with the innermost key."""
-    if isinstance(value, torch.Tensor):
-        return [(name, value)]
-    if isinstance(value, Mapping):
-        return [found for key, part in value.items() for found in named_tensors(part, str(key))]
-    if isinstance(value, list | tuple):
-        return [found for part in value for found in named_tensors(part, name)]
-    return []
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from named_tensors(part, str(key))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from named_tensors(part, name)
 
 
 def float_tensors(value: Any) -> list[torch.Tensor]:
-    """The floating-point tensors that have rows."""
+    """The floating-point tensors with at least one dimension, in order."""
     return [tensor for _, tensor in named_tensors(value) if tensor.is_floating_point() and tensor.dim()]
 
 
-def _rows(inputs: Any) -> int:
-    """Rows of a batch: what most of its tensors begin with."""
-    sizes = [len(tensor) for _, tensor in named_tensors(inputs) if tensor.dim()]
-    return max(sizes, key=sizes.count, default=0)
+def block_input(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a block: the first one, or the one of that name."""
+    candidates = float_tensors(args) or float_tensors(kwargs.get("hidden_states")) or float_tensors(kwargs)
+    return candidates[0]
 
 
-def first_rows(inputs: Any, most: int) -> Any:
-    """The first rows of a batch, in memory of their own."""
-    rows = _rows(inputs)
-    return map_tensors(inputs, lambda t: t[:most].clone() if t.dim() and len(t) == rows else t.clone())
+def first_rows(inputs: Any, count: int) -> Any:
+    """
+    A copy of the first rows of a batch.
+
+    Args:
+        inputs (`Any`): nested tensors. The batch size is the length that most of them have; tensors of another length
+            are copied whole.
+        count (`int`): the largest number of rows.
+    """
+    lengths = [len(tensor) for _, tensor in named_tensors(inputs) if tensor.dim()]
+    rows = max(lengths, key=lengths.count, default=0)
+    return recursively_apply(lambda t: t[:count].clone() if t.dim() and len(t) == rows else t.clone(), inputs)
+
+
+def to_state(value: Any) -> Any:
+    """
+    Nested inputs as a state dict: dictionaries whose values are JSON values and tensors.
+
+    A container becomes `{"dict" | "list" | "tuple": {key or index: part}}`; anything else stays as it is.
+
+    Raises:
+        TypeError: there is something else among the inputs.
+    """
+    if isinstance(value, Mapping):
+        return {"dict": {key: to_state(part) for key, part in value.items()}}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: {str(i): to_state(part) for i, part in enumerate(value)}}
+    if value is None or isinstance(value, torch.Tensor | bool | int | float | str):
+        return value
+    raise TypeError(f"an input of type {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def from_state(state: Any) -> Any:
+    """The nested inputs that [`to_state`] was given."""
+    if not isinstance(state, Mapping):
+        return state
+    ((kind, parts),) = state.items()
+    if kind == "dict":
+        return {key: from_state(part) for key, part in parts.items()}
+    return CONTAINERS[kind](from_state(parts[str(i)]) for i in range(len(parts)))

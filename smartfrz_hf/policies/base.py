@@ -1,7 +1,8 @@
-"""What a policy is told, and what it answers."""
+"""What a policy is given, and what it answers."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from ..signals.probe_history import ProbeHistory
 from ..signals.schedule import LearningRates
@@ -16,11 +17,11 @@ class Observation:
     Attributes:
         step (`int`): optimizer steps done.
         max_steps (`int`): optimizer steps of the run.
-        depth (`int`): frozen units.
+        depth (`int`): frozen units, counted from the front.
         trainable (`list[bool]`): per unit, whether it had anything to train at the start of the run.
-        rates ([`LearningRates`]): before each step of the run.
-        history ([`WeightHistory`], *optional*): given to a policy that asks for it.
-        front ([`ProbeHistory`], *optional*): given to a policy that asks for it, where the model has one.
+        rates ([`LearningRates`]): learning rate before each step of the run.
+        history ([`WeightHistory`], *optional*): given to a policy that sets `history_size`.
+        probe ([`ProbeHistory`], *optional*): given to a policy that sets `front_probe`, where the probe works.
     """
 
     step: int
@@ -29,7 +30,7 @@ class Observation:
     trainable: list[bool]
     rates: LearningRates
     history: WeightHistory | None = None
-    front: ProbeHistory | None = None
+    probe: ProbeHistory | None = None
 
     @property
     def units(self) -> int:
@@ -45,11 +46,11 @@ class Observation:
 @dataclass(frozen=True)
 class Decision:
     """
-    The answer.
+    What a policy answers.
 
     Attributes:
-        depth (`int`): wanted depth, not below the current one.
-        reason (`str`): why, for the ledger.
+        depth (`int`): units to freeze, counted from the front. A depth below the current one changes nothing.
+        reason (`str`): why, for the ledger and the log.
     """
 
     depth: int
@@ -58,12 +59,25 @@ class Decision:
 
 class Policy(ABC):
     """
-    Decides how deep to freeze.
+    Decides how many units of the front are frozen. Subclass it and implement `decide`; pass an instance as
+    `SmartFRZCallback(policy=...)`, or give it a name with [`register_policy`].
 
     Attributes:
-        history_size (`tuple[int, int]`, *optional*): snapshots a history, and weights a snapshot, to be recorded for
-            it. Nothing is recorded for a policy that does not ask.
-        front_probe (`bool`): whether it asks for looks of the front probe.
+        history_size (`tuple[int, int]`, *optional*): snapshots in the weight history that it needs, and weights in each
+            snapshot. Without it no history is recorded.
+        front_probe (`bool`): whether it needs the front probe.
+
+    Example:
+
+    ```python
+    >>> from smartfrz_hf import Decision, Policy
+
+
+    >>> class Halfway(Policy):
+    ...     def decide(self, observation):
+    ...         depth = 3 if observation.progress >= 0.5 else 0
+    ...         return Decision(depth, f"{observation.progress:.0%} of the run is done")
+    ```
     """
 
     history_size: tuple[int, int] | None = None
@@ -71,4 +85,11 @@ class Policy(ABC):
 
     @abstractmethod
     def decide(self, observation: Observation) -> Decision:
-        """Answer a freezing stage; called once before the first step, too."""
+        """Answer at a freezing stage. Called once before the first step, too."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the policy has to remember when a run resumes: plain JSON values and tensors. Empty by default."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""

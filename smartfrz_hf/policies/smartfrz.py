@@ -74,9 +74,9 @@ class SmartFRZPolicy(Policy):
         )
         context = contexts(observation.units, observation.progress, rates.relative[observation.step], spent[-1])
         if self.front_probe:
-            front = observation.front
+            probe = observation.probe
             moved = torch.zeros(observation.units, PROBE_FEATURES)  # not known
-            if front is not None and front.changes is not None:
-                moved = probe_features(front.changes)
+            if probe is not None and probe.changes is not None:
+                moved = probe_features(probe.changes)
             context = torch.cat([context, moved], dim=-1)
         return self.predictor(features, usable, context[depth:].to(device)).probabilities.tolist()

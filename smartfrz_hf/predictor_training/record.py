@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from ..model.units import BlockStack, evaluation_mode, find_blocks
 from ..signals.probe import FrontProbe, shift, spread_tokens
-from ..signals.probe_history import ProbeHistory, looks_before
+from ..signals.probe_history import ProbeHistory, compared_snapshots
 from ..signals.weights import WeightSampler
 from .cka import linear_cka
 from .rewind import Rewinder
@@ -181,7 +181,7 @@ class RecordingCallback(TrainerCallback):
         self._front.record(step)
         changes = self._front.changes
         self._front_changes.append(
-            torch.zeros(len(self.names), len(looks_before(0)), 2) if changes is None else changes
+            torch.zeros(len(self.names), len(compared_snapshots(0)), 2) if changes is None else changes
         )
 
     def on_train_end(self, args, state, control, **kwargs):

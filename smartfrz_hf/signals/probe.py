@@ -1,4 +1,4 @@
-"""The front probe: how far what leaves each unit, and what the model says, still probe_features, seen on a few rows in training."""
+"""The front probe: a few training rows, run through the model again and again to see how much its outputs still change."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -8,26 +8,28 @@ from math import gcd
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply, send_to_device
 from torch import nn
 
-from ..model.nested import first_rows, float_tensors, map_tensors, named_tensors, pack, unpack
+from ..model.nested import block_input, first_rows, float_tensors, from_state, named_tensors, to_state
 from ..model.units import BlockStack, evaluation_mode
 
 ROWS = 16
-MAX_NUMBERS = 2**12  # kept of what leaves a unit, of each row
-TOKENS = 2  # a row, of outputs that have some
+MAX_FEATURES = 2**12  # kept of each row of a unit's output
+TOKENS = 2  # kept of each row of the model's output, where it has tokens
+NOT_INPUTS = ("labels", "num_items_in_batch")
 
 
 def spread_tokens(
     hidden: torch.Tensor, attention_mask: torch.Tensor | None = None, count: int = TOKENS
 ) -> torch.Tensor:
     """
-    Some single tokens of each row, evenly spread over those that are not padding: always the same ones.
+    Some tokens of each row, evenly spread over those that are not padding. Always the same ones.
 
     Args:
         hidden (`torch.Tensor`): of shape `(rows, tokens, features)` or `(rows, features, height, width)`.
         attention_mask (`torch.Tensor`, *optional*): of shape `(rows, tokens)`, 0 at padding.
-        count (`int`): tokens a row.
+        count (`int`, *optional*, defaults to 2): tokens per row.
 
     Returns:
         `torch.Tensor` of shape `(rows * count, features)`.
@@ -38,71 +40,132 @@ def spread_tokens(
         attention_mask = torch.ones(rows, tokens, device=hidden.device)
     present = attention_mask.bool().long()
     wanted = (present.sum(1, keepdim=True) * torch.arange(1, 2 * count, 2, device=hidden.device)) // (2 * count)
-    # The place of a row's k-th token, wherever its padding is.
-    places = torch.searchsorted(present.cumsum(1), wanted + 1).clamp(max=tokens - 1)
-    return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+    # The position of a row's k-th token, wherever its padding is.
+    positions = torch.searchsorted(present.cumsum(1), wanted + 1).clamp(max=tokens - 1)
+    return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
 
 
 def shift(logits: torch.Tensor, others: torch.Tensor) -> float:
-    """Mean squared distance of logits, of shape `(rows, classes)`; what is common to all classes says nothing."""
+    """Mean squared distance of two logits of shape `(rows, classes)`, without the part that is common to all classes."""
     change = logits - others
     return float((change - change.mean(1, keepdim=True) if change.shape[1] > 1 else change).pow(2).mean())
 
 
 def thinned(hidden: torch.Tensor) -> torch.Tensor:
-    """Of each row at most 4,096 numbers, evenly spread over all features and always the same ones: `(rows, numbers)`."""
-    numbers = hidden.detach().flatten(1)
-    stride = -(-numbers.shape[1] // MAX_NUMBERS)
-    while gcd(stride, hidden.shape[-1]) > 1:  # else it would see some features only, at every place
+    """At most 4,096 values of each row, evenly spread and always the same ones, as a tensor `(rows, values)`."""
+    values = hidden.detach().flatten(1)
+    stride = -(-values.shape[1] // MAX_FEATURES)
+    while gcd(stride, hidden.shape[-1]) > 1:  # else the same few features would be taken of every token
         stride += 1
-    return numbers[:, ::stride].clone()
+    return values[:, ::stride].clone()
+
+
+class FirstBatch:
+    """
+    Keeps the first rows of the first batch that a model is trained on, without the labels.
+
+    Args:
+        model (`torch.nn.Module`): the model; a pre-hook on it takes the rows at its first call in training mode.
+        rows (`int`): the largest number of rows.
+
+    Attributes:
+        inputs (`tuple[tuple, dict]`, *optional*): positional and keyword arguments; `None` until the batch has come.
+    """
+
+    def __init__(self, model: nn.Module, rows: int):
+        self._model, self._rows = model, rows
+        self.inputs: tuple[tuple, dict[str, Any]] | None = None
+        self._hook = model.register_forward_pre_hook(self._take, with_kwargs=True)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the batch has come."""
+        return self.inputs is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return next(self._model.parameters()).device
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the model's main input, such as token ids, or of the first tensor; 1 without any."""
+        named = list(named_tensors(self.inputs))
+        main_input = getattr(self._model, "main_input_name", "input_ids")
+        others = [tensor.numel() for _, tensor in named] or [1]
+        return next((tensor.numel() for name, tensor in named if name == main_input), others[0])
+
+    def close(self) -> None:
+        """Remove the hook from the model."""
+        self._hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        The rows, as `{"inputs": ...}` in the form of [`~smartfrz_hf.model.nested.to_state`]; `None` before they have come.
+
+        Raises:
+            TypeError: the model takes something other than tensors and plain values.
+        """
+        return {"inputs": None if self.inputs is None else to_state(self.inputs)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the rows of another run. They go to the device of the model."""
+        if state["inputs"] is not None:
+            self.inputs = send_to_device(from_state(state["inputs"]), self.device)
+            self.close()
+
+    def _take(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if module.training:
+            kwargs = {key: value for key, value in kwargs.items() if key not in NOT_INPUTS}
+            self.inputs = first_rows((args, kwargs), self._rows)
+            self.close()
 
 
 @dataclass(frozen=True)
 class ProbeSnapshot:
     """
-    What the model makes of the probe at one moment.
+    The outputs of the units and of the model for the rows of the probe, at one step.
 
     Attributes:
-        hidden (`list[torch.Tensor]`): what leaves each unit, thinned, `(rows, numbers)`.
-        output (`torch.Tensor` of shape `(rows, classes)`): what the model says, such as its logits.
+        hidden (`list[torch.Tensor]`): one tensor per unit, `(rows, values)`: its output, thinned.
+        output (`torch.Tensor` of shape `(rows, classes)`): output of the model, such as its logits.
     """
 
     hidden: list[torch.Tensor]
     output: torch.Tensor
 
-    def changes(self, then: "ProbeSnapshot") -> torch.Tensor:
+    def changes(self, earlier: "ProbeSnapshot") -> torch.Tensor:
         """
-        How far the model has come since an earlier look.
+        How much the outputs have changed since an earlier snapshot.
 
         Returns:
-            `torch.Tensor` of shape `(units, 2)`: mean squared distances, of what leaves the unit from what left it, and
-            of what the model says from what it said, which is the same for all units.
+            `torch.Tensor` of shape `(units, 2)`: mean squared distance of the unit's output, and of the model's output,
+            which is the same for all units.
         """
-        pairs = zip(self.hidden, then.hidden, strict=True)
+        pairs = zip(self.hidden, earlier.hidden, strict=True)
         hidden = torch.stack([(a - b).float().pow(2).mean() for a, b in pairs]).cpu()
-        return torch.stack([hidden, torch.full_like(hidden, shift(self.output, then.output))], dim=1)
+        return torch.stack([hidden, torch.full_like(hidden, shift(self.output, earlier.output))], dim=1)
 
 
 class FrontProbe:
     """
-    Runs a few rows of the first training batch through the model again and again, in evaluation mode.
+    Runs a few rows of the first training batch through the model, in evaluation mode, as often as it is asked.
 
-    No weight is touched, and no random number drawn. Of a block that runs several times in a pass, the last time counts.
+    Changes no weight and draws no random number. For a block that runs several times in a pass, the last output counts.
 
     Args:
         stack ([`BlockStack`]): the units.
-        rows (`int`, *optional*, defaults to 16): most rows.
+        rows (`int`, *optional*, defaults to 16): the largest number of rows.
 
     Attributes:
-        on_pass (`Callable[[int], None]`): told of each pass: the elements of its main input.
+        batch ([`FirstBatch`]): the rows.
+        on_pass (`Callable[[int], None]`): called after each pass with the number of elements of the model's main input.
     """
 
     def __init__(self, stack: BlockStack, rows: int = ROWS):
-        self._stack, self._rows = stack, rows
-        self._inputs: tuple[tuple, dict[str, Any]] | None = None
+        self._stack = stack
+        self.batch = FirstBatch(stack.model, rows)
         self.on_pass: Callable[[int], None] = lambda elements: None
-        self._hook = stack.model.register_forward_pre_hook(self._take_inputs, with_kwargs=True)
 
     @property
     def units(self) -> int:
@@ -110,75 +173,57 @@ class FrontProbe:
         return len(self._stack)
 
     @property
-    def ready(self) -> bool:
-        """Whether it has got its rows."""
-        return self._inputs is not None
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self.batch.device
 
     @property
-    def _elements(self) -> int:
-        named = named_tensors(self._inputs)
-        main_input = getattr(self._stack.model, "main_input_name", "input_ids")
-        return next(
-            (tensor.numel() for name, tensor in named if name == main_input), named[0][1].numel() if named else 1
-        )
+    def ready(self) -> bool:
+        """Whether the first training batch has come."""
+        return self.batch.ready
 
     def close(self) -> None:
-        """Take the hook off the model."""
-        self._hook.remove()
+        """Remove the hook from the model."""
+        self.batch.close()
 
-    def state(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """
-        The rows as plain JSON values, with the tensors set apart.
+    def state_dict(self) -> dict[str, Any]:
+        """State of [`FirstBatch`]: `{"inputs": ...}`."""
+        return self.batch.state_dict()
 
-        Raises:
-            TypeError: the model takes something else than tensors and plain values.
-        """
-        return pack(self._inputs, tensors)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with the rows of a state."""
+        self.batch.load_state_dict(state)
 
-    def restore(self, state: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `state` gave."""
-        self._inputs = unpack(state, tensors)
-        self._hook.remove()
-
-    def _take_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not module.training:
-            return
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("labels", "num_items_in_batch")}
-        self._inputs = first_rows((args, kwargs), self._rows)
-        self._hook.remove()
-
-    def look(self) -> ProbeSnapshot:
-        """What the model makes of the rows now."""
+    def run(self) -> ProbeSnapshot:
+        """Run the rows through the model as it is now."""
         hidden: list[torch.Tensor] = [torch.empty(0)] * len(self._stack)
 
         def stem(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            hidden[0] = thinned(args[0] if args else kwargs["hidden_states"])
+            hidden[0] = thinned(block_input(args, kwargs))
 
         def block(unit: int, module: nn.Module, args: tuple, output: Any) -> None:
-            hidden[unit] = thinned(output[0] if isinstance(output, tuple) else output)
+            hidden[unit] = thinned(float_tensors(output)[0])
 
         blocks = self._stack.blocks
-        with ExitStack() as stack:
-            stack.enter_context(blocks[0].register_forward_pre_hook(stem, with_kwargs=True))
+        with ExitStack() as hooks:
+            hooks.enter_context(blocks[0].register_forward_pre_hook(stem, with_kwargs=True))
             for unit, module in enumerate(blocks, start=1):
-                stack.enter_context(module.register_forward_hook(partial(block, unit)))
-            return ProbeSnapshot(hidden, self._run())
+                hooks.enter_context(module.register_forward_hook(partial(block, unit)))
+            return ProbeSnapshot(hidden, self._output())
 
-    def _run(self) -> torch.Tensor:
-        """What the model says: its logits, or the last thing it puts out, at some tokens where it has any."""
-        assert self._inputs is not None, "the first training batch has not come yet"
-        args, kwargs = map_tensors(self._inputs, lambda tensor: tensor)  # dictionaries that the model may write into
-        # What is looked at is not what was compiled.
+    def _output(self) -> torch.Tensor:
+        """The model's logits, or its last floating-point output; of outputs with tokens, some tokens."""
+        assert self.batch.inputs is not None, "the first training batch has not come yet"
+        # New containers, since a model may write into the dictionaries that it is given.
+        args, kwargs = recursively_apply(lambda tensor: tensor, self.batch.inputs)
+        # The hooks must run, so a compiled model runs uncompiled.
         with evaluation_mode(self._stack.model), torch.compiler.set_stance("force_eager"):
             output = self._stack.model(*args, **kwargs)
-        self.on_pass(self._elements)
-        said = output.get("logits") if isinstance(output, Mapping) else None
-        if said is None:
-            said = float_tensors(output)[-1]
-        if said.dim() > 2:
-            mask = next(
-                (v for k, v in named_tensors(self._inputs) if k == "attention_mask" and v.shape == said.shape[:2]),
-                None,
-            )
-            said = spread_tokens(said, mask)
-        return said.float().reshape(len(said), -1)
+        self.on_pass(self.batch.elements)
+        logits = output.get("logits") if isinstance(output, Mapping) else None
+        if logits is None:
+            logits = float_tensors(output)[-1]
+        if logits.dim() > 2:
+            masks = (mask for name, mask in named_tensors(self.batch.inputs) if name == "attention_mask")
+            logits = spread_tokens(logits, next((mask for mask in masks if mask.shape == logits.shape[:2]), None))
+        return logits.float().reshape(len(logits), -1)

@@ -1,9 +1,12 @@
-"""The looks at the front probe over a run, kept as long as they are needed."""
+"""The snapshots of the front probe over a run, kept as long as they are needed."""
 
 import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -15,30 +18,30 @@ MIN_ROWS, MAX_COST = 4, 0.03
 
 def affordable_rows(rows_between: int) -> int:
     """
-    How many rows a probe may have so that it takes no more than 3 % of a run, but at least four.
+    The number of rows for which a probe takes no more than 3 % of a run, but at least four.
 
     Args:
-        rows_between (`int`): rows that are trained from one look to the next.
+        rows_between (`int`): training rows from one snapshot to the next.
     """
-    return max(MIN_ROWS, int(MAX_COST * 3 * rows_between))  # a step costs three forward passes
+    return max(MIN_ROWS, int(MAX_COST * 3 * rows_between))  # a training step costs three forward passes
 
 
-def looks_before(number: int) -> list[int]:
-    """Numbers of the looks that a look is compared with: 1, 2 and 4 before it, and the first."""
+def compared_snapshots(number: int) -> list[int]:
+    """Numbers of the snapshots with which snapshot `number` is compared: 1, 2 and 4 before it, and the first."""
     return [*(max(0, number - lag) for lag in LAGS), 0]
 
 
 class ProbeHistory:
     """
-    The looks of a run, as far as they are needed, and what has changed since them.
+    The probe snapshots of a run that are still needed, and how much has changed since then.
 
     Args:
-        probe ([`FrontProbe`]): takes the looks.
+        probe ([`FrontProbe`]): takes the snapshots.
 
     Attributes:
-        steps (`list[int]`): at which all looks so far were taken.
-        changes (`torch.Tensor` of shape `(units, 4, 2)`, *optional*): what [`ProbeSnapshot.changes`] says of the looks that
-            [`looks_before`] names. None before the second look.
+        steps (`list[int]`): the steps of all snapshots so far.
+        changes (`torch.Tensor` of shape `(units, 4, 2)`, *optional*): [`ProbeSnapshot.changes`] of the last snapshot
+            against each one that [`compared_snapshots`] names. `None` before the second snapshot.
     """
 
     def __init__(self, probe: FrontProbe):
@@ -46,55 +49,78 @@ class ProbeHistory:
         self.restart()
 
     def restart(self) -> None:
-        """Forget all looks."""
+        """Forget all snapshots. The probe keeps its rows."""
         self.steps: list[int] = []
         self.changes: torch.Tensor | None = None
-        self._looks: dict[int, ProbeSnapshot] = {}
+        self._snapshots: dict[int, ProbeSnapshot] = {}
 
     def record(self, step: int) -> None:
         """
-        Take a look.
+        Take a snapshot.
 
         Args:
             step (`int`): optimizer steps done.
 
         Raises:
-            TypeError: the model takes what no checkpoint can hold.
+            TypeError: the model takes inputs that a checkpoint cannot hold.
         """
         number = len(self.steps)
         if not number:
-            self.probe.state({})  # rather now than when a checkpoint is written
-        now = self.probe.look()
+            self.probe.state_dict()  # inputs that cannot be saved show now, not at the first checkpoint
+        now = self.probe.run()
         self.steps.append(step)
-        self._looks[number] = now
+        self._snapshots[number] = now
         if number:
-            self.changes = torch.stack([now.changes(self._looks[i]) for i in looks_before(number)], dim=1)
-        kept = {0, *range(number + 1 - max(LAGS), number + 1)}
-        self._looks = {i: look for i, look in self._looks.items() if i in kept}
+            earlier = [self._snapshots[i] for i in compared_snapshots(number)]
+            self.changes = torch.stack([now.changes(snapshot) for snapshot in earlier], dim=1)
+        needed = {0, *range(number + 1 - max(LAGS), number + 1)}
+        self._snapshots = {i: snapshot for i, snapshot in self._snapshots.items() if i in needed}
 
+    def state_dict(self) -> dict[str, Any]:
+        """
+        What a run needs to continue.
+
+        Returns:
+            `dict`: `"steps"` (`list[int]`), `"changes"` (`torch.Tensor`, or `None`), `"inputs"` (the rows of the probe)
+            and `"snapshots"`: by number, `{"hidden": {unit: torch.Tensor}, "output": torch.Tensor}`.
+        """
+        snapshots = {
+            str(number): {"hidden": {str(i): h for i, h in enumerate(snapshot.hidden)}, "output": snapshot.output}
+            for number, snapshot in self._snapshots.items()
+        }
+        return {"steps": list(self.steps), "changes": self.changes, "snapshots": snapshots, **self.probe.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state. Its rows and snapshots go to the device of the model."""
+        self.probe.load_state_dict(state)
+        self.steps = list(state["steps"])
+        self.changes = None if state["changes"] is None else state["changes"].cpu()
+        self._snapshots = {}
+        for number, snapshot in send_to_device(state["snapshots"], self.probe.device).items():
+            hidden = [snapshot["hidden"][str(unit)] for unit in range(self.probe.units)]
+            self._snapshots[int(number)] = ProbeSnapshot(hidden, snapshot["output"])
+
+    # To be removed with today's checkpoint.py, which writes files of its own.
     def save(self, path: str | os.PathLike) -> None:
-        """Write the looks to one safetensors file."""
+        """Write the state to one safetensors file."""
         tensors: dict[str, torch.Tensor] = {}
-        probe = self.probe.state(tensors)
-        if self.changes is not None:
-            tensors["changes"] = self.changes
-        for number, look in self._looks.items():
-            tensors[f"{number}.output"] = look.output.contiguous()
-            for unit, hidden in enumerate(look.hidden):
-                tensors[f"{number}.{unit}"] = hidden.contiguous()
-        known = {"steps": self.steps, "probe": probe, "looks": list(self._looks)}
-        save_file(tensors, path, metadata={"known": json.dumps(known)})
+
+        def flat(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                tensors[str(len(tensors))] = value.contiguous()
+                return {"tensor": str(len(tensors) - 1)}
+            return {key: flat(part) for key, part in value.items()} if isinstance(value, Mapping) else value
+
+        save_file(tensors, path, metadata={"state": json.dumps(flat(self.state_dict()))})
 
     def load(self, path: str | os.PathLike, device: torch.device | str) -> None:
-        """Go on from what `save` wrote."""
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            known = json.loads(file.metadata()["known"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self.restart()
-        self.probe.restore(known["probe"], tensors)
-        self.steps = known["steps"]
-        changes = tensors.get("changes")
-        self.changes = None if changes is None else changes.cpu()
-        for number in known["looks"]:
-            hidden = [tensors[f"{number}.{unit}"] for unit in range(self.probe.units)]
-            self._looks[number] = ProbeSnapshot(hidden, tensors[f"{number}.output"])
+        """Continue from what `save` wrote."""
+
+        def nested(value: Any) -> Any:
+            if isinstance(value, dict):
+                is_tensor = list(value) == ["tensor"]
+                return file.get_tensor(value["tensor"]) if is_tensor else {k: nested(v) for k, v in value.items()}
+            return value
+
+        with safe_open(path, framework="pt") as file:
+            self.load_state_dict(nested(json.loads(file.metadata()["state"])))

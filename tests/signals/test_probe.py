@@ -14,7 +14,7 @@ from smartfrz_hf import (
     find_blocks,
 )
 from smartfrz_hf.predictor.features import probe_features
-from smartfrz_hf.signals.probe import MAX_NUMBERS, FrontProbe, shift, spread_tokens, thinned
+from smartfrz_hf.signals.probe import MAX_FEATURES, FrontProbe, shift, spread_tokens, thinned
 from smartfrz_hf.signals.probe_history import ProbeHistory, affordable_rows
 
 
@@ -34,9 +34,9 @@ def test_a_look_is_what_the_model_makes_of_the_first_rows(name):
     model(**batch)
     assert probe.ready
     random_state = torch.get_rng_state()
-    then = probe.look()
+    then = probe.run()
     shaken(model)
-    now = probe.look()
+    now = probe.run()
     assert torch.get_rng_state().equal(random_state)
     assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     rows = {key: value[:3] for key, value in batch.items() if key != "labels"}
@@ -61,9 +61,9 @@ def test_a_look_is_what_the_model_makes_of_the_first_rows(name):
 
 
 def test_of_much_that_leaves_a_unit_some_is_kept():
-    hidden = torch.arange(2 * 4 * MAX_NUMBERS).view(2, -1, 64)
+    hidden = torch.arange(2 * 4 * MAX_FEATURES).view(2, -1, 64)
     kept = thinned(hidden)
-    assert kept.is_contiguous() and kept[0].tolist() == list(range(0, 4 * MAX_NUMBERS, 5))
+    assert kept.is_contiguous() and kept[0].tolist() == list(range(0, 4 * MAX_FEATURES, 5))
     assert (kept[0] % 64).unique().tolist() == list(range(64)), "of all features"
     assert thinned(hidden[:, :5]).equal(hidden[:, :5].flatten(1)), "all of little"
 
@@ -181,8 +181,8 @@ def test_what_no_checkpoint_can_hold_is_not_looked_at():
     model = build("bert")
     front = ProbeHistory(FrontProbe(find_blocks(model)))
     model(**ARCHITECTURES["bert"].batch(model))
-    front.probe._inputs[1]["return_dict"] = object()
-    with pytest.raises(TypeError, match="object among the model's inputs"):
+    front.probe.batch.inputs[1]["return_dict"] = object()
+    with pytest.raises(TypeError, match="input of type object, which a checkpoint cannot hold"):
         front.record(0)
 
 

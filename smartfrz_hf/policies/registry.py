@@ -1,0 +1,76 @@
+"""Policies by name."""
+
+from collections.abc import Callable
+
+from ..config import POLICIES, SmartFRZConfig
+from ..predictor import SmartFRZPredictor, load_predictor
+from .base import Policy
+from .linear import LinearPolicy
+from .never import NeverPolicy
+from .smartfrz import SmartFRZPolicy
+from .static import StaticPolicy
+
+_makers: dict[str, Callable[[SmartFRZConfig], Policy]] = {
+    "linear": lambda config: LinearPolicy(config.linear_start, config.linear_depth),
+    "never": lambda config: NeverPolicy(),
+    "static": lambda config: StaticPolicy(config.static_depth),
+}
+
+
+def register_policy(name: str, make: Callable[[SmartFRZConfig], Policy]) -> None:
+    """
+    Make a policy of your own available as `SmartFRZConfig(policy=name)`.
+
+    Args:
+        name (`str`): must not be taken yet, except by the same `make`.
+        make (`Callable[[SmartFRZConfig], Policy]`): makes it from a configuration; a class that takes one will do.
+
+    Raises:
+        ValueError: the name is taken.
+
+    Example:
+
+    ```python
+    >>> from smartfrz_hf import Decision, Policy, SmartFRZConfig, register_policy
+
+
+    >>> class HalfTime(Policy):
+    ...     def __init__(self, config):
+    ...         self.depth = config.max_depth or 1
+    ...
+    ...     def decide(self, observation):
+    ...         due = observation.progress >= 0.5
+    ...         return Decision(self.depth if due else observation.depth, "half of the run is done")
+
+
+    >>> register_policy("half_time", HalfTime)
+    >>> SmartFRZConfig(policy="half_time").policy
+    'half_time'
+    ```
+    """
+    if name in POLICIES and _makers.get(name) is not make:
+        raise ValueError(f"There is a policy {name!r} already; choose another name than {', '.join(POLICIES)}.")
+    if name not in POLICIES:
+        POLICIES.append(name)
+    _makers[name] = make
+
+
+def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = None) -> Policy:
+    """
+    The policy that a configuration names.
+
+    Args:
+        config ([`SmartFRZConfig`]): names it and holds its parameters.
+        predictor ([`SmartFRZPredictor`], *optional*): used in place of the one that the configuration names.
+
+    Raises:
+        OSError: the predictor's files are missing or damaged, or the Hub cannot be reached.
+    """
+    if config.policy != "smartfrz":
+        return _makers[config.policy](config)
+    if predictor is None:
+        predictor = load_predictor(config.predictor, revision=config.predictor_revision)
+    threshold = config.freeze_threshold
+    if threshold is None:
+        threshold = predictor.config.operating_points[config.operating_point]
+    return SmartFRZPolicy(predictor, threshold)

@@ -1,0 +1,361 @@
+"""One run: what is observed, decided, frozen and accounted for, whatever loop trains the model."""
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+from .activation_cache import make_cache
+from .checks import check_other_run, check_stack, check_state, check_wrapper
+from .config import SmartFRZConfig
+from .cost.flops import ComputeMeter
+from .cost.ledger import Ledger, Stage
+from .distributed.consensus import Ranks
+from .distributed.ddp import rebuild_reducer
+from .distributed.fsdp import reshard
+from .freezing.compile import GraphLimits, is_compiled
+from .freezing.freezer import Freezer
+from .model.units import Unit, find_blocks
+from .policies import Observation, Policy, make_policy
+from .predictor import SmartFRZPredictor
+from .signals.observer import Observer
+from .signals.schedule import LearningRates
+
+logger = logging.get_logger(__name__)
+
+# The run that freezes each model now: there can be one at a time.
+_active: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[FreezingRun]]" = weakref.WeakKeyDictionary()
+
+
+class FreezingRun:
+    """
+    Freezes the front of a model while a training loop of any kind trains it.
+
+    The loop calls [`~FreezingRun.step`] after each call of `optimizer.step()`. With Accelerate, pass what
+    `accelerator.prepare` returned, and call `step` once per batch: under gradient accumulation nothing happens until
+    the optimizer has taken a step. [`SmartFRZCallback`] and [`SmartFRZTrainer`] use this class.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model that the loop calls: plain, or wrapped by DDP, FSDP2, `torch.compile` or PEFT.
+        optimizer (`torch.optim.Optimizer`):
+            Its optimizer, plain or prepared by Accelerate.
+        total_steps (`int`):
+            Optimizer steps of the whole run.
+        config ([`SmartFRZConfig`], *optional*):
+            All options.
+        lr_scheduler (`torch.optim.lr_scheduler.LRScheduler`, *optional*):
+            Learning rate schedule of the run. Without it, the rate is taken as constant.
+        predictor ([`SmartFRZPredictor`], *optional*):
+            Used in place of the one that the configuration names.
+        policy ([`Policy`], *optional*):
+            Used in place of the one that the configuration names.
+        steps_per_epoch (`float`, *optional*):
+            Optimizer steps in one pass over the data. The activation cache uses it to see whether it pays.
+        examples_per_step (`int`, *optional*):
+            Examples of one optimizer step in this process. Taken from the first batch when it is not given.
+        compiled (`bool`, *optional*):
+            Whether the loop runs a compiled model. Detected from `model` when it is not given.
+        timeout (`float`, *optional*, defaults to `1800.0`):
+            Seconds that the processes of a distributed run wait for each other's decision.
+
+    Attributes:
+        ledger ([`Ledger`]): what froze when and why, and what it saved.
+        depth (`int`): frozen units now, counted from the front.
+        steps_done (`int`): optimizer steps so far.
+        should_stop (`bool`): whether nothing is left to train and `when_all_frozen="stop"` asks to stop then.
+
+    Raises:
+        ValueError: the model has no linear order of blocks, nothing in it is left to freeze, another run freezes it
+            already, or the configuration does not fit the model.
+        OSError: the predictor's files are missing or damaged.
+
+    Example:
+
+    ```python
+    with FreezingRun(model, optimizer, total_steps, lr_scheduler=scheduler) as run:
+        for batch in loader:
+            model(**batch).loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            run.step()
+    print(run.ledger)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        total_steps: int,
+        config: SmartFRZConfig | None = None,
+        *,
+        lr_scheduler: Any = None,
+        predictor: SmartFRZPredictor | None = None,
+        policy: Policy | None = None,
+        steps_per_epoch: float | None = None,
+        examples_per_step: int | None = None,
+        compiled: bool | None = None,
+        timeout: float = 1800.0,
+    ):
+        self.config = config = config or SmartFRZConfig()
+        self.policy = policy or make_policy(config, predictor)
+        self.stack = find_blocks(model, config.blocks)
+        check_wrapper(model)
+        check_stack(self.stack)
+        check_other_run(self.stack.model, FreezingRun.of(self.stack.model))
+        self.model, self.total_steps, self.steps_done = model, total_steps, 0
+        self._steps_per_epoch, self._begun = steps_per_epoch, False
+        self._compiled = is_compiled(model) if compiled is None else compiled
+        self.should_stop = False
+        self._trainable = [unit.trainable for unit in self.stack.units]
+        self._first_decision = config.steps("first_decision", total_steps)
+        self._decide_every = config.steps("decide_every", total_steps)
+        self.rates = LearningRates.planned(lr_scheduler, total_steps)
+        self._restarts = self.rates.restarts if config.unfreeze_on_restart and self.policy.history_size else []
+        self.ledger = Ledger(
+            units=self.stack.names,
+            max_steps=total_steps,
+            trainable_parameters=sum(p.numel() for p in self.stack.model.parameters() if p.requires_grad),
+        )
+        dtype = getattr(torch, config.frozen_dtype) if config.frozen_dtype else None
+        self.freezer = Freezer(self.stack, optimizer, dtype)
+        self.meter = ComputeMeter(model, self.stack, optimizer)
+        self.observer = Observer(
+            self.stack,
+            self.policy.history_size,
+            config.steps("record_every", total_steps),
+            config.sampling_seed,
+            config.probe_examples if self.policy.front_probe else 0,
+            lambda batch: self._decide_every * (examples_per_step or batch),
+            self._beside_training,
+            self.meter.add_forward,
+        )
+        self._graphs = GraphLimits(self._compiled)
+        self._ranks = Ranks(timeout)
+        self.cache = self._make_cache()
+        inner: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
+        self._optimizer_stepped = False
+        self._hooks = [
+            inner.register_step_pre_hook(self._before_optimizer_step),
+            inner.register_step_post_hook(self._after_optimizer_step),
+        ]
+        self.active = True
+        _active[self.stack.model] = weakref.ref(self)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "FreezingRun | None":
+        """The run that freezes an unwrapped model now, if there is one."""
+        reference = _active.get(model)
+        run = reference() if reference is not None else None
+        return run if run is not None and run.active else None
+
+    @property
+    def depth(self) -> int:
+        """Frozen units now, counted from the front."""
+        return self.freezer.depth
+
+    def __enter__(self) -> "FreezingRun":
+        if not self._begun:
+            self.begin()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def begin(self, step: int = 0) -> None:
+        """
+        Take the first snapshot, and freeze what the policy freezes before training. Called by `with`.
+
+        Args:
+            step (`int`, *optional*, defaults to `0`): optimizer steps done so far.
+        """
+        self._begun, self.steps_done = True, step
+        self.observer.begin(step)
+        self._decide()
+
+    def step(self, steps_done: int | None = None) -> None:
+        """
+        To be called after each call of `optimizer.step()`. Does nothing if the optimizer has taken no step since the
+        last call, as under gradient accumulation.
+
+        Args:
+            steps_done (`int`, *optional*):
+                Optimizer steps so far, for a loop that counts them itself (also those that a loss scaler has skipped).
+                Counted here when it is not given.
+        """
+        if not self._begun:
+            self.begin()
+        if steps_done is None:
+            if not self._optimizer_stepped:
+                return
+            steps_done = self.steps_done + 1
+        self._optimizer_stepped = False
+        self.steps_done = steps_done
+        if self.cache is not None:
+            self.cache.end_of_step(steps_done)
+        self.observer.end_of_step(steps_done, self.depth)
+        if steps_done in self._restarts and self.depth:
+            self._unfreeze("the learning rate rises again")
+        since_first = steps_done - self._first_decision
+        if since_first >= 0 and since_first % self._decide_every == 0 and steps_done < self.total_steps:
+            self._decide()
+
+    def close(self) -> None:
+        """Leave the model as it was found, except for its weights. May be called again."""
+        if not self.active:
+            return
+        self.active = False
+        for hook in self._hooks:
+            hook.remove()
+        if self.cache is not None:
+            self.cache.close()
+        reshard(self.model)
+        if self.freezer.unfreeze_to(0):
+            rebuild_reducer(self.model)
+        self._graphs.restore()
+        self.observer.close()
+        self.meter.close()
+        self._ranks.close()
+
+    def check_same(self, value: int, about: str) -> None:
+        """
+        See that all processes have the same value. To be called on all of them.
+
+        Raises:
+            ValueError: this process has another value than the first one.
+        """
+        first = self._ranks.broadcast(value, about)
+        if first != value:
+            raise ValueError(f"This process has {value} for {about}, but process 0 has {first}: all must agree.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        What a checkpoint has to keep, so that a run can go on as if it had never stopped.
+
+        Returns:
+            `dict`: nested dictionaries and lists of plain JSON values and tensors: `step`, `units` (names), `depth`,
+            `config`, `ledger`, `meter`, `policy`, `weight_history` and `probe_history` (or `None`). Save it with
+            [`~smartfrz_hf.checkpoint.save_state`], or beside the state of your own loop.
+        """
+        return {
+            "step": self.steps_done,
+            "units": self.stack.names,
+            "depth": self.depth,
+            "config": self.config.to_dict(),
+            "ledger": self.ledger.state_dict(),
+            "meter": self.meter.state_dict(),
+            "policy": self.policy.state_dict(),
+            **self.observer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Go on from what `state_dict` gave, with a model and an optimizer that were restored already.
+
+        Args:
+            state (`dict`): as `state_dict` gives it.
+
+        Raises:
+            ValueError: it is of another model, or of another policy or history; the message says which.
+        """
+        check_state(state, self.stack.names, self.observer.history_shape, self.config.to_dict())
+        self._begun, self.steps_done = True, state["step"]
+        if self.freezer.unfreeze_to(0):
+            rebuild_reducer(self.model)
+        self.ledger.load_state_dict(state["ledger"])
+        self.meter.load_state_dict(state["meter"])
+        self.policy.load_state_dict(state["policy"])
+        self.observer.load_state_dict(state)
+        self._update_ledger()
+        if state["depth"]:
+            self._freeze_to(state["depth"])
+
+    def _make_cache(self) -> Any:
+        """To be called on all ranks."""
+        cache = make_cache(
+            self.config, self.freezer, self.meter, self._ranks, self.total_steps, self._steps_per_epoch, self._compiled
+        )
+        if cache is not None:
+            self.ledger.cache = cache.savings
+        return cache
+
+    def _beside_training(self) -> AbstractContextManager:
+        """For passes that the cache must neither serve nor learn from."""
+        return nullcontext() if self.cache is None else self.cache.bypassed()
+
+    def _before_optimizer_step(self, *_) -> None:
+        with self._beside_training():
+            self.meter.count()
+        self.observer.before_first_update(self.steps_done)
+
+    def _after_optimizer_step(self, *_) -> None:
+        self._optimizer_stepped = True
+        self.meter.end_of_step()
+        self._update_ledger()
+
+    def _update_ledger(self) -> None:
+        self.ledger.spent, self.ledger.full = self.meter.spent, self.meter.full
+        self.ledger.unit_flops, self.ledger.full_unit_flops = self.meter.unit_flops, self.meter.full_unit_flops
+        self.ledger.frozen_parameters = self.freezer.frozen_parameters
+
+    def _decide(self) -> None:
+        """Hold a freezing stage."""
+        if self.depth < len(self.stack):
+            self.observer.before_decision(self.steps_done)
+        observation = Observation(
+            step=self.steps_done,
+            max_steps=self.total_steps,
+            depth=self.depth,
+            trainable=self._trainable,
+            rates=self.rates,
+            history=self.observer.history,
+            probe=self.observer.probe,
+        )
+        decision = self.policy.decide(observation)
+        self.ledger.decisions += 1
+        depth = decision.depth if self.config.max_depth is None else min(decision.depth, self.config.max_depth)
+        depth = self._ranks.broadcast(depth, f"the freezing stage of step {self.steps_done}")
+        if depth > self.depth:
+            new = self._freeze_to(depth)
+            self._note(new, decision.reason)
+            logger.info(
+                f"Step {self.steps_done}: froze {', '.join(unit.name for unit in new)}, {depth} of {len(self.stack)} "
+                f"units in all ({decision.reason})."
+            )
+
+    def _note(self, units: list[Unit], reason: str) -> None:
+        self.ledger.stages.append(Stage(self.steps_done, self.depth, [unit.name for unit in units], reason))
+        self.ledger.frozen_parameters = self.freezer.frozen_parameters
+
+    def _freeze_to(self, depth: int) -> list[Unit]:
+        new = self.freezer.freeze_to(depth)
+        self._graphs.extend()
+        self.meter.freeze_to(depth)
+        if self.cache is not None:
+            self.cache.freeze_to(depth)
+        rebuild_reducer(self.model)
+        return new
+
+    def _unfreeze(self, reason: str) -> None:
+        """Train everything again."""
+        if self.cache is not None:
+            savings = self.cache.savings
+            self.cache.close()
+            self.cache = self._make_cache()
+            if self.cache is not None:
+                if savings.off is not None:
+                    self.cache.close()
+                self.cache.savings = self.ledger.cache = savings
+        units = self.freezer.unfreeze_to(0)
+        self._graphs.extend()
+        self.meter.freeze_to(0)
+        rebuild_reducer(self.model)
+        self.observer.restart(self.steps_done)
+        self._note(units, reason)
+        logger.info(f"Step {self.steps_done}: all {len(self.stack)} units train again, because {reason}.")
