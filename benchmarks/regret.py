@@ -21,7 +21,7 @@ from workers import in_processes, provenance
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
 from smartfrz_hf.predictor_training.labels import at_probes, rewind_cost
-from smartfrz_hf.predictor_training.record import RecordingCallback
+from smartfrz_hf.predictor_training.recording import RecordingCallback
 from smartfrz_hf.predictor_training.specs import RunSpec, read_specs
 from smartfrz_hf.predictor_training.tasks import prepare
 
