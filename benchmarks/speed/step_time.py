@@ -260,7 +260,7 @@ def measure_idle(model: PreTrainedModel, data: Rows, steps: int, progress: tqdm)
     watched.state.global_step = PLANNED_STEPS // 4
     times = interleave({"full": Method(copy.deepcopy(model)), "idle": watched}, data, steps, progress)
     full = median(times["full"])
-    every = watched.callback._decide_every
+    every = watched.callback.run.decide_every
     snapshot = watched.callback._record_every
     decide = [seconds for step, seconds in watched.ends if step % every == 0]
     record = [seconds for step, seconds in watched.ends if step % snapshot == 0 and step % every]

@@ -32,17 +32,21 @@ def block_input(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
     return candidates[0]
 
 
+def batch_size(inputs: Any) -> int:
+    """Number of rows of a batch: the length that most of its tensors have."""
+    lengths = [len(tensor) for _, tensor in named_tensors(inputs) if tensor.dim()]
+    return max(lengths, key=lengths.count, default=0)
+
+
 def first_rows(inputs: Any, count: int) -> Any:
     """
     A copy of the first rows of a batch.
 
     Args:
-        inputs (`Any`): nested tensors. The batch size is the length that most of them have; tensors of another length
-            are copied whole.
+        inputs (`Any`): nested tensors; those whose length is not the batch size are copied whole.
         count (`int`): the largest number of rows.
     """
-    lengths = [len(tensor) for _, tensor in named_tensors(inputs) if tensor.dim()]
-    rows = max(lengths, key=lengths.count, default=0)
+    rows = batch_size(inputs)
     return recursively_apply(lambda t: t[:count].clone() if t.dim() and len(t) == rows else t.clone(), inputs)
 
 
@@ -72,3 +76,17 @@ def from_state(state: Any) -> Any:
     if kind == "dict":
         return {key: from_state(part) for key, part in parts.items()}
     return CONTAINERS[kind](from_state(parts[str(i)]) for i in range(len(parts)))
+
+
+def main_input_elements(model: Any, inputs: Any) -> int:
+    """
+    How many elements (tokens, pixels) a model is given.
+
+    Args:
+        model (`torch.nn.Module`): its `main_input_name` says which tensor counts, by default `"input_ids"`.
+        inputs (`Any`): nested inputs. Without a tensor of that name the largest one counts, and without any tensor 1.
+    """
+    name = getattr(model, "main_input_name", None) or "input_ids"
+    tensors = list(named_tensors(inputs))
+    sizes = [tensor.numel() for key, tensor in tensors if key == name]
+    return sizes[0] if sizes else max((tensor.numel() for _, tensor in tensors), default=1)
