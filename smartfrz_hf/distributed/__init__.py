@@ -1,1 +1,1 @@
-"""Several processes."""
+"""Runs of several processes."""

@@ -1,6 +1,6 @@
 """One decision for all processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -8,16 +8,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+SAMPLED = 4096  # elements of each tensor in a checksum
+
 
 class Ranks:
     """
-    Brings the ranks of a run to one answer. Does nothing in a run of one process.
+    Lets the processes of a run agree. Does nothing in a run of one process.
 
-    What is agreed on crosses a group of its own on the CPU, so that no accelerator has to wait and a rank that has died is
-    an error with its number, whatever backend the gradients take.
+    Messages go through a CPU process group of their own, so that no accelerator waits for them, and a process that has died
+    is an error with its number, whatever backend the gradients use.
 
     Args:
-        timeout (`float`): seconds that ranks wait for each other.
+        timeout (`float`): seconds that processes wait for each other.
+
+    Attributes:
+        count (`int`): number of processes.
     """
 
     def __init__(self, timeout: float):
@@ -29,52 +34,89 @@ class Ranks:
 
     def broadcast(self, value: int, about: str) -> int:
         """
-        The value of rank 0, on all ranks.
+        The value of process 0, in all processes.
 
         Args:
-            value (`int`): what this rank would say.
-            about (`str`): what it is about, for the error.
+            value (`int`): the value of this process.
+            about (`str`): what the value is for. Part of the error message.
 
         Raises:
-            RuntimeError: a rank has not answered in time, or has died; the message has its number where it is known.
+            RuntimeError: a process has not answered in time, or has died. The message has its number where it is known.
         """
         if self.count == 1:
             return value
-        word = torch.tensor([value])
-        with self._answering(about):
-            dist.broadcast(word, src=0, group=self._group)
-        return int(word)
+        message = torch.tensor([value])
+        with self._together(about):
+            dist.broadcast(message, src=0, group=self._group)
+        return int(message)
 
     def gather(self, value: Any, about: str) -> list[Any]:
         """
-        What each rank says, on all ranks.
+        The values of all processes, in all processes.
 
         Args:
-            value (`Any`): what this rank says; can be pickled.
-            about (`str`): what it is about, for the error.
+            value (`Any`): the value of this process. It must be picklable.
+            about (`str`): what the value is for. Part of the error message.
 
         Raises:
             RuntimeError: as for `broadcast`.
         """
         values = [value] * self.count
         if self.count > 1:
-            with self._answering(about):
+            with self._together(about):
                 dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def check_equal(self, value: Any, about: str) -> None:
+        """
+        See that all processes have the same value.
+
+        Args:
+            value (`Any`): the value of this process. It must be picklable.
+            about (`str`): what the value is. Part of the error message.
+
+        Raises:
+            RuntimeError: two processes have different values, or as for `broadcast`.
+        """
+        values = self.gather(value, about)
+        other = next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
+        if other is not None:
+            raise RuntimeError(
+                f"The processes of this run have drifted apart: {about} is {values[0]!r} in process 0 and {values[other]!r} "
+                f"in process {other}. All must train the same model: look for gradients that are not exchanged, random "
+                "numbers that differ, or code that runs in some processes only."
+            )
+
     @contextmanager
-    def _answering(self, about: str) -> Iterator[None]:
-        """Wait for all ranks; what goes wrong is said with the number of the rank."""
+    def _together(self, about: str) -> Iterator[None]:
+        """Wait for all processes, and name the one that is missing in an error."""
         try:
             dist.monitored_barrier(self._group, timeout=self._timeout)
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"Rank {dist.get_rank()} of {self.count} had no answer from another rank on {about}: {error}"
+                f"Process {dist.get_rank()} of {self.count} got no answer from another process about {about}: {error}"
             ) from error
 
     def close(self) -> None:
-        """Give the group back."""
+        """Give the process group back."""
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group, self.count = None, 1
+
+
+@torch.no_grad()
+def checksum(tensors: Iterable[torch.Tensor]) -> int:
+    """
+    A number that differs, with all likelihood, where a tensor differs in any way that training makes it differ.
+
+    The sum of the bits of at most 4,096 evenly spread elements of each tensor, taken as 32-bit integers and weighted by the
+    tensor's place, so that neither the device nor the order of a sum plays a part.
+    """
+    total = 0
+    for place, tensor in enumerate(tensors, start=1):
+        sample = tensor.detach().reshape(-1)[:: max(1, -(-tensor.numel() // SAMPLED))]
+        if sample.is_floating_point():
+            sample = sample.float().view(torch.int32)
+        total += place * int(sample.long().sum())
+    return total

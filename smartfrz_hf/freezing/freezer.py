@@ -1,95 +1,91 @@
 """Freezing a prefix of units so that it costs no backward work, and undoing it exactly."""
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..distributed.fsdp import gather_for_backward
+from .._compat import has_input_grads, uses_reentrant_checkpointing
+from ..distributed.consensus import checksum
+from ..distributed.fsdp import gather_for_backward, is_sharded
+from ..model.forward_patch import LeftBehind, MethodPatch
+from ..model.nested import float_tensors
+from ..model.tracing import leaves
 from ..model.units import BlockStack, Unit
+from .kept import adapter_parameters, kept_parameters
 from .weights import FrozenWeights
 
 logger = logging.get_logger(__name__)
 
-
-def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Stands in for `module.train` while it is frozen: `Trainer` calls `model.train()` at each step."""
-    return module
-
-
-def _detach(value: Any, requires_grad: bool) -> Any:
-    """Cut tensors, alone or nested, from what computed them."""
-    if isinstance(value, torch.Tensor):
-        if requires_grad and value.is_floating_point():
-            return value.detach().requires_grad_()
-        return value.detach() if value.requires_grad else value
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return type(value)(_detach(item, requires_grad) for item in value)
-    if type(value) is dict:
-        return {key: _detach(item, requires_grad) for key, item in value.items()}
-    return value
-
-
-def _is_reentrant(block: nn.Module) -> bool:
-    """Whether the block runs under reentrant activation checkpointing, which drops all gradients of a block none of
-    whose inputs asks for one (transformers#21381).
-    """
-    checkpoint = getattr(block, "_gradient_checkpointing_func", None)
-    return bool(
-        getattr(block, "gradient_checkpointing", False)
-        and isinstance(checkpoint, partial)
-        and checkpoint.keywords.get("use_reentrant")
-    )
+MAX_NAMES = 3
 
 
 @dataclass
-class _Found:
+class _Before:
     """What a unit was like before it froze."""
 
     requires_grad: dict[nn.Parameter, bool]
     training: dict[nn.Module, bool]
+    adapters: set[nn.Parameter]
+    patches: list[MethodPatch] = field(default_factory=list)
 
 
 class Freezer:
     """
     Freezes the front of a model, unit by unit, and undoes it.
 
-    What freezing a unit does: its parameters ask for no gradient, hold none, and lose their optimizer state, but stay
-    in the optimizer's groups, so that checkpoints load; its dropout is off and its running statistics stand still,
-    whatever `model.train()` says; activation checkpointing is off in it; and the autograd graph is cut where the first
-    active block starts, so that no backward work reaches it. Under FSDP2 its weights are gathered for the forward pass only.
+    Parameters of a frozen unit require no gradient, hold none, and lose their optimizer state, but stay in the optimizer's
+    groups, so that checkpoints load. Its dropout is off and its running statistics stand still, whatever `model.train()`
+    says. Nothing in front of the first active unit requires a gradient, so the backward pass ends there. Under FSDP2, frozen
+    weights are gathered for the forward pass only.
+
+    Some parameters train on in a frozen unit: those that the user has picked to be trained (see
+    [`~smartfrz_hf.freezing.kept.kept_parameters`]), and those that somebody makes trainable while they are frozen. The
+    backward pass then reaches down to them, and a warning says so.
+
+    Copies and pickles of the model are plain models, whose frozen parameters require no gradient.
 
     Args:
         stack ([`BlockStack`]): the units of the model.
-        optimizer (`torch.optim.Optimizer`, *optional*): whose state of frozen parameters is dropped.
-        dtype (`torch.dtype`, *optional*): precision in which frozen units compute, if not their own.
+        optimizer (`torch.optim.Optimizer`, *optional*): drops its state of frozen parameters.
+        dtype (`torch.dtype`, *optional*): precision in which frozen blocks compute. Their own by default.
 
     Attributes:
-        weights ([`FrozenWeights`]): where the weights of frozen units are.
+        weights ([`FrozenWeights`]): holds the weights of frozen units in another precision, or in host memory.
+        kept (`dict[str, torch.nn.Parameter]`): parameters of frozen units that go on training, by dotted name.
     """
 
     def __init__(self, stack: BlockStack, optimizer: Optimizer | None = None, dtype: torch.dtype | None = None):
         self.stack, self.optimizer = stack, optimizer
         self.weights = FrozenWeights(stack.model, dtype)
-        self._found: list[_Found] = []
+        self.kept: dict[str, nn.Parameter] = {}
+        self._before: list[_Before] = []
+        self._frozen: dict[nn.Parameter, str] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
-        self._had_input_grads = False
+        self._with_input_grads: list[PreTrainedModel] = []
+        self._explained: set[str] = set()
 
     @property
     def depth(self) -> int:
         """How many units of the front are frozen."""
-        return len(self._found)
+        return len(self._before)
+
+    @property
+    def constant(self) -> bool:
+        """Whether all parameters of the frozen front stay as they are, so that its outputs can be kept."""
+        return not self.kept
 
     @property
     def frozen_parameters(self) -> int:
-        """How many parameters that asked for a gradient are frozen."""
+        """Number of elements of the parameters that required a gradient before they froze."""
         flags: dict[nn.Parameter, bool] = {}
-        for found in self._found:
-            for parameter, flag in found.requires_grad.items():
+        for before in self._before:
+            for parameter, flag in before.requires_grad.items():
                 flags.setdefault(parameter, flag)
         return sum(parameter.numel() for parameter, flag in flags.items() if flag)
 
@@ -98,13 +94,13 @@ class Freezer:
         Freeze all units in front of `depth`.
 
         Args:
-            depth (`int`): units of the front to be frozen, from the current depth to the number of units.
+            depth (`int`): number of units to be frozen in all, not below the current one.
 
         Returns:
             `list[Unit]`: the units that froze now.
 
         Raises:
-            ValueError: `depth` is below the current one, or beyond the last unit.
+            ValueError: `depth` is below the current one, or above the number of units.
         """
         if not self.depth <= depth <= len(self.stack):
             raise ValueError(
@@ -114,91 +110,158 @@ class Freezer:
         new = list(self.stack.units[self.depth : depth])
         if new:
             self._disable_input_grads()
+            kept = {name: p for unit in new for name, p in kept_parameters(unit).items()}
+            self.kept |= kept
             for unit in new:
-                self._found.append(self._freeze(unit))
-            self._say_what_is_tied(new)
-            self._cut()
-            self._spare_gathers()
+                self._freeze(unit)
+            self._update_boundary()
+            self._warn_of_tied(new)
+            if kept:
+                self._warn_of_kept(kept, "stays trainable, as it was picked to be trained")
         return new
 
     def unfreeze_to(self, depth: int = 0) -> list[Unit]:
         """
-        Undo freezing behind `depth`: every flag is again what it was. The optimizer state starts anew.
+        Undo freezing from `depth` on. Every flag is again what it was, also after an exception in `freeze_to`; the optimizer
+        state starts anew.
 
         Args:
-            depth (`int`, *optional*, defaults to `0`): units of the front that stay frozen.
+            depth (`int`, *optional*, defaults to `0`): number of units that stay frozen.
 
         Returns:
-            `list[Unit]`: the units that are active again.
+            `list[Unit]`: the units that train again.
         """
         units = list(self.stack.units[depth : self.depth])
         while self.depth > depth:
-            found = self._found.pop()
-            self.weights.restore(self.stack.units[self.depth])
-            for module in self.stack.units[self.depth].modules.values():
-                module.__dict__.pop("train", None)
-            for module, mode in found.training.items():
+            before, unit = self._before[-1], self.stack.units[self.depth - 1]
+            self.weights.restore(unit)
+            for patch in before.patches:
+                patch.remove()
+            for module, mode in before.training.items():
                 module.training = mode
-            for parameter, flag in found.requires_grad.items():
+            for parameter, flag in before.requires_grad.items():
                 parameter.requires_grad_(flag)
-        self._cut()
-        self._spare_gathers()
-        if not self.depth and self._had_input_grads:
-            model: Any = self.stack.model
-            model.enable_input_require_grads()
-            self._had_input_grads = False
+                self._frozen.pop(parameter, None)
+            self.kept = {name: p for name, p in self.kept.items() if name not in unit.named_parameters()}
+            self._before.pop()
+        self._update_boundary()
+        while not depth and self._with_input_grads:
+            self._with_input_grads[-1].enable_input_require_grads()
+            self._with_input_grads.pop()
         return units
 
-    def _freeze(self, unit: Unit) -> _Found:
-        parameters = unit.named_parameters().values()
-        found = _Found(
-            {parameter: parameter.requires_grad for parameter in parameters},
-            {child: child.training for module in unit.modules.values() for child in module.modules()},
+    def check(self) -> list[str]:
+        """
+        See whether somebody has made frozen parameters trainable. They train from now on, and one warning says so.
+
+        To be called before each optimizer step: PEFT's adapters, which every `with model.disable_adapter()` makes trainable,
+        are frozen again here, before they can change.
+
+        Returns:
+            `list[str]`: dotted names of the parameters that train from now on. If there are any, DDP's reducer has to be
+            rebuilt, and outputs of the frozen front are no longer constant.
+        """
+        thawed = {name: parameter for parameter, name in self._frozen.items() if parameter.requires_grad}
+        if not thawed:
+            return []
+        flags = {p: flag for before in self._before for p, flag in before.requires_grad.items()}
+        adapters = {parameter for before in self._before for parameter in before.adapters}
+        for name, parameter in list(thawed.items()):
+            if parameter in adapters and flags[parameter]:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+                del thawed[name]
+        for parameter in thawed.values():
+            del self._frozen[parameter]
+            for before in self._before:
+                before.requires_grad.pop(parameter, None)
+        if thawed:
+            self.kept |= thawed
+            self._warn_of_kept(thawed, "was made trainable while it was frozen, and trains from now on")
+        return list(thawed)
+
+    def checksum(self) -> int:
+        """A number that is the same in all processes as long as the frozen parameters are. Zero under FSDP2."""
+        return 0 if is_sharded(self.stack.model) else checksum(self.weights.original(p) for p in self._frozen)
+
+    def _freeze(self, unit: Unit) -> None:
+        parameters = {name: p for name, p in unit.named_parameters().items() if name not in self.kept}
+        modules = [child for module in unit.modules.values() for child in module.modules()]
+        before = _Before(
+            {parameter: parameter.requires_grad for parameter in parameters.values()},
+            {module: module.training for module in modules},
+            set(adapter_parameters(unit)),
         )
-        for parameter in parameters:
+        self._before.append(before)  # first, so that an exception below leaves nothing that cannot be undone
+        for name, parameter in parameters.items():
+            self._frozen[parameter] = name
             parameter.requires_grad_(False)
             parameter.grad = None
             if self.optimizer is not None:
                 self.optimizer.state.pop(parameter, None)
         for module in unit.modules.values():
             module.eval()
-            module.__dict__["train"] = partial(_stay, module)
-        if unit is not self.stack.stem:  # whose weights tell some models the type of their inputs
+            # The Trainer calls `model.train()` at each step.
+            before.patches.append(MethodPatch(module, "train", lambda mode=True, module=module: module))
+        if unit is not self.stack.stem:  # some models read the type of their inputs from the stem's weights
             self.weights.cast(unit)
-        return found
 
     def _disable_input_grads(self) -> None:
-        # `activation_checkpointing_enable` makes the embeddings' output ask for a gradient, and then backward
-        # recomputes every frozen block on its way down to it.
-        model: Any = self.stack.model
-        if getattr(model, "_require_grads_hooks", None):
-            self._had_input_grads = True
-            model.disable_input_require_grads()
+        # `activation_checkpointing_enable` makes the embeddings' output require a gradient, for the sake of adapters. The
+        # backward pass would then recompute every frozen block on its way down to it.
+        for model in self.stack.model.modules():
+            if isinstance(model, PreTrainedModel) and has_input_grads(model):
+                self._with_input_grads.append(model)
+                model.disable_input_require_grads()
 
-    def _cut(self) -> None:
-        """Detach whatever enters the first active block."""
+    def _update_boundary(self) -> None:
+        frozen = [module for unit in self.stack.units[: self.depth] for module in unit.modules.values()]
+        gather_for_backward(self.stack.model, {child for module in frozen for child in module.modules()})
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        if not 0 < self.depth < len(self.stack):
+        if 0 < self.depth < len(self.stack):
+            unit = self.stack.units[self.depth]
+            if unit.runs_once:  # else the block reads its own output, which requires a gradient of course
+                hook = LeftBehind(self._enter_active)
+                self._hook = unit.modules[unit.name].register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _enter_active(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """Runs before the first active block."""
+        if not torch.is_grad_enabled():
+            return None
+        asking = [tensor for tensor in float_tensors((args, kwargs)) if tensor.requires_grad]
+        if asking:
+            self._explain(asking)
+            return None
+        if not uses_reentrant_checkpointing(module):
+            return None
+        # It drops the gradients of a block if none of its inputs requires one (transformers#21381).
+        return recursively_apply(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, (args, kwargs))
+
+    def _explain(self, asking: list[torch.Tensor]) -> None:
+        """Say once for each depth why the backward pass does not end at the frozen front."""
+        unit = self.stack.units[self.depth].name
+        if self.kept or unit in self._explained or torch.compiler.is_compiling():
             return
-        unit = self.stack.units[self.depth]
+        self._explained.add(unit)
+        names: dict[torch.Tensor, str] = {p: name for name, p in self.stack.model.named_parameters()}
+        sources = [names.get(leaf, "a tensor that is no parameter of the model") for leaf in leaves(asking)]
+        if sources:
+            logger.warning(
+                f"The input of {unit}, the first unit that trains, requires a gradient because of {_listed(sources)}. It gets "
+                "one, so the backward pass goes on through the frozen units, and freezing saves less. What should freeze with "
+                "the stem can be named with `SmartFRZConfig(stem=[...])`."
+            )
 
-        def cut(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            requires_grad = torch.is_grad_enabled() and _is_reentrant(module)
-            return _detach(args, requires_grad), _detach(kwargs, requires_grad)
+    def _warn_of_kept(self, kept: dict[str, nn.Parameter], why: str) -> None:
+        logger.warning(
+            f"{_listed(list(kept))} in the frozen front {why}. The backward pass goes on through the frozen units to reach "
+            "it, so freezing saves less, and no activations are cached."
+        )
 
-        # A block that runs again reads its own output there, which must not be cut: behind a frozen stem nothing asks
-        # for a gradient anyway.
-        if unit.runs_once:
-            self._hook = unit.modules[unit.name].register_forward_pre_hook(cut, with_kwargs=True)
-
-    def _spare_gathers(self) -> None:
-        frozen = [module for unit in self.stack.units[: self.depth] for module in unit.modules.values()]
-        gather_for_backward(self.stack.model, {child for module in frozen for child in module.modules()})
-
-    def _say_what_is_tied(self, units: list[Unit]) -> None:
-        frozen = {p: name for unit in units for name, p in unit.named_parameters().items()}
+    def _warn_of_tied(self, units: list[Unit]) -> None:
+        frozen = {p: name for unit in units for name, p in unit.named_parameters().items() if p in self._frozen}
         inside = {name for unit in self.stack.units for name in unit.named_parameters()}
         tied = [
             f"{name} (tied to {frozen[p]})"
@@ -207,3 +270,10 @@ class Freezer:
         ]
         if tied:
             logger.warning(f"Freezing the front also freezes {', '.join(tied)}, which is the same parameter.")
+
+
+def _listed(names: list[str]) -> str:
+    """A few names, and how many more there are."""
+    names = list(dict.fromkeys(names))
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more

@@ -1,4 +1,4 @@
-"""In which precision the weights of frozen units compute, and where they are while nobody computes with them."""
+"""The weights of frozen units: in which precision they compute, and where they are while nothing computes with them."""
 
 import functools
 from collections import Counter
@@ -11,16 +11,17 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..model.forward_patch import ForwardPatch
+from ..model.forward_patch import ForwardPatch, LeftBehind
+from ..model.nested import named_tensors
 from ..model.units import Unit
 
-# What autocast runs in lower precision, too.
+# The layers that autocast runs in lower precision, too.
 LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
 class _Held:
-    """What a parameter is, while something else is in its place."""
+    """The data of a parameter, while a replacement is in its place."""
 
     original: torch.Tensor
     device: torch.device
@@ -29,17 +30,17 @@ class _Held:
 
 class FrozenWeights:
     """
-    Puts something smaller in the place of frozen weights, and what they were back.
+    Replaces frozen weights by something smaller, and brings them back.
 
-    The weights themselves lie in host memory meanwhile. They are what `state_dict` gives, to the last bit, and loading
-    other weights into a module puts it back first. A parameter that two modules share stays as it is. A deep copy of the
-    model has what stands in for the weights, not the weights.
+    The weights themselves are in host memory meanwhile. `state_dict`, copies and pickles of the model give them bit for bit, and
+    loading other weights into a module brings its own back first. A parameter that two modules share, or that trains, is left
+    alone.
 
     Args:
         model (`torch.nn.Module`): holds the units.
         dtype (`torch.dtype`, *optional*):
-            Precision in which linear and convolution layers of frozen units compute, as under autocast. That of the
-            model when it is not given.
+            Precision in which linear and convolution layers of frozen units compute, as under autocast. The model's own when
+            it is not given.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None):
@@ -55,37 +56,45 @@ class FrozenWeights:
         """Whether some weights are in host memory only."""
         return bool(self._offloaded)
 
+    def original(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The data of a parameter, also while it is replaced."""
+        return self._held[parameter].original if parameter in self._held else parameter.data
+
     def cast(self, unit: Unit) -> None:
-        """Let a frozen unit compute in `dtype`; what enters and leaves it has the type it had."""
+        """Let a frozen unit compute in `dtype`. Its inputs and outputs keep their type."""
         if self.dtype is None:
             return
         for module in unit.modules.values():
-            found = False
-            for layer in (child for child in module.modules() if isinstance(child, LAYERS)):
-                for parameter in self._movable(layer):
-                    if parameter.is_floating_point() and parameter.itemsize > self.dtype.itemsize:
-                        self._hold(layer, parameter, self.dtype)
-                        parameter.data = parameter.data.to(self.dtype)
-                        found = True
-            if found:
+            layers = [child for child in module.modules() if isinstance(child, LAYERS)]
+            larger = [
+                (layer, parameter)
+                for layer in layers
+                for parameter in self._replaceable(layer)
+                if parameter.is_floating_point() and parameter.itemsize > self.dtype.itemsize
+            ]
+            for layer, parameter in larger:
+                self._hold(layer, parameter, self.dtype)
+                parameter.data = parameter.data.to(self.dtype)
+            if larger:
                 patch = ForwardPatch(module, lambda *args, **kwargs: None)
                 patch.forward = functools.partial(self._run, patch)
                 self._patches[module] = patch
 
     def restore(self, unit: Unit) -> None:
-        """Undo all of it for a unit."""
+        """Undo everything for one unit."""
         for module in unit.modules.values():
             for child in module.modules():
-                self._lift(child)
+                self._bring_back(child)
                 for hook in self._hooked.pop(child, []):
                     hook.remove()
+                child.__dict__.pop("__getstate__", None)
             if module in self._patches:
                 self._patches.pop(module).remove()
 
     def offload(self, modules: Iterable[nn.Module]) -> None:
-        """Leave the weights of modules that do not run in host memory only; NaN without memory stands in for them."""
+        """Keep the weights of modules that do not run in host memory only. NaN that takes no memory replaces them."""
         for child in {child for module in modules for child in module.modules()}:
-            for parameter in self._movable(child):
+            for parameter in self._replaceable(child):
                 self._hold(child, parameter, parameter.dtype)
                 blank = torch.full((), float("nan") if parameter.is_floating_point() else 0, dtype=parameter.dtype)
                 parameter.data = blank.to(parameter.device).expand(parameter.shape)
@@ -100,38 +109,51 @@ class FrozenWeights:
                 del self._held[parameter]
         self._offloaded.clear()
 
-    def _movable(self, module: nn.Module) -> list[nn.Parameter]:
-        return [p for p in module.parameters(recurse=False) if self._owners[p] == 1 and p.device.type != "meta"]
+    def _replaceable(self, module: nn.Module) -> list[nn.Parameter]:
+        parameters = module.parameters(recurse=False)
+        return [p for p in parameters if self._owners[p] == 1 and p.device.type != "meta" and not p.requires_grad]
 
     def _hold(self, module: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> None:
         if parameter not in self._held:
             self._held[parameter] = _Held(parameter.data.cpu(), parameter.device, dtype)
         if module not in self._hooked:
             self._hooked[module] = [
-                # Functions, since torch marks what it is given, and no method can be marked.
-                module.register_state_dict_post_hook(lambda *found: self._give_originals(*found)),
-                module.register_load_state_dict_pre_hook(lambda module, *_: self._lift(module)),
+                module.register_state_dict_post_hook(LeftBehind(self._give_originals)),
+                module.register_load_state_dict_pre_hook(LeftBehind(lambda module, *_: self._bring_back(module))),
             ]
+            module.__dict__["__getstate__"] = functools.partial(self._state_of_copy, module)
+
+    def _state_of_copy(self, module: nn.Module) -> dict[str, Any]:
+        """The attributes of a module for a copy or a pickle of it: those that it has without any of this."""
+        state = {key: value for key, value in module.__dict__.items() if key != "__getstate__"}
+        state["_parameters"] = {
+            name: parameter if parameter not in self._held else self._copied(parameter)
+            for name, parameter in state["_parameters"].items()
+        }
+        return state
+
+    def _copied(self, parameter: nn.Parameter) -> nn.Parameter:
+        held = self._held[parameter]
+        return nn.Parameter(held.original.to(held.device), requires_grad=parameter.requires_grad)
 
     def _give_originals(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in self._held and prefix + name in state_dict:
                 state_dict[prefix + name] = self._held[parameter].original
 
-    def _lift(self, module: nn.Module) -> None:
-        """Put a module's own weights back."""
+    def _bring_back(self, module: nn.Module) -> None:
+        """Give a module its own weights."""
         for parameter in module.parameters(recurse=False):
             held = self._held.pop(parameter, None)
             if held is not None:
                 parameter.data = held.original.to(held.device)
                 self._offloaded.discard(parameter)
 
-    def _run(self, patch: ForwardPatch, *args, **kwargs) -> Any:
-        """A frozen module's forward pass."""
-        found: list[torch.Tensor] = []
-        recursively_apply(found.append, (args, kwargs))
-        dtype = next((tensor.dtype for tensor in found if tensor.is_floating_point()), torch.get_default_dtype())
-        device = found[0].device.type
+    def _run(self, patch: ForwardPatch, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass of a frozen module."""
+        tensors = [tensor for _, tensor in named_tensors((args, kwargs))]
+        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
+        device = tensors[0].device.type
         if torch.is_autocast_enabled(device):
             return patch.original(*args, **kwargs)
         with torch.autocast(device, self.dtype):

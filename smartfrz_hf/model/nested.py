@@ -32,17 +32,21 @@ def block_input(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
     return candidates[0]
 
 
+def batch_size(inputs: Any) -> int:
+    """Number of rows of a batch: the length that most of its tensors have."""
+    lengths = [len(tensor) for _, tensor in named_tensors(inputs) if tensor.dim()]
+    return max(lengths, key=lengths.count, default=0)
+
+
 def first_rows(inputs: Any, count: int) -> Any:
     """
     A copy of the first rows of a batch.
 
     Args:
-        inputs (`Any`): nested tensors. The batch size is the length that most of them have; tensors of another length
-            are copied whole.
+        inputs (`Any`): nested tensors; those whose length is not the batch size are copied whole.
         count (`int`): the largest number of rows.
     """
-    lengths = [len(tensor) for _, tensor in named_tensors(inputs) if tensor.dim()]
-    rows = max(lengths, key=lengths.count, default=0)
+    rows = batch_size(inputs)
     return recursively_apply(lambda t: t[:count].clone() if t.dim() and len(t) == rows else t.clone(), inputs)
 
 

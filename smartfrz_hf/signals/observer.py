@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
 from ..distributed.fsdp import reshard
@@ -58,9 +57,7 @@ class Observer:
             self.history = WeightHistory(len(stack), window, weights_per_unit, device)
         self.probe: ProbeHistory | None = None
         if probe_examples:
-            probe = FrontProbe(
-                stack, lambda batch: min(affordable_rows(examples_between(batch)), probe_examples)
-            )
+            probe = FrontProbe(stack, lambda batch: min(affordable_rows(examples_between(batch)), probe_examples))
             probe.on_pass = on_pass
             self.probe = ProbeHistory(probe)
 

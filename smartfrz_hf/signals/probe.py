@@ -11,7 +11,9 @@ import torch
 from accelerate.utils import recursively_apply, send_to_device
 from torch import nn
 
+from ..model.forward_patch import LeftBehind
 from ..model.nested import (
+    batch_size,
     block_input,
     first_rows,
     float_tensors,
@@ -74,16 +76,17 @@ class FirstBatch:
 
     Args:
         model (`torch.nn.Module`): the model; a pre-hook on it takes the rows at its first call in training mode.
-        rows (`int`): the largest number of rows.
+        rows (`int` or `Callable[[int], int]`):
+            The largest number of rows, or a function that gives it for the number of rows in the batch.
 
     Attributes:
         inputs (`tuple[tuple, dict]`, *optional*): positional and keyword arguments; `None` until the batch has come.
     """
 
-    def __init__(self, model: nn.Module, rows: int):
+    def __init__(self, model: nn.Module, rows: int | Callable[[int], int]):
         self._model, self._rows = model, rows
         self.inputs: tuple[tuple, dict[str, Any]] | None = None
-        self._hook = model.register_forward_pre_hook(self._take, with_kwargs=True)
+        self._hook = model.register_forward_pre_hook(LeftBehind(self._take), with_kwargs=True)
 
     @property
     def ready(self) -> bool:
@@ -122,7 +125,8 @@ class FirstBatch:
     def _take(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training:
             kwargs = {key: value for key, value in kwargs.items() if key not in NOT_INPUTS}
-            self.inputs = first_rows((args, kwargs), self._rows)
+            rows = self._rows if isinstance(self._rows, int) else self._rows(batch_size((args, kwargs)))
+            self.inputs = first_rows((args, kwargs), rows)
             self.close()
 
 
@@ -160,14 +164,14 @@ class FrontProbe:
 
     Args:
         stack ([`BlockStack`]): the units.
-        rows (`int`, *optional*, defaults to 16): the largest number of rows.
+        rows (`int` or `Callable[[int], int]`, *optional*, defaults to 16): as for [`FirstBatch`].
 
     Attributes:
         batch ([`FirstBatch`]): the rows.
         on_pass (`Callable[[int], None]`): called after each pass with the number of elements of the model's main input.
     """
 
-    def __init__(self, stack: BlockStack, rows: int = ROWS):
+    def __init__(self, stack: BlockStack, rows: int | Callable[[int], int] = ROWS):
         self._stack = stack
         self.batch = FirstBatch(stack.model, rows)
         self.on_pass: Callable[[int], None] = lambda elements: None

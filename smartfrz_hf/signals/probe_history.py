@@ -1,14 +1,10 @@
 """The snapshots of the front probe over a run, kept as long as they are needed."""
 
-import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from .probe import FrontProbe, ProbeSnapshot
 
@@ -99,28 +95,3 @@ class ProbeHistory:
         for number, snapshot in send_to_device(state["snapshots"], self.probe.device).items():
             hidden = [snapshot["hidden"][str(unit)] for unit in range(self.probe.units)]
             self._snapshots[int(number)] = ProbeSnapshot(hidden, snapshot["output"])
-
-    # To be removed with today's checkpoint.py, which writes files of its own.
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the state to one safetensors file."""
-        tensors: dict[str, torch.Tensor] = {}
-
-        def flat(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                tensors[str(len(tensors))] = value.contiguous()
-                return {"tensor": str(len(tensors) - 1)}
-            return {key: flat(part) for key, part in value.items()} if isinstance(value, Mapping) else value
-
-        save_file(tensors, path, metadata={"state": json.dumps(flat(self.state_dict()))})
-
-    def load(self, path: str | os.PathLike, device: torch.device | str) -> None:
-        """Continue from what `save` wrote."""
-
-        def nested(value: Any) -> Any:
-            if isinstance(value, dict):
-                is_tensor = list(value) == ["tensor"]
-                return file.get_tensor(value["tensor"]) if is_tensor else {k: nested(v) for k, v in value.items()}
-            return value
-
-        with safe_open(path, framework="pt") as file:
-            self.load_state_dict(nested(json.loads(file.metadata()["state"])))

@@ -1,16 +1,12 @@
-"""The weight history: what each unit's weights were, at a fixed set of sampled positions, over the last snapshots."""
+"""The weight history: a fixed sample of each unit's weights, over the last snapshots."""
 
-import json
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -20,7 +16,7 @@ from ..model.units import Unit
 
 @dataclass(frozen=True)
 class _Read:
-    """Which elements of a parameter belong to a sample, as far as this process holds them, and where they go in it."""
+    """The elements of a parameter that belong to a sample and that this process holds, and their places in the sample."""
 
     parameter: nn.Parameter
     index: tuple[torch.Tensor, ...]
@@ -29,17 +25,17 @@ class _Read:
 
 class WeightSampler:
     """
-    Reads a fixed-size sample of each unit's weights, always at the same positions (SmartFRZ, "layer tailoring": one
-    predictor fits layers of any size).
+    Reads a sample of each unit's weights, always at the same positions, so that one predictor fits layers of any size
+    ("layer tailoring" in SmartFRZ, arXiv 2401.16720).
 
     Positions are drawn once, without replacement, evenly over all trainable floating-point matrices and convolution
-    kernels of the unit; a unit with fewer weights than `weights_per_unit` repeats them in turn. Each read is one indexed
-    gather per parameter, on its device: no parameter is ever copied whole. Under FSDP2 each process reads what lies in its
-    shards, and all of them put their parts together, sample by sample.
+    kernels of the unit. A unit with fewer weights than `weights_per_unit` repeats them in turn. Each read is one indexed
+    gather per parameter, on its device: no parameter is copied as a whole. Under FSDP2 each process reads its own shards,
+    and the samples are put together from all of them.
 
     Args:
         units (`Sequence[Unit]`): the units, in order.
-        weights_per_unit (`int`): weights per unit.
+        weights_per_unit (`int`): weights in a sample.
         seed (`int`, *optional*, defaults to `0`): seed of the positions. The process's random state is not touched.
 
     Raises:
@@ -57,7 +53,7 @@ class WeightSampler:
         parameters = [p for p in unit.named_parameters().values() if p.is_floating_point() and p.numel()]
         if not parameters:
             raise ValueError(f"Unit {unit.name!r} has no floating-point weights to record.")
-        # Frozen weights (a PEFT base) say nothing about what still probe_features.
+        # Weights that do not train, such as the base model under PEFT, show nothing.
         parameters = [p for p in parameters if p.requires_grad] or parameters
         parameters = [p for p in parameters if p.dim() >= 2] or parameters
         ends = np.cumsum([p.numel() for p in parameters])
@@ -77,7 +73,7 @@ class WeightSampler:
         return reads
 
     def _in_shard(self, read: _Read) -> _Read:
-        """What of it this process holds; a parameter that is not sharded is read by the first one."""
+        """The part that this process holds. A parameter that is not sharded is read by the first process."""
         if self._mesh is None:
             return read
         rank, shape = self._mesh.get_local_rank(), read.parameter.shape
@@ -93,7 +89,7 @@ class WeightSampler:
     @torch.no_grad()
     def read(self, unit: int) -> torch.Tensor:
         """
-        The unit's weights at its positions, now.
+        The weights of one unit at its positions.
 
         Args:
             unit (`int`): index of the unit.
@@ -106,7 +102,7 @@ class WeightSampler:
     @torch.no_grad()
     def read_all(self, units: Sequence[int]) -> torch.Tensor:
         """
-        The weights of several units at their positions, now. Under FSDP2 to be called on all ranks.
+        The weights of several units at their positions. Under FSDP2 all ranks have to call it.
 
         Args:
             units (`Sequence[int]`): indices of the units.
@@ -118,7 +114,7 @@ class WeightSampler:
 
     def read_gradient(self, unit: int) -> torch.Tensor:
         """
-        The gradient at the unit's positions, now; zero where there is none.
+        The gradient of one unit at its positions, zero where there is none.
 
         Args:
             unit (`int`): index of the unit.
@@ -128,11 +124,11 @@ class WeightSampler:
         """
         return self._put_together([self._take(unit, lambda parameter: parameter.grad)])[0]
 
-    def _take(self, unit: int, what: Callable[[nn.Parameter], torch.Tensor | None]) -> torch.Tensor:
-        """A sample of one unit, zero where another process holds it."""
+    def _take(self, unit: int, get: Callable[[nn.Parameter], torch.Tensor | None]) -> torch.Tensor:
+        """A sample of one unit, zero where another process holds the element."""
         parts = []
         for read in self._reads[unit]:
-            tensor = what(read.parameter)
+            tensor = get(read.parameter)
             if tensor is None:
                 parts.append(torch.zeros(len(read.places), device=read.places.device))
             else:
@@ -145,11 +141,11 @@ class WeightSampler:
         return sample
 
     def _put_together(self, samples: list[torch.Tensor]) -> torch.Tensor:
-        found = torch.stack([sample.to(samples[0].device) for sample in samples])
+        stacked = torch.stack([sample.to(samples[0].device) for sample in samples])
         if self._mesh is not None:
-            # Each element comes from one process. As whole numbers they add up to the same bits, also those of -0 and NaN.
-            dist.all_reduce(found.view(torch.int32), group=self._mesh.get_group())
-        return found
+            # Each element comes from one process. As integers they add up to the same bits, also those of -0 and NaN.
+            dist.all_reduce(stacked.view(torch.int32), group=self._mesh.get_group())
+        return stacked
 
 
 class WeightHistory:
@@ -159,8 +155,12 @@ class WeightHistory:
     Args:
         units (`int`): number of units.
         window (`int`): snapshots kept.
-        weights_per_unit (`int`): weights per snapshot.
-        device (`torch.device`, *optional*): where the buffer lives. Defaults to the CPU.
+        weights_per_unit (`int`): weights of a unit in a snapshot.
+        device (`torch.device`, *optional*): device of the buffer. Defaults to the CPU.
+
+    Attributes:
+        start (`torch.Tensor` of shape `(units, weights_per_unit)`): the first snapshot.
+        steps (`list[int]`): the steps of all snapshots so far.
     """
 
     def __init__(self, units: int, window: int, weights_per_unit: int, device: torch.device | str | None = None):
@@ -181,7 +181,7 @@ class WeightHistory:
 
     @property
     def filled(self) -> int:
-        """Snapshots at hand, at most `window`."""
+        """Number of snapshots that are kept now, at most `window`."""
         return min(len(self.steps), self.window)
 
     def record(self, sampler: WeightSampler, step: int, units: Iterable[int] | None = None) -> None:
@@ -191,7 +191,7 @@ class WeightHistory:
         Args:
             sampler ([`WeightSampler`]): reads the weights.
             step (`int`): optimizer steps done.
-            units (`Iterable[int]`, *optional*): the units to record: the active ones. Defaults to all.
+            units (`Iterable[int]`, *optional*): indices of the units to record. Defaults to all.
         """
         slot = len(self.steps) % self.window
         units = list(range(len(self._ring)) if units is None else units)
@@ -201,26 +201,36 @@ class WeightHistory:
         self.steps.append(step)
 
     def snapshots(self) -> torch.Tensor:
-        """`torch.Tensor` of shape `(units, window, weights_per_unit)`, oldest first; the last `filled` snapshots are real."""
+        """The snapshots, `(units, window, weights_per_unit)`, oldest first. Only the last `filled` of them were taken."""
         oldest = len(self.steps) % self.window
-        return torch.cat([self._ring[:, oldest:], self._ring[:, :oldest]], dim=1)  # quicker than `roll`
+        return torch.cat([self._ring[:, oldest:], self._ring[:, :oldest]], dim=1)  # faster than `roll`
 
     def mask(self) -> torch.Tensor:
-        """`torch.Tensor` of shape `(window,)`, `bool`: which snapshots are real."""
+        """Which of the snapshots were taken: a `bool` tensor of shape `(window,)`."""
         return torch.arange(self.window, device=self._ring.device) >= self.window - self.filled
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the history to one safetensors file."""
-        tensors = {"ring": self._ring.contiguous(), "start": self.start.contiguous()}
-        save_file(tensors, path, metadata={"steps": json.dumps(self.steps)})
+    def state_dict(self) -> dict[str, Any]:
+        """
+        What a run needs to continue.
 
-    @classmethod
-    def load(cls, path: str | os.PathLike, device: torch.device | str | None = None) -> "WeightHistory":
-        """Read what `save` wrote."""
-        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
-            ring, start = file.get_tensor("ring"), file.get_tensor("start")
-            steps = json.loads(file.metadata()["steps"])
-        units, window, weights_per_unit = ring.shape
-        history = cls(units, window, weights_per_unit, device)
-        history._ring, history.start, history.steps = ring, start, steps
-        return history
+        Returns:
+            `dict`: `"snapshots"` (as [`~WeightHistory.snapshots`] gives them), `"start"` and `"steps"` (`list[int]`).
+        """
+        return {"snapshots": self.snapshots(), "start": self.start, "steps": list(self.steps)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        Continue from a state, on the device of this history.
+
+        Raises:
+            ValueError: the snapshots have another shape.
+        """
+        if tuple(state["snapshots"].shape) != self.shape:
+            raise ValueError(
+                f"The state holds a weight history of shape {tuple(state['snapshots'].shape)} (units, window, "
+                f"weights_per_unit), and this one has the shape {self.shape}: the model or the predictor is another one."
+            )
+        self.steps = list(state["steps"])
+        self.start = state["start"].to(self._ring)
+        oldest = len(self.steps) % self.window  # the slot that the next snapshot goes to
+        self._ring = state["snapshots"].to(self._ring).roll(oldest, dims=1)

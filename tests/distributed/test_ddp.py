@@ -52,7 +52,7 @@ def test_resuming_on_two_ranks_equals_never_having_stopped(two, tmp_path, step):
 def test_a_rank_that_dies_is_an_error_with_its_number(tmp_path):
     done = launch(tmp_path / "dead", "--dies_at=9")
     assert done.returncode != 0
-    assert "Rank 0 of 2 had no answer from another rank on the freezing stage of step 9" in done.stderr
+    assert "Process 0 of 2 got no answer from another process about the freezing stage of step 9" in done.stderr
 
 
 def test_callback_alone(two, tmp_path):

@@ -3,9 +3,30 @@
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES, TEXT, build
+from architectures import ARCHITECTURES, IMAGE, TEXT, build
 from torch import nn
-from transformers import BertModel, T5Config, T5ForConditionalGeneration, VisionTextDualEncoderModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    VisionTextDualEncoderModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from smartfrz_hf import find_blocks
 from smartfrz_hf.model.units import unwrap_model
@@ -59,18 +80,21 @@ def test_finding_changes_nothing(name):
         assert torch.equal(value, before[key]), key
 
 
-def test_registration_order_stands_in_where_the_model_cannot_run(monkeypatch):
+def refuse(*args, **kwargs):
+    raise RuntimeError("this model does not run")
+
+
+def test_names_and_types_stand_in_where_the_model_cannot_run(monkeypatch):
     for name in ("bert", "deberta-v2", "mpnet", "vit", "llama", "resnet"):
         traced = find_blocks(build(name))
         model = build(name)
-        monkeypatch.setattr(type(model.base_model), "main_input_name", "nothing_it_knows")
-        monkeypatch.setattr(type(model.base_model), "dummy_inputs", {})
-        found = find_blocks(model)
-        assert found.names == traced.names
-        assert not any(unit.runs_once for unit in found.units)
+        monkeypatch.setattr(type(model.base_model), "forward", refuse)
+        untraced = find_blocks(model)
+        assert untraced.names == traced.names
+        assert not any(unit.runs_once for unit in untraced)
         # DeBERTa's norm of the shared positions is the one thing with weights that only running the model can place.
         unplaced = {"deberta.encoder.LayerNorm", "model.rotary_emb"}
-        assert set(traced.stem.modules) - set(found.stem.modules) <= unplaced
+        assert set(traced.stem.modules) - set(untraced.stem.modules) <= unplaced
 
 
 def test_albert_block_is_known_to_repeat():
@@ -103,7 +127,7 @@ def test_blocks_by_hand():
         model.add_module(name, nn.Linear(3, 3))
     stack = find_blocks(model, blocks=["left", "ri*"])
     assert stack.names == ["stem", "left", "right"]
-    assert list(stack.stem.modules) == ["entry"]
+    assert list(stack.stem.modules) == ["entry"], "a Sequential runs as it is registered"
     with pytest.raises(ValueError, match=r"no such module.*'entry', 'left', 'right', 'exit'"):
         find_blocks(model, blocks=["centre"])
     bert = build("bert")
@@ -131,3 +155,213 @@ def test_stack_is_of_the_model_it_was_given():
     assert stack.model is model and stack.backbone is model
     assert len(stack) == TEXT["num_hidden_layers"] + 1
     assert stack.blocks == list(model.encoder.layer)
+
+
+T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
+SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 37,
+    "decoder_ffn_dim": 37,
+}
+
+
+def whisper():
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    sizes = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 24}
+    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=99, **SEQ2SEQ, **sizes, **tokens))
+
+
+def clip():
+    text = TEXT | {"bos_token_id": 1, "eos_token_id": 2}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=IMAGE, projection_dim=16))
+
+
+def wav2vec2():
+    convolutions = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4)}
+    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
+    config = Wav2Vec2Config(**sizes, **convolutions, **positions, vocab_size=20, do_stable_layer_norm=True)
+    return Wav2Vec2ForSequenceClassification(config)
+
+
+def dual_encoder():
+    return VisionTextDualEncoderModel(vision_model=build("vit").base_model, text_model=BertModel(build("bert").config))
+
+
+def llava():
+    vision = CLIPVisionConfig(**IMAGE)
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=98)
+    return LlavaForConditionalGeneration(config)
+
+
+class ClassifierFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(32, 2)
+        self.encoder = BertModel(BertConfig(**TEXT))
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.classifier(self.encoder(input_ids, attention_mask).pooler_output)
+
+
+BESIDE = {
+    "T5's decoder": (
+        lambda: T5ForConditionalGeneration(T5Config(**T5)),
+        ["encoder.block.*"],
+        {"encoder.embed_tokens", "encoder.dropout"},
+    ),
+    "BART's decoder": (
+        lambda: BartForConditionalGeneration(BartConfig(vocab_size=99, max_position_embeddings=64, **SEQ2SEQ)),
+        ["model.encoder.layers.*"],
+        {f"model.encoder.{part}" for part in ("embed_tokens", "embed_positions", "layernorm_embedding")},
+    ),
+    "Whisper's decoder": (
+        whisper,
+        ["model.encoder.layers.*"],
+        {f"model.encoder.{part}" for part in ("conv1", "conv2", "embed_positions")},
+    ),
+    "CLIP's text tower": (
+        clip,
+        ["vision_model.encoder.layers.*"],
+        {"vision_model.embeddings", "vision_model.pre_layrnorm"},
+    ),
+    "CLIP's vision tower": (clip, ["text_model.encoder.layers.*"], {"text_model.embeddings"}),
+    "the other encoder": (dual_encoder, ["text_model.encoder.layer.*"], {"text_model.embeddings"}),
+    "the final norm": (
+        wav2vec2,
+        ["wav2vec2.encoder.layers.*"],
+        {
+            "wav2vec2.feature_extractor",
+            "wav2vec2.feature_projection",
+            "wav2vec2.encoder.pos_conv_embed",
+            "wav2vec2.encoder.dropout",
+        },
+    ),
+    "the vision tower and its projector": (
+        llava,
+        ["model.language_model.layers.*"],
+        {"model.language_model.embed_tokens", "model.language_model.rotary_emb"},
+    ),
+    "the language model": (
+        llava,
+        ["model.vision_tower.encoder.layers.*"],
+        {"model.vision_tower.embeddings", "model.vision_tower.pre_layrnorm"},
+    ),
+    "a classifier that is declared first": (ClassifierFirst, None, {"encoder.embeddings"}),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_the_stem_holds_only_what_the_first_block_reads(beside):
+    make, blocks, stem = BESIDE[beside]
+    stack = find_blocks(make(), blocks)
+    assert set(stack.stem.modules) == stem
+    assert set(stack.stem.own) <= {"wav2vec2.masked_spec_embed"}
+
+
+class OddOrder(PreTrainedModel):
+    """Everything that can go wrong with an order of registration, in one model."""
+
+    config_class = BertConfig
+
+    def __init__(self, config, runs=True):
+        super().__init__(config)
+        self.runs = runs
+        self.classifier = nn.Linear(32, 2)
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.embed = nn.Embedding(99, 32)
+        self.positions = nn.Parameter(torch.zeros(5, 32))
+        self.skip = nn.Linear(32, 32)  # runs in front of the blocks, and only the head reads it
+        self.extras = nn.ModuleDict({"norm": nn.LayerNorm(32), "exit": nn.Linear(32, 2)})
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(32, 4, 37) for _ in range(3))
+        self.between = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.early_exits = nn.ModuleList(nn.Linear(32, 2) for _ in range(3))
+        self.post_init()
+
+    def forward(self, input_ids, **kwargs):
+        if not self.runs:
+            raise RuntimeError("this model does not run")
+        hidden = self.extras["norm"](self.embed(input_ids) + self.positions[: input_ids.shape[1]])
+        skipped, exits = self.skip(hidden), []
+        for block, between, early_exit in zip(self.blocks, self.between, self.early_exits, strict=True):
+            hidden = block(hidden)
+            exits.append(early_exit(hidden))
+            hidden = between(hidden)
+        logits = self.classifier(hidden + skipped)
+        return {"logits": logits, "exits": (sum(exits) + self.extras["exit"](hidden)) * self.temperature}
+
+
+def test_what_runs_early_and_is_read_late_is_head():
+    stack = find_blocks(OddOrder(BertConfig(**TEXT)))
+    assert set(stack.stem.modules) == {"embed", "extras.norm"} and set(stack.stem.own) == {"positions"}
+    assert [list(unit.modules) for unit in stack.units[1:]] == [
+        ["blocks.0", "between.0"],
+        ["blocks.1", "between.1"],
+        ["blocks.2"],
+    ]
+    head = {name.rsplit(".", 1)[0] for name in stack.head_parameters()}
+    exits = {f"early_exits.{i}" for i in range(3)}
+    assert head == {"classifier", "temperature", "skip", "extras.exit", "between.2"} | exits
+
+
+def test_a_stem_that_cannot_be_found_is_named_by_hand():
+    model = OddOrder(BertConfig(**TEXT), runs=False)
+    with pytest.raises(ValueError, match=r"'classifier' \(Linear\) is registered in front.*stem="):
+        find_blocks(model)
+    stack = find_blocks(model, stem=["embed", "positions", "extras.norm"])
+    assert list(stack.stem.modules) == ["embed", "extras.norm"] and list(stack.stem.own) == ["positions"]
+    assert len(stack) == 4 and "classifier.weight" in stack.head_parameters()
+    with pytest.raises(ValueError, match=r"`stem` names 'embeds'.*no such module"):
+        find_blocks(model, stem=["embeds"])
+    model.runs = True
+    wider = find_blocks(model, stem=["embed", "extras.*", "between.0"])
+    assert list(wider.stem.modules) == ["embed", "extras.norm", "extras.exit", "between.0"]
+    assert list(wider.units[1].modules) == ["blocks.0"], "nothing is in two units"
+
+
+def test_flags_survive_the_search():
+    model = build("bert")
+    frozen = next(iter(model.bert.embeddings.parameters())).requires_grad_(False)
+    find_blocks(model)
+    assert [p for p in model.parameters() if not p.requires_grad] == [frozen]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_stack_is_a_sequence_of_units():
+    stack = find_blocks(build("bert"))
+    assert list(stack) == list(stack.units) and len(stack) == 5
+    assert stack[1] is stack["bert.encoder.layer.0"] and stack[-1] is stack.units[-1]
+    assert stack[1:3] == stack.units[1:3]
+    assert "stem" in stack and stack[2] in stack and "bert" not in stack
+    with pytest.raises(KeyError, match=r"no unit 'bert'; the units are stem, bert.encoder.layer.0"):
+        stack["bert"]
+    for parameter in stack[1].named_parameters().values():
+        parameter.requires_grad_(False)
+    assert repr(stack).splitlines() == [
+        "5 units of BertForSequenceClassification",
+        "    0  stem: 5,344 parameters, trainable",
+        "    1  bert.encoder.layer.0: 6,789 parameters, frozen",
+        "    2  bert.encoder.layer.1: 6,789 parameters, trainable",
+        "    3  bert.encoder.layer.2: 6,789 parameters, trainable",
+        "    4  bert.encoder.layer.3: 6,789 parameters, trainable",
+    ]
+    assert repr(stack[0]) == "stem: 5,344 parameters, trainable"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # peft 0.21 still asks for it
+def test_how_many_units_may_freeze():
+    assert find_blocks(build("bert")).deepest_safe_depth() == 5, "the classifier stays"
+    assert find_blocks(BertModel(build("bert").config)).deepest_safe_depth() == 4, "nobody reads the pooler"
+    assert find_blocks(LlamaModel(LlamaConfig(**TEXT))).deepest_safe_depth() == 5, "the final norm stays"
+    llama = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 2]))
+    assert find_blocks(llama).deepest_safe_depth() == 3, "the third block has the last weights to train"
+    bert = BertForSequenceClassification(build("bert").config)
+    for name, parameter in bert.named_parameters():
+        parameter.requires_grad_("embeddings" in name or "pooler" in name)
+    assert find_blocks(bert).deepest_safe_depth() == 5, "the classifier reads the pooler"
+    bert.bert.pooler.requires_grad_(False)
+    assert find_blocks(bert).deepest_safe_depth() == 0

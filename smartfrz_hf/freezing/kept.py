@@ -1,0 +1,48 @@
+"""Parameters that go on training in frozen units, and adapters that only look thawed."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .._compat import has_gradient_hook
+from ..model.units import Unit
+
+# Parts of the names that PEFT gives to weights that are trained as a whole or row by row, beside its adapters.
+TRAINED_BESIDE_ADAPTERS = {"modules_to_save", "trainable_tokens_delta"}
+
+
+def kept_parameters(unit: Unit) -> dict[str, nn.Parameter]:
+    """
+    The trainable parameters of a unit that its user has picked to be trained, and that freezing leaves alone.
+
+    These are what PEFT trains beside its adapters (`modules_to_save`, trainable tokens), and embedding tables with a gradient
+    hook of their own, which is how some rows of a table are trained, such as those of new tokens.
+
+    Args:
+        unit ([`Unit`]): the unit, not frozen yet.
+
+    Returns:
+        `dict[str, torch.nn.Parameter]` by dotted name.
+    """
+    trainable = {name: p for name, p in unit.named_parameters().items() if p.requires_grad}
+    kept = {name: p for name, p in trainable.items() if TRAINED_BESIDE_ADAPTERS & set(name.split("."))}
+    tables = {m.weight for module in unit.modules.values() for m in module.modules() if isinstance(m, nn.Embedding)}
+    others = [p for p in trainable.values() if p not in tables]
+    if not any(
+        has_gradient_hook(p) for p in others
+    ):  # else hooks are on everything, such as those that clip gradients
+        kept |= {name: p for name, p in trainable.items() if p in tables and has_gradient_hook(p)}
+    return kept
+
+
+def adapter_parameters(unit: Unit) -> Iterator[nn.Parameter]:
+    """
+    Parameters of PEFT's adapters in a unit. PEFT makes them trainable whenever adapters are switched on, as at the end of
+    `with model.disable_adapter()`.
+    """
+    for module in unit.modules.values():
+        for layer in module.modules():
+            for name in getattr(layer, "adapter_layer_names", ()):
+                part = getattr(layer, name, None)
+                if isinstance(part, nn.Module | nn.ParameterDict):
+                    yield from part.parameters()
