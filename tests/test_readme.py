@@ -54,10 +54,10 @@ def test_step_times_are_those_of_the_results_file():
 
 
 def test_model_card_is_that_of_the_results_file():
-    from smartfrz_hf.predictor_training.card import write_card
+    from smartfrz_hf.predictor_training.card import make_card
 
     card = (ROOT / "predictor_weights" / "smartfrz-base" / "README.md").read_text()
-    assert write_card("smartfrz-base", results_of("predictor/results/predictor")) == card
+    assert make_card("smartfrz-base", results_of("predictor/results/predictor")) == card, "make it again with `smartfrz card`"
 
 
 def test_tables_are_those_of_the_results_files():

@@ -18,13 +18,13 @@ import torch
 from benchmarks.utils import ROOT, markdown_table, provenance, read_json, run_in_processes, write_json
 from smartfrz_hf import SmartFRZPredictorConfig
 from smartfrz_hf.cli import DEFAULT_LABEL, DEFAULT_TARGET
-from smartfrz_hf.predictor.features import CONTEXT, DYNAMICS, PROBE_FEATURES
+from smartfrz_hf.predictor.configuration import CONTEXT_SIZE, DYNAMICS_SIZE, PROBE_SIZE
+from smartfrz_hf.predictor_training.cross_validation import cross_validate
 from smartfrz_hf.predictor_training.dataset import FreezingStages
-from smartfrz_hf.predictor_training.evaluate import summarize
+from smartfrz_hf.predictor_training.evaluation import SPACINGS
 from smartfrz_hf.predictor_training.fit import FitOptions
-from smartfrz_hf.predictor_training.held_out import cross_validate
-from smartfrz_hf.predictor_training.judge import SPACINGS
 from smartfrz_hf.predictor_training.labels import LABELS
+from smartfrz_hf.predictor_training.metrics import summarize
 from smartfrz_hf.predictor_training.table import read_runs
 from smartfrz_hf.signals.probe_history import LAGS
 
@@ -87,8 +87,10 @@ def variants() -> dict[str, Variant]:
         result[f"without {name}"] = Variant("quantities of a snapshot", change=partial(blank, "features", (place,)))
     for place, name in enumerate(CONTEXTS):
         result[f"without {name}"] = Variant("context", change=partial(blank, "context", (place,)))
-    result["without all context"] = Variant("context", change=partial(blank, "context", range(CONTEXT)))
-    result["without weights"] = Variant("quantities of a snapshot", change=partial(blank, "features", range(DYNAMICS)))
+    result["without all context"] = Variant("context", change=partial(blank, "context", range(CONTEXT_SIZE)))
+    result["without weights"] = Variant(
+        "quantities of a snapshot", change=partial(blank, "features", range(DYNAMICS_SIZE))
+    )
     for weights_per_unit in (128, 512):
         result[f"as shipped, shown {weights_per_unit} samples"] = Variant(
             "other input", judged={"weights_per_unit": weights_per_unit}
@@ -106,7 +108,7 @@ def variants() -> dict[str, Variant]:
     )
     result["the paper's form: weights themselves"] = Variant("network", {"form": "weights", "front_probe": False})
     result["without the front probe"] = Variant("front probe", {"front_probe": False})
-    for name, place in (("what leaves the unit", CONTEXT), ("what the model says", CONTEXT + len(LAGS))):
+    for name, place in (("what leaves the unit", CONTEXT_SIZE), ("what the model says", CONTEXT_SIZE + len(LAGS))):
         result[f"without {name}"] = Variant(
             "front probe", change=partial(blank, "context", range(place, place + len(LAGS)))
         )
@@ -131,7 +133,7 @@ def judge(name: str, runs: Path, file: Path) -> None:
         )
         judged = FreezingStages(stages.runs, shown, variant.label, variant.judged.get("spacings", (1,)))
         if not variant.judged.get("probed", True):
-            blank("context", range(CONTEXT, CONTEXT + PROBE_FEATURES), judged.columns)
+            blank("context", range(CONTEXT_SIZE, CONTEXT_SIZE + PROBE_SIZE), judged.columns)
     held_out = cross_validate(stages, config, lambda run: run.family, FitOptions(), name, judged)
     scores = summarize(held_out)
     kept = {key: scores[key] for key in ("auc", "ap", "brier", "moment_error", "frozen", "positive")}

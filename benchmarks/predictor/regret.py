@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from benchmarks.utils import ROOT, markdown_table, provenance, read_json, run_in_processes, write_json
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
 from smartfrz_hf.predictor_training.labels import at_probes, rewind_cost
-from smartfrz_hf.predictor_training.record import RecordingCallback
+from smartfrz_hf.predictor_training.recording import RecordingCallback
 from smartfrz_hf.predictor_training.specs import RunSpec, read_specs
 from smartfrz_hf.predictor_training.tasks import prepare
 
