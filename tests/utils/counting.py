@@ -5,7 +5,9 @@ from math import prod
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from smartfrz_hf._compat import CPU_ATTENTION, CPU_ATTENTION_BACKWARD
+# Fused attention on the CPU, which torch's counter does not know.
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def attention(query, key, value, *_, **__):
