@@ -1,6 +1,7 @@
 """The callback: observes, asks the policy, tells the Freezer."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ class SmartFRZCallback(TrainerCallback):
         self._first_decision = self.config.steps("first_decision", state.max_steps)
         self._decide_every = self.config.steps("decide_every", state.max_steps)
         self._ranks = Ranks(args.ddp_timeout)
-        self._cache = make_cache(self.config, self._freezer, self.meter, args, state, self._ranks)
+        self._cache = self._make_cache(args, state)
         if self._cache is not None:
             self.ledger.cache = self._cache.savings
         self._rates = LearningRates.planned(kwargs.get("lr_scheduler"), state.max_steps)
@@ -119,12 +120,21 @@ class SmartFRZCallback(TrainerCallback):
             if self._history is not None:
                 self._history.record(self._sampler, state.global_step)
             self._decide(state)
-        self._tell_rows_left(args, state)
 
-    def _tell_rows_left(self, args: TrainingArguments, state: TrainerState) -> None:
-        if self._cache is not None:
-            rows_per_step = args.gradient_accumulation_steps * args.train_batch_size
-            self._cache.rows_left = (state.max_steps - state.global_step) * rows_per_step
+    def _make_cache(self, args: TrainingArguments, state: TrainerState) -> ActivationCache | None:
+        epochs = state.num_train_epochs
+        per_epoch = state.max_steps / epochs if 0 < epochs <= state.max_steps else None
+        if args.num_train_epochs and args.max_steps <= 0:
+            per_epoch = state.max_steps / args.num_train_epochs
+        return make_cache(
+            self.config,
+            self._freezer,
+            self.meter,
+            self._ranks,
+            state.max_steps,
+            per_epoch,
+            is_compiled(self._stack.model, args),
+        )
 
     def _make_front(self, args: TrainingArguments) -> ProbeHistory | None:
         if not (self.policy.front_probe and self.config.probe_examples):
@@ -139,10 +149,9 @@ class SmartFRZCallback(TrainerCallback):
         """Take a look at the front probe, if there is one."""
         if self._front is None or not self._front.probe.ready:
             return
-        if self._cache is not None:
-            self._cache.bypass = True
         try:
-            self._front.record(step)
+            with nullcontext() if self._cache is None else self._cache.bypassed():
+                self._front.record(step)
         except Exception as error:
             logger.warning(
                 f"The front probe does not work with {type(self._stack.model).__name__} ({type(error).__name__}: {error}): "
@@ -150,19 +159,12 @@ class SmartFRZCallback(TrainerCallback):
             )
             self._close_front()
         finally:
-            if self._cache is not None:
-                self._cache.bypass = False
             reshard(self._stack.model)
 
     def _close_front(self) -> None:
         if self._front is not None:
             self._front.probe.close()
             self._front = None
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Say when no training row comes again."""
-        if self._cache is not None:
-            self._cache.last_epoch = state.epoch is not None and state.epoch + 1 >= state.num_train_epochs
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Open the account of a step."""
@@ -188,7 +190,8 @@ class SmartFRZCallback(TrainerCallback):
         """Take a snapshot and hold a freezing stage where they are due."""
         step, active = state.global_step, range(self._freezer.depth, len(self._stack))
         self._step = step
-        self._tell_rows_left(args, state)
+        if self._cache is not None:
+            self._cache.end_of_step(step)
         if self._history is not None and active and step % self._record_every == 0:
             self._history.record(self._sampler, step, active)
         if step in self._restarts and self._freezer.depth:
@@ -303,7 +306,7 @@ class SmartFRZCallback(TrainerCallback):
             savings = self._cache.savings
             self._cache.close()
             # On all ranks, though it may have turned itself off on some.
-            self._cache = make_cache(self.config, self._freezer, self.meter, args, state, self._ranks)
+            self._cache = self._make_cache(args, state)
             if self._cache is not None:
                 if savings.off is not None:
                     self._cache.close()

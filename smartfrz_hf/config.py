@@ -77,9 +77,6 @@ class SmartFRZConfig:
             Folder for the part on disk, which is removed at the end. Defaults to that for temporary files.
         cache_dtype (`str`, *optional*, defaults to `"exact"`):
             Format of what is kept: `"exact"`, or, smaller and rounded, `"float16"`, `"bfloat16"` or `"int8"`.
-        cache_exact (`bool`, *optional*, defaults to `True`):
-            Whether an activation is used again only where computing it anew would give the same bits. Without it,
-            results may differ by rounding, as they do between batch sizes, and more rows are found.
 
     Parameters that control the frozen front:
         frozen_dtype (`str`, *optional*):
@@ -166,9 +163,6 @@ class SmartFRZConfig:
     cache_dtype: str = field(
         default="exact",
         metadata={"help": "Format of what the cache keeps; all but `exact` round.", "choices": list(CACHE_DTYPES)},
-    )
-    cache_exact: bool = field(
-        default=True, metadata={"help": "Use an activation again only where computing it would give the same bits."}
     )
     frozen_dtype: str | None = field(
         default=None,

@@ -1,0 +1,214 @@
+"""
+Every private name of torch, Transformers and Accelerate that this package uses, and every name that differs by version.
+
+No other module of the package may use one; `tests/test_compat.py` checks it. One small function each, which says why no public
+name serves.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+# Only the type checker has to know which methods a mixin over the Trainer can rely on.
+if TYPE_CHECKING:
+    _TrainerBase = Trainer
+else:
+    _TrainerBase = object
+
+# torch: modules and tensors
+
+
+def tensor_tables(module: nn.Module) -> tuple[dict[str, nn.Parameter | None], dict[str, torch.Tensor | None]]:
+    """
+    The parameters and buffers of one module, without its children, as the live dictionaries that the module itself uses.
+
+    `named_parameters` and `named_buffers` walk the module again at each call. The activation cache looks at all frozen tensors
+    in each step, and has to see a tensor that was replaced.
+    """
+    return module._parameters, module._buffers
+
+
+def tensor_version(tensor: torch.Tensor) -> int:
+    """How often the tensor was changed in place. There is no public name for it."""
+    return tensor._version
+
+
+# torch.compile
+
+
+def unwrap_compiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` has wrapped, or `model` itself. There is no public way from the wrapper to it."""
+    return getattr(model, "_orig_mod", model)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether this very module is compiled, by `torch.compile(module)` or by `module.compile()`. torch does not tell."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def get_compile_limits() -> dict[str, int]:
+    """How many graphs `torch.compile` makes of one function before it gives up. `torch.compiler` has no name for them."""
+    config = torch._dynamo.config
+    return {name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+
+
+def set_compile_limits(limits: dict[str, int]) -> None:
+    """Set what [`get_compile_limits`] returns."""
+    for name, value in limits.items():
+        setattr(torch._dynamo.config, name, value)
+
+
+# torch: several processes
+
+
+def rebuild_reducer(ddp: DistributedDataParallel) -> None:
+    """
+    Have DDP find out again which parameters require a gradient.
+
+    DDP does so only when it is made, and a training loop holds on to the wrapper. What DDP does when it comes back from a pickle
+    makes a new reducer in the same wrapper. That loses the communication hooks, which are registered again.
+    """
+    hooks, ddp._comm_hooks = list(ddp._comm_hooks), []
+    ddp._remove_autograd_hooks()
+    ddp.__setstate__(ddp.__getstate__())
+    ddp._has_rebuilt_buckets = False
+    for hook, state in hooks:
+        ddp.register_comm_hook(state, hook)
+
+
+def gathered_modules(module: FSDPModule) -> tuple[nn.Module, ...]:
+    """The modules whose parameters FSDP2 gathers together, in one group with those of `module`. `FSDPModule` does not tell."""
+    return module._get_fsdp_state()._modules
+
+
+# torch: counting FLOPs
+
+# Fused attention on the CPU, forward and backward, which the FLOP counter of torch does not know.
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def backward_id() -> int:
+    """Number of the backward pass that runs, and `-1` outside one. There is no public name for it."""
+    return torch._C._current_graph_task_id()
+
+
+def running_node_number() -> int:
+    """Number of the autograd node that runs; nodes are numbered in the order in which they were made."""
+    return torch._C._current_autograd_node()._sequence_nr()
+
+
+def next_node_number() -> int:
+    """Number of the next autograd node to be made."""
+    return torch.autograd._get_sequence_nr()
+
+
+def at_end_of_backward(function: Callable[[], None]) -> None:
+    """Call `function` at the end of the backward pass that runs. Public hooks belong to one tensor or node."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+# Transformers: activation checkpointing. Transformers 5.23 has renamed gradient checkpointing.
+
+
+def checkpoints_activations(args: TrainingArguments) -> bool:
+    """Whether the Trainer turns on activation checkpointing (`gradient_checkpointing` before Transformers 5.23)."""
+    name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
+    return bool(getattr(args, name))
+
+
+def uses_reentrant_checkpointing(block: nn.Module) -> bool:
+    """
+    Whether the block runs under reentrant activation checkpointing. Transformers keeps the checkpointing function, with its
+    options, in the block alone, under a private name.
+    """
+    checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+    return bool(
+        getattr(block, "gradient_checkpointing", False)
+        and isinstance(checkpoint, partial)
+        and checkpoint.keywords.get("use_reentrant")
+    )
+
+
+def has_input_grads(model: nn.Module) -> bool:
+    """Whether `enable_input_require_grads` is in force. Transformers has a method to turn it on and one to turn it off only."""
+    return bool(getattr(model, "_require_grads_hooks", None))
+
+
+# Transformers: the Trainer
+
+
+class TrainerHooks(_TrainerBase):
+    """
+    A mixin over [`~transformers.Trainer`] with three hooks that no callback and no public method gives. Subclasses override
+    the hooks, not the private methods of the Trainer that call them.
+    """
+
+    def around_training(self) -> AbstractContextManager[None]:
+        """
+        Entered around the training loop, and again for each smaller batch that `auto_find_batch_size` tries.
+
+        A callback is not told of an exception that ends training.
+        """
+        return nullcontext()
+
+    def around_loading(self, checkpoint: str | None) -> AbstractContextManager[None]:
+        """
+        Entered while the Trainer loads the optimizer's state, which is after the weights and after the model is wrapped.
+
+        Args:
+            checkpoint (`str`, *optional*): folder to resume from; `None` in a run that starts anew.
+        """
+        return nullcontext()
+
+    def before_checkpoint(self, folder: Path) -> None:
+        """
+        Called on the process that saves, before the Trainer writes the first file of a checkpoint. A callback's `on_save` comes
+        after the push to the Hub.
+
+        Args:
+            folder (`Path`): of the checkpoint; it may not exist yet.
+        """
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self.around_training():
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self.around_loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            self.before_checkpoint(
+                Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            )
+        super()._save_checkpoint(model, trial)
+
+
+# torch and Transformers: hooks, for the activation cache
+
+
+def forward_hooks(module: nn.Module) -> list[Callable]:
+    """Forward hooks and pre-hooks of one module, in the order of their registration. torch has no name to list them."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def has_global_forward_hooks() -> bool:
+    """Whether somebody has registered forward hooks or pre-hooks for all modules. torch has no name to list them."""
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+
+
+def records_outputs(hook: Callable) -> bool:
+    """Whether it is the hook by which Transformers collects hidden states and attentions, which does nothing unless asked."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
