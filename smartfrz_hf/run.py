@@ -126,6 +126,7 @@ class FreezingRun:
         dtype = getattr(torch, config.frozen_dtype) if config.frozen_dtype else None
         self.freezer = Freezer(self.stack, optimizer, dtype)
         self.meter = ComputeMeter(model, self.stack, optimizer)
+        self.ledger.unit_parameters = self.meter.unit_parameters
         self.observer = Observer(
             self.stack,
             self.policy.history_size,

@@ -6,11 +6,11 @@ import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES, build
+from counting import FORMULAS
 from torch.utils.flop_counter import FlopCounterMode
 from versions import checkpoint_activations
 
 from smartfrz_hf import Freezer, find_blocks
-from smartfrz_hf.cost.flops import CPU_ATTENTION
 
 CHECKPOINTED = [name for name in ARCHITECTURES if build(name).supports_gradient_checkpointing]
 
@@ -27,7 +27,7 @@ def count_backward(model, batch):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the counter's module tracker cannot follow recomputed modules
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             loss = model(**batch).loss
             forward, before = counter.get_total_flops(), by_module()
             loss.backward()
