@@ -55,7 +55,7 @@ def make_cache(
         return None
     if steps_per_epoch is not None and total_steps <= steps_per_epoch:
         logger.info("The activation cache serves evaluation only: no training row comes again in a run of one epoch.")
-    memory, disk = config.cache_memory, config.cache_disk
+    memory, disk = float(config.cache_memory), float(config.cache_disk)
     if memory < 1:
         memory *= psutil.virtual_memory().available
     if 0 < disk < 1:
