@@ -245,7 +245,7 @@ class Freezer:
         if self.kept or unit in self._explained or torch.compiler.is_compiling():
             return
         self._explained.add(unit)
-        names = {parameter: name for name, parameter in self.stack.model.named_parameters()}
+        names: dict[torch.Tensor, str] = {p: name for name, p in self.stack.model.named_parameters()}
         sources = [names.get(leaf, "a tensor that is no parameter of the model") for leaf in leaves(asking)]
         if sources:
             logger.warning(

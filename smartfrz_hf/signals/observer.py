@@ -58,9 +58,7 @@ class Observer:
             self.history = WeightHistory(len(stack), window, weights_per_unit, device)
         self.probe: ProbeHistory | None = None
         if probe_examples:
-            probe = FrontProbe(
-                stack, lambda batch: min(affordable_rows(examples_between(batch)), probe_examples)
-            )
+            probe = FrontProbe(stack, lambda batch: min(affordable_rows(examples_between(batch)), probe_examples))
             probe.on_pass = on_pass
             self.probe = ProbeHistory(probe)
 

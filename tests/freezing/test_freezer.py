@@ -9,7 +9,6 @@ from architectures import ARCHITECTURES, build
 from torch.utils.flop_counter import FlopCounterMode
 
 from smartfrz_hf import Freezer, find_blocks
-from smartfrz_hf.cost.flops import CPU_ATTENTION
 
 CHECKPOINTED = [name for name in ARCHITECTURES if build(name).supports_gradient_checkpointing]
 
@@ -26,7 +25,7 @@ def count_backward(model, batch):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the counter's module tracker cannot follow recomputed modules
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False) as counter:
             loss = model(**batch).loss
             forward, before = counter.get_total_flops(), by_module()
             loss.backward()
