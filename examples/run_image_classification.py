@@ -1,4 +1,4 @@
-"""Fine-tune an image classifier, or train one from scratch, freezing blocks as they settle."""
+"""Fine-tune an image classifier or train one from scratch, and freeze its blocks as they converge."""
 
 import ast
 import logging
@@ -11,19 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 from common import (
-    HubArguments,
+    CommonDataArguments,
+    CommonModelArguments,
     agree_on_labels,
+    average_gradients_in_trainer,
     check_extensions,
     encode_labels,
     evaluate_split,
     find_checkpoint,
     first_samples,
     label_names,
+    load_files,
     load_metric,
     parse_arguments,
     publish,
     require_split,
-    set_up_logging,
+    set_up_trainer_logging,
     train,
     write_predictions,
 )
@@ -48,18 +51,16 @@ logger = logging.getLogger(__name__)
 
 MODEL_TYPES = tuple(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
 IMAGE_COLUMNS = ("img", "image", "images", "pixel_values")
-SPLIT_TO_DIR = {"train": "train_dir", "validation": "validation_dir", "test": "test_dir"}
-SPLIT_TO_FILE = {"train": "train_file", "validation": "validation_file", "test": "test_file"}
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 @dataclass
-class ModelArguments(HubArguments):
-    """Arguments that say which model to fine-tune, or to build."""
+class ModelArguments(CommonModelArguments):
+    """Arguments for the model to fine-tune or to build."""
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Hub id or folder of the pretrained model. Leave it out to train from scratch."},
+        metadata={"help": "Pretrained model on the Hub or in a folder. Leave it out to train from scratch."},
     )
     model_type: str | None = field(
         default=None, metadata={"help": "Architecture to train from scratch: " + ", ".join(MODEL_TYPES) + "."}
@@ -67,31 +68,32 @@ class ModelArguments(HubArguments):
     config_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id or folder of the configuration, if not that of the model, or to train from scratch."
+            "help": "Configuration on the Hub or in a folder: another one than the model's, or of a model to train from "
+            "scratch."
         },
     )
     config_overrides: str | None = field(
         default=None,
         metadata={
-            "help": "Changes to the configuration of a model that is trained from scratch, such as "
+            "help": "Changes to the configuration of a model to train from scratch, such as "
             "'hidden_size=128,num_hidden_layers=6' or 'hidden_sizes=[64,128],depths=[2,2],layer_type=basic'."
         },
     )
     image_size: int | None = field(
         default=None,
         metadata={
-            "help": "Height and width, in pixels, of the images for a model that is trained from scratch. Default: "
-            "what its configuration says, or 224."
+            "help": "Height and width in pixels of the images for a model to train from scratch. Default: the size in "
+            "its configuration, or 224."
         },
     )
     image_processor_name: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the image processor, if not that of the model."}
+        default=None, metadata={"help": "Another image processor than the model's, on the Hub or in a folder."}
     )
 
     def __post_init__(self) -> None:
         if self.model_name_or_path is None and self.model_type is None and self.config_name is None:
             raise ValueError(
-                "No model: pass --model_name_or_path to fine-tune one, or --model_type or --config_name to train one "
+                "No model: pass --model_name_or_path to fine-tune a model, or --model_type or --config_name to train one "
                 "from scratch."
             )
         if self.model_type is not None and self.model_type not in MODEL_TYPES:
@@ -101,93 +103,81 @@ class ModelArguments(HubArguments):
         scratch_only = [name for name in ("model_type", "config_overrides", "image_size") if getattr(self, name)]
         if self.model_name_or_path is not None and scratch_only:
             raise ValueError(
-                f"--{scratch_only[0]} describes a model that is trained from scratch and cannot be combined with "
+                f"--{scratch_only[0]} is for a model that is trained from scratch and cannot be combined with "
                 "--model_name_or_path; pass one of them."
             )
 
 
 @dataclass
-class DataTrainingArguments:
-    """Arguments that say which images and labels to use."""
+class DataTrainingArguments(CommonDataArguments):
+    """Arguments for the images and labels. Files are parquet files with a column of images and one of labels."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id of the data set."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of --dataset_name."})
     eval_split_name: str = field(
         default="validation", metadata={"help": "Split of --dataset_name to evaluate, such as `test` for CIFAR-10."}
     )
     train_dir: str | None = field(
-        default=None, metadata={"help": "Folder of training images, with one subfolder per class."}
+        default=None, metadata={"help": "Folder with the training images, one subfolder per class."}
     )
-    validation_dir: str | None = field(default=None, metadata={"help": "Folder of images to evaluate, likewise."})
+    validation_dir: str | None = field(
+        default=None, metadata={"help": "Folder with the evaluation images, one subfolder per class."}
+    )
     test_dir: str | None = field(
-        default=None, metadata={"help": "Folder of images to predict; it needs no subfolders."}
-    )
-    train_file: str | None = field(
-        default=None, metadata={"help": "Training data: a parquet file with a column of images and one of labels."}
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "Evaluation data, a file like --train_file."})
-    test_file: str | None = field(
-        default=None, metadata={"help": "Data to predict, a file like --train_file; it needs no labels."}
+        default=None, metadata={"help": "Folder with the images to predict; needs no subfolders."}
     )
     image_column_name: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the images: encoded bytes, a path, or a struct of both. Default: the column of type "
+            "help": "Column with the images: encoded bytes, a path, or a struct of both. Default: the column of type "
             "Image, or one named " + ", ".join(IMAGE_COLUMNS) + "."
         },
     )
     label_column_name: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the labels. Default: one named " + ", ".join(LABEL_COLUMNS) + ", or the only column of "
+            "help": "Column with the labels. Default: one named "
+            + ", ".join(LABEL_COLUMNS)
+            + ", or the only column of "
             "type ClassLabel."
         },
     )
     train_val_split: float = field(
-        default=0.15, metadata={"help": "Fraction of the training data to evaluate where there is no other such data."}
+        default=0.15, metadata={"help": "Fraction of the training data to evaluate if there is no evaluation data."}
     )
     random_flip: bool = field(
         default=False,
         metadata={
-            "help": "Mirror each training image, left to right, half of the time. Off by default, because the output "
-            "of frozen blocks cannot be cached for images that change."
+            "help": "Mirror half of the training images, drawn anew in each epoch. Off by default, because the "
+            "activation cache cannot serve images that change."
         },
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on so many samples only, drawn with --seed."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate so many samples only, drawn with --seed."}
-    )
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first so many samples only."})
 
     def __post_init__(self) -> None:
-        check_extensions(
-            {SPLIT_TO_FILE[split]: path for split, path in self.given(SPLIT_TO_FILE).items()}, ("parquet",)
-        )
+        check_extensions(self.files, ("parquet",))
         sources = {
             "--dataset_name": self.dataset_name is not None,
-            "image folders": bool(self.given(SPLIT_TO_DIR)),
-            "files": bool(self.given(SPLIT_TO_FILE)),
+            "image folders": bool(self.folders),
+            "files": bool(self.files),
         }
         if sum(sources.values()) == 0:
             raise ValueError(
-                "No data: pass --dataset_name for a data set of the Hub, --train_dir, --validation_dir and --test_dir "
+                "No data: pass --dataset_name for a dataset on the Hub, --train_dir, --validation_dir and --test_dir "
                 "for image folders, or --train_file, --validation_file and --test_file for parquet files."
             )
         if sum(sources.values()) > 1:
             given = " and ".join(name for name, is_given in sources.items() if is_given)
-            raise ValueError(f"The data comes from {given}; pass one of them.")
+            raise ValueError(f"The data comes from {given}; pass only one of them.")
         if not 0 < self.train_val_split < 1:
-            raise ValueError(f"--train_val_split is {self.train_val_split}; it must lie between 0 and 1.")
+            raise ValueError(f"--train_val_split is {self.train_val_split}; it must be between 0 and 1.")
 
-    def given(self, options: dict[str, str]) -> dict[str, str]:
-        """The paths that were given, by split."""
-        return {split: getattr(self, name) for split, name in options.items() if getattr(self, name) is not None}
+    @property
+    def folders(self) -> dict[str, str]:
+        """The given image folders by split."""
+        folders = {"train": self.train_dir, "validation": self.validation_dir, "test": self.test_dir}
+        return {split: path for split, path in folders.items() if path is not None}
 
 
 def load_data(data_args: DataTrainingArguments, model_args: ModelArguments) -> DatasetDict:
-    """The splits, from wherever the arguments say."""
+    """Load the splits from the Hub, from parquet files or from image folders."""
     if data_args.dataset_name is not None:
         raw_datasets = load_dataset(
             data_args.dataset_name,
@@ -198,16 +188,11 @@ def load_data(data_args: DataTrainingArguments, model_args: ModelArguments) -> D
         if data_args.eval_split_name in raw_datasets:
             raw_datasets["validation"] = raw_datasets[data_args.eval_split_name]
         return raw_datasets
-    if files := data_args.given(SPLIT_TO_FILE):
-        return DatasetDict(
-            {
-                split: load_dataset("parquet", data_files=path, split="train", cache_dir=model_args.cache_dir)
-                for split, path in files.items()
-            }
-        )
-    folders = {split: str(Path(path, "**")) for split, path in data_args.given(SPLIT_TO_DIR).items()}
+    if data_args.files:
+        return load_files(data_args.files, {"parquet": "parquet"}, model_args.cache_dir)
+    folders = {split: str(Path(path, "**")) for split, path in data_args.folders.items()}
     test_folder = folders.pop("test", None)
-    # One call for both, so that they agree on the ids of the classes.
+    # One call for both splits, so that classes have the same ids in both.
     raw_datasets = DatasetDict()
     if folders:
         raw_datasets = load_dataset(
@@ -220,47 +205,44 @@ def load_data(data_args: DataTrainingArguments, model_args: ModelArguments) -> D
     return raw_datasets
 
 
-def find_image_column(dataset: Dataset, name: str | None) -> str:
+def find_column(dataset: Dataset, kind: str, name: str | None, candidates: list[str]) -> str:
     """
-    The column of the images.
+    The column with the images (`kind="image"`) or with the labels (`kind="label"`).
+
+    Args:
+        dataset (`Dataset`): any split.
+        kind (`str`): `"image"` or `"label"`.
+        name (`str`, *optional*): name of the column, if it was given.
+        candidates (`list[str]`): names to try otherwise, in this order.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: there is no such column.
     """
-    candidates = [name] if name is not None else [n for n, f in dataset.features.items() if isinstance(f, Image)]
-    candidates += [] if name is not None else IMAGE_COLUMNS
+    candidates = candidates if name is None else [name]
     for candidate in candidates:
         if candidate in dataset.column_names:
             return candidate
     raise ValueError(
-        f"Found no image column ({', '.join(candidates)}) among {', '.join(map(repr, dataset.column_names))}; "
-        "pass --image_column_name."
+        f"Found no {kind} column ({', '.join(candidates)}) among {', '.join(map(repr, dataset.column_names))}; "
+        f"pass --{kind}_column_name."
     )
+
+
+def find_image_column(dataset: Dataset, name: str | None) -> str:
+    """The column with the images: one of type Image, or one with a usual name."""
+    images = [column for column, feature in dataset.features.items() if isinstance(feature, Image)]
+    return find_column(dataset, "image", name, [*images, *IMAGE_COLUMNS])
 
 
 def find_label_column(dataset: Dataset, name: str | None) -> str:
-    """
-    The column of the labels.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    candidates = [name] if name is not None else list(LABEL_COLUMNS)
-    if name is None:
-        class_labels = [n for n, f in dataset.features.items() if isinstance(f, ClassLabel)]
-        candidates += class_labels if len(class_labels) == 1 else []
-    for candidate in candidates:
-        if candidate in dataset.column_names:
-            return candidate
-    raise ValueError(
-        f"Found no label column ({', '.join(candidates)}) among {', '.join(map(repr, dataset.column_names))}; "
-        "pass --label_column_name."
-    )
+    """The column with the labels: one with a usual name, or the only one of type ClassLabel."""
+    labels = [column for column, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
+    return find_column(dataset, "label", name, [*LABEL_COLUMNS, *(labels if len(labels) == 1 else [])])
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
     """
-    Read `--config_overrides`. Words need no quotes.
+    Parse `--config_overrides`. Words need no quotes.
 
     Raises:
         ValueError: the text is not of the form `name=value,name=value`.
@@ -321,7 +303,7 @@ def new_image_processor(model_args: ModelArguments, config: PreTrainedConfig) ->
     """A processor that resizes to what the model takes, scales to [0, 1] and normalizes to [-1, 1]."""
     size = model_args.image_size or getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
-    # Both are saved under one name. torchvision's is the faster one; merely importing it warns where that is missing.
+    # Both are saved under the same name. The one of torchvision is faster, but its import warns without torchvision.
     if is_torchvision_available():
         from transformers import ViTImageProcessor as ImageProcessor
     else:
@@ -336,19 +318,19 @@ def make_transform(
     random_flip: bool = False,
 ) -> Callable[[dict[str, list]], dict[str, Any]]:
     """
-    What turns samples into inputs of the model each time they are read.
+    A function that turns samples into inputs of the model each time they are read.
 
     Args:
         image_processor (`BaseImageProcessor`): resizes and normalizes.
-        image_column (`str`): column of the images.
-        encode (`Callable`, *optional*): takes the samples, returns the ids of their labels.
+        image_column (`str`): column with the images.
+        encode (`Callable`, *optional*): returns the label ids of samples.
         random_flip (`bool`, *optional*, defaults to `False`): whether to mirror half of the images.
     """
 
     def transform(examples: dict[str, list]) -> dict[str, Any]:
         images = [image.convert("RGB") for image in examples[image_column]]
         if random_flip:
-            # torch's generator: seeded in every dataloader worker, and restored when a run is resumed.
+            # The generator of torch is seeded in every dataloader worker, and restored when a run is resumed.
             images = [ImageOps.mirror(image) if torch.rand(()) < 0.5 else image for image in images]
         inputs = {"pixel_values": image_processor(images, return_tensors="pt")["pixel_values"]}
         if encode is not None:
@@ -359,7 +341,7 @@ def make_transform(
 
 
 def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """The accuracy by scikit-learn, under the name of `evaluate`."""
+    """The accuracy by scikit-learn, under its name in `evaluate`."""
     from sklearn.metrics import accuracy_score
 
     return {"accuracy": float(accuracy_score(references, predictions))}
@@ -375,10 +357,10 @@ def main(args: list[str] | None = None) -> None:
     model_args, data_args, training_args, smartfrz_config = parse_arguments(
         ModelArguments, DataTrainingArguments, __doc__, args
     )
-    set_up_logging(training_args)
+    set_up_trainer_logging(training_args)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
-    # The Trainer would remove the column of the images before the transform has read it.
+    # The Trainer would remove the column with the images before the transform reads it.
     training_args.remove_unused_columns = False
 
     raw_datasets = load_data(data_args, model_args)
@@ -386,7 +368,7 @@ def main(args: list[str] | None = None) -> None:
         parts = raw_datasets["train"].train_test_split(data_args.train_val_split, seed=training_args.seed)
         raw_datasets["train"], raw_datasets["validation"] = parts["train"], parts["test"]
         logger.info(
-            f"Evaluating {data_args.train_val_split:.0%} of the training data, which are kept out of training."
+            f"There is no evaluation data: {data_args.train_val_split:.0%} of the training data is evaluated instead."
         )
     splits = {}
     for action, split, is_wanted, count in (
@@ -396,7 +378,7 @@ def main(args: list[str] | None = None) -> None:
     ):
         if is_wanted:
             dataset = require_split(raw_datasets, split, action)
-            # Files are often sorted by class, so a sample of them is drawn; predictions keep their order.
+            # Files are often sorted by class, so the samples are shuffled. Predictions keep the order of the file.
             if count is not None and split != "test":
                 dataset = dataset.shuffle(seed=training_args.seed)
             splits[split] = first_samples(dataset, count)
@@ -423,15 +405,12 @@ def main(args: list[str] | None = None) -> None:
         )
     else:
         if names is None:
-            raise ValueError("Training from scratch needs training data, which the labels are taken from.")
+            raise ValueError("Training from scratch needs training data, because the labels come from it.")
         config = new_config(model_args, len(names))
         agree_on_labels(config, names)
         model = AutoModelForImageClassification.from_config(config, trust_remote_code=model_args.trust_remote_code)
         logger.info(f"Training {type(model).__name__} from scratch: {model.num_parameters() / 1e6:.2f} M parameters.")
-    # Some heads (ResNet's is one) accept `num_items_in_batch` and ignore it, so the Trainer believes that the loss is
-    # already averaged over accumulation steps and ranks, and the gradient comes out that many times too large
-    # (huggingface/transformers#47688). This makes the Trainer do the averaging.
-    model.accepts_loss_kwargs = False
+    average_gradients_in_trainer(model)
 
     processor_name = model_args.image_processor_name or model_args.model_name_or_path
     if processor_name is not None:

@@ -95,31 +95,16 @@ def gathered_modules(module: FSDPModule) -> tuple[nn.Module, ...]:
     return module._get_fsdp_state()._modules
 
 
-# torch: counting FLOPs
-
-# Fused attention on the CPU, forward and backward, which the FLOP counter of torch does not know.
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Accelerate
 
 
-def backward_id() -> int:
-    """Number of the backward pass that runs, and `-1` outside one. There is no public name for it."""
-    return torch._C._current_graph_task_id()
+def forward_without_autocast(model: nn.Module, default: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    The forward pass of a model as it was before Accelerate put autocast around it, or `default` where it has not.
 
-
-def running_node_number() -> int:
-    """Number of the autograd node that runs; nodes are numbered in the order in which they were made."""
-    return torch._C._current_autograd_node()._sequence_nr()
-
-
-def next_node_number() -> int:
-    """Number of the next autograd node to be made."""
-    return torch.autograd._get_sequence_nr()
-
-
-def at_end_of_backward(function: Callable[[], None]) -> None:
-    """Call `function` at the end of the backward pass that runs. Public hooks belong to one tensor or node."""
-    torch.autograd.Variable._execution_engine.queue_callback(function)
+    `extract_model_from_parallel` gives a forward pass back too, but takes the autocast off the model.
+    """
+    return getattr(model, "_original_forward", default)
 
 
 # Transformers: activation checkpointing. Transformers 5.23 has renamed gradient checkpointing.
@@ -198,3 +183,12 @@ class TrainerHooks(_TrainerBase):
                 Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             )
         super()._save_checkpoint(model, trial)
+
+
+# torch: FSDP2
+
+
+def forget_failed_pass(model: nn.Module) -> None:
+    """Have FSDP2 forget a pass that ended with an exception. Later versions of torch have a public name for it, earlier ones none."""
+    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()

@@ -132,7 +132,12 @@ def _load_format_1(content: dict[str, Any], folder: Path, remedy: str) -> dict[s
     state = {key: content[key] for key in ("step", "units", "depth", "config", "ledger")}
     renamed = {"samples": "weights_per_unit", "probe_rows": "probe_examples"}
     state["config"] = {renamed.get(key, key): value for key, value in state["config"].items()}
-    state |= {"meter": upgrade_meter_state(content["meter"]), "policy": {}, "weight_history": None, "probe_history": None}
+    state |= {
+        "meter": upgrade_meter_state(content["meter"]),
+        "policy": {},
+        "weight_history": None,
+        "probe_history": None,
+    }
     if content["history"] is not None:
         tensors, metadata = _read(_checked(folder / TENSORS_FILE, content["history"], remedy))
         steps, window = json.loads(metadata["steps"]), tensors["ring"].shape[1]
@@ -145,10 +150,10 @@ def _load_format_1(content: dict[str, Any], folder: Path, remedy: str) -> dict[s
         state["probe_history"] = {
             "steps": known["steps"],
             "changes": tensors.get("changes"),
-            "inputs": _nested_inputs(known["probe"], tensors),
+            "inputs": _inputs_of_format_1(known["probe"], tensors),
             "snapshots": {
                 str(number): {
-                    "hidden": [tensors[f"{number}.{unit}"] for unit in units],
+                    "hidden": {str(unit): tensors[f"{number}.{unit}"] for unit in units},
                     "output": tensors[f"{number}.output"],
                 }
                 for number in known["looks"]
@@ -157,15 +162,15 @@ def _load_format_1(content: dict[str, Any], folder: Path, remedy: str) -> dict[s
     return state
 
 
-def _nested_inputs(packed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
-    """The inputs of the probe as format 1 kept them: each value as `{kind: content}`."""
+def _inputs_of_format_1(packed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+    """The inputs of the probe, from `{kind: content}` to the form of [`~smartfrz_hf.model.nested.to_state`]."""
     ((kind, value),) = packed.items()
     if kind == "tensor":
         return tensors[value]
     if kind == "mapping":
-        return {key: _nested_inputs(part, tensors) for key, part in value.items()}
+        return {"dict": {key: _inputs_of_format_1(part, tensors) for key, part in value.items()}}
     if kind in ("list", "tuple"):
-        return [_nested_inputs(part, tensors) for part in value]
+        return {kind: {str(i): _inputs_of_format_1(part, tensors) for i, part in enumerate(value)}}
     return value
 
 

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ._compat import checkpoints_activations
 from .config import SmartFRZConfig
 from .model.units import BlockStack
 
@@ -146,7 +147,7 @@ def _check_ddp(args: TrainingArguments, kind: DistributedType, with_mixin: bool)
     if with_mixin:
         return
     unused = args.ddp_find_unused_parameters
-    if unused is False or (unused is None and args.activation_checkpointing):
+    if unused is False or (unused is None and checkpoints_activations(args)):
         raise ValueError(
             "DDP stops at the first step after a freeze unless it looks for unused parameters. Use `SmartFRZTrainer`, or "
             "add `SmartFRZMixin` to your own Trainer class; or set `ddp_find_unused_parameters=True`."
@@ -224,12 +225,13 @@ def check_state(
     def refuse(what: str) -> ValueError:
         return ValueError(
             f"This run cannot go on from the saved SmartFRZ state: {what}. Resume with the model and the configuration "
-            "that the run was started with, or delete `smartfrz_state.json` from the checkpoint to go on with nothing "
-            "frozen."
+            "that the run was started with, or delete smartfrz_state.json from the checkpoint to go on with nothing frozen."
         )
 
     if state["units"] != units or not 0 <= state["depth"] <= len(units):
-        raise refuse(f"its model has the units {state['units']}, of which {state['depth']} are frozen; this one has {units}")
+        raise refuse(
+            f"its model has the units {state['units']}, of which {state['depth']} are frozen; this one has {units}"
+        )
     other = {key: value for key, value in state["config"].items() if config.get(key, value) != value}
     for key in HISTORY_FIELDS:
         if key in other:

@@ -1,4 +1,7 @@
-"""The command line: `smartfrz harvest` records training runs, `evaluate` and `fit` make a predictor of them, `push` shares it."""
+"""
+The command line: `smartfrz harvest` records training runs, `evaluate` and `fit` train a predictor on them, `card` writes its
+model card, and `push` uploads it.
+"""
 
 import json
 from importlib import import_module
@@ -12,14 +15,16 @@ DEFAULT_LABEL, DEFAULT_TARGET = "rewind-shift-0.03", "kept"
 
 app = typer.Typer(help="Adaptive layer freezing for Hugging Face Transformers.", no_args_is_help=True)
 
+RunsFolder = Annotated[
+    Path, typer.Argument(help="Folder of the runs that `smartfrz harvest` recorded.", exists=True, file_okay=False)
+]
+EvaluationFile = Annotated[
+    Path, typer.Option(help="JSON file that `smartfrz evaluate` wrote for these runs.", exists=True, dir_okay=False)
+]
 
-@app.callback()
-def main() -> None:
-    """Keep the commands named even while there are few of them."""
 
-
-def _open(module: str) -> ModuleType:
-    """A module of `predictor_training/`, whose packages the rest does without."""
+def _import(module: str) -> ModuleType:
+    """Import a module of `predictor_training`, which needs packages that the rest of the library does not."""
     try:
         return import_module(f".predictor_training.{module}", __package__)
     except ModuleNotFoundError as error:
@@ -29,102 +34,117 @@ def _open(module: str) -> ModuleType:
 
 @app.command()
 def harvest(
-    runs: Annotated[Path, typer.Argument(help="JSON list of the runs.", exists=True, dir_okay=False)],
-    out: Annotated[Path, typer.Option(help="Folder that gets one Parquet file a run; runs already there are kept.")],
+    runs: Annotated[Path, typer.Argument(help="JSON file with the list of runs.", exists=True, dir_okay=False)],
+    out: Annotated[
+        Path, typer.Option(help="Folder for one Parquet file per run. Runs that are already there are kept.")
+    ],
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of local copies of the data, DATA/*.parquet. Default: the Hub.")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Number of runs at a time; they share the CPU cores.")] = 1,
 ) -> None:
-    """Record full training runs: weight snapshots, learning rates, and each unit's CKA to its own end."""
-    room = _open("runs")
+    """Record full training runs: weight snapshots, learning rates, and how similar each unit's output is to its final one."""
     try:
-        failures = room.harvest(_open("specs").read_specs(runs), out, data_dir, processes)
+        failures = _import("harvest").harvest(_import("specs").read_specs(runs), out, data_dir, processes)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     for line in failures:
         typer.echo(f"failed: {line}", err=True)
     if failures:
-        typer.echo("The other runs are kept; the same command tries the failed ones again.", err=True)
+        typer.echo("The other runs are recorded. Run the same command again to retry the failed ones.", err=True)
         raise typer.Exit(1)
 
 
 @app.command()
 def evaluate(
-    runs: Annotated[Path, typer.Argument(help="Folder that `smartfrz harvest` filled.", exists=True, file_okay=False)],
-    out: Annotated[Path, typer.Option(help="JSON file that gets what was measured; two charts go beside it.")],
+    runs: RunsFolder,
+    out: Annotated[Path, typer.Option(help="JSON file for the evaluation. Two charts are written next to it.")],
     label: Annotated[
         str, typer.Option(help="What counts as converged, such as cka-0.99, settled or rewind-shift-0.03.")
     ] = DEFAULT_LABEL,
     target: Annotated[
         str,
         typer.Option(
-            help="What the predictor learns: label, whether it has converged; or kept, by the rewind test, what share of "
-            "the way stays if the front freezes, so that dear mistakes count for more."
+            help="What the predictor learns. label: whether the unit has converged. kept: by the rewind test, the share of "
+            "the run's change that is kept if the front freezes, so that expensive mistakes count for more."
         ),
     ] = DEFAULT_TARGET,
-    form: Annotated[str, typer.Option(help="What a snapshot is to the predictor: dynamics or weights.")] = "dynamics",
-    window: Annotated[int, typer.Option(min=2, help="Snapshots in a history.")] = 20,
-    weights_per_unit: Annotated[int, typer.Option(min=1, help="Sampled weights in a snapshot.")] = 1024,
+    form: Annotated[str, typer.Option(help="Input of the predictor: dynamics or weights.")] = "dynamics",
+    window: Annotated[int, typer.Option(min=2, help="Number of snapshots in a history.")] = 20,
+    weights_per_unit: Annotated[int, typer.Option(min=1, help="Number of sampled weights in a snapshot.")] = 1024,
     front_probe: Annotated[
         bool | None,
         typer.Option(
-            help="Whether the predictor is told how the front probe probe_features, and looks at it in training. Default: with the "
-            "form dynamics."
+            help="Whether the inputs include how the outputs on the front probe change. Default: yes for the form dynamics."
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the freezing stages.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and the order of the stages.")] = 0,
+    epochs: Annotated[int, typer.Option(min=1, help="Number of epochs over the freezing stages.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights and the order of the stages.")] = 0,
 ) -> None:
-    """Leave each model family, and each data set, out once; judge predictors and simple rules there."""
+    """Hold out each model family, and each data set, once, and evaluate predictors and simple rules on them."""
     from .predictor import SmartFRZPredictorConfig
 
-    judging, options = _open("judge"), _open("fit").FitOptions(epochs=epochs, seed=seed)
+    evaluation, options = _import("evaluation"), _import("fit").FitOptions(epochs=epochs, seed=seed)
     try:
-        told = form == "dynamics" if front_probe is None else front_probe
-        config = SmartFRZPredictorConfig(form=form, window=window, weights_per_unit=weights_per_unit, front_probe=told)
-        found = judging.judge(runs, label, target, config, options)
+        config = SmartFRZPredictorConfig(
+            form=form,
+            window=window,
+            weights_per_unit=weights_per_unit,
+            front_probe=form == "dynamics" if front_probe is None else front_probe,
+        )
+        results = evaluation.evaluate(runs, label, target, config, options)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=2) + "\n")
-    _open("charts").draw_charts(found, out.parent, prefix=f"{out.stem}_")
-    for name in judging.GROUPS:
-        entries = [("predictor", found[name]), *found[name]["rules"].items()]
-        typer.echo(f"\n{name.replace('_', ' ')}: {found[name]['rows']} rows")
-        for rule, part in entries:
+    out.write_text(json.dumps(results, indent=2) + "\n")
+    _import("card").draw_charts(results, out.parent, prefix=f"{out.stem}_")
+    for name in evaluation.GROUPS:
+        typer.echo(f"\n{name.replace('_', ' ')}: {results[name]['rows']} rows")
+        for rule, part in [("predictor", results[name]), *results[name]["rules"].items()]:
             typer.echo(f"  AUC {part['auc']:.3f}, average precision {part['ap']:.3f}  {rule}")
 
 
 @app.command()
 def fit(
-    runs: Annotated[Path, typer.Argument(help="Folder that `smartfrz harvest` filled.", exists=True, file_okay=False)],
-    evaluation: Annotated[
-        Path, typer.Option(help="What `smartfrz evaluate` wrote of these runs.", exists=True, dir_okay=False)
-    ],
-    out: Annotated[Path, typer.Option(help="Folder that gets the predictor, its model card and charts.")],
+    runs: RunsFolder,
+    evaluation: EvaluationFile,
+    out: Annotated[Path, typer.Option(help="Folder for the predictor, its model card and charts.")],
 ) -> None:
-    """Fit a predictor to all runs, in the way that was evaluated, and write it with its model card."""
+    """Fit a predictor to all runs, in the way that was evaluated, and save it with its model card."""
     try:
-        _open("judge").make(runs, json.loads(evaluation.read_text()), out)
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise typer.BadParameter(f"{error}") from error
-    typer.echo(f"{out} holds the predictor; load it with SmartFRZConfig(predictor={str(out)!r}).")
+        _import("evaluation").fit_evaluated(runs, json.loads(evaluation.read_text()), out)
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+    except KeyError as error:
+        raise typer.BadParameter(f"{evaluation} lacks {error}; write it with `smartfrz evaluate`.") from error
+    typer.echo(f"Saved the predictor in {out}. Load it with SmartFRZConfig(predictor={str(out)!r}).")
+
+
+@app.command()
+def card(
+    predictor: Annotated[Path, typer.Argument(help="Folder of the predictor.", exists=True, file_okay=False)],
+    evaluation: EvaluationFile,
+) -> None:
+    """Write the model card and the charts of a predictor again, from its evaluation."""
+    try:
+        _import("card").write_card(json.loads(evaluation.read_text()), predictor)
+    except KeyError as error:
+        raise typer.BadParameter(f"{evaluation} lacks {error}; write it with `smartfrz evaluate`.") from error
 
 
 @app.command()
 def push(
     predictor: Annotated[Path, typer.Argument(help="Folder that `smartfrz fit` wrote.", exists=True, file_okay=False)],
-    repo: Annotated[str, typer.Argument(help="USER/NAME on the Hub; made if it is not there.")],
+    repo: Annotated[str, typer.Argument(help="USER/NAME on the Hub; created if it does not exist.")],
     private: Annotated[
-        bool | None, typer.Option(help="Whether a repository that is made is private. Default: the account's.")
+        bool | None, typer.Option(help="Whether a created repository is private. Default: the setting of the account.")
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, made if it is not there. Default: the main one.")
+        str | None, typer.Option(help="Branch, created if it does not exist. Default: the main branch.")
     ] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload predictor",
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload predictor",
 ) -> None:
-    """Put a predictor with its model card on the Hub. Uses the token of `hf auth login` or HF_TOKEN."""
+    """Upload a predictor with its model card to the Hub, with the token of `hf auth login` or HF_TOKEN."""
     from .predictor import push_predictor
 
     try:

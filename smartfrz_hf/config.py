@@ -143,18 +143,26 @@ class SmartFRZConfig(PushToHubMixin):
     unfreeze_on_restart: bool = _option(True, "Train everything again when the learning rate rises again.")
     max_depth: int | None = _option(None, "Most units (stem included) that may freeze. Default: no limit.")
     when_all_frozen: str = _option(
-        "keep_last", "When all that can train is frozen: keep the last unit active, or stop.", choices=["keep_last", "stop"]
+        "keep_last",
+        "When all that can train is frozen: keep the last unit active, or stop.",
+        choices=["keep_last", "stop"],
     )
     record_every: float = _option(0.005, "Time between snapshots: below 1 a fraction of the run, else steps.")
     sampling_seed: int = _option(0, "Seed of the sampled weight positions.")
-    first_decision: float = _option(0.05, "Time of the first freezing stage: below 1 a fraction of the run, else steps.")
+    first_decision: float = _option(
+        0.05, "Time of the first freezing stage: below 1 a fraction of the run, else steps."
+    )
     decide_every: float = _option(0.05, "Time between freezing stages: below 1 a fraction of the run, else steps.")
     probe_examples: int = _option(16, "Most examples that run again at each freezing stage; 0 turns the probe off.")
     activation_cache: bool = _option(True, "Keep the output of the frozen front for rows that come again.")
-    cache_memory: Size | str | float = _option(0.25, "Memory of the cache: a fraction of what is free, or bytes (8GB).")
+    cache_memory: Size | str | float = _option(
+        0.25, "Memory of the cache: a fraction of what is free, or bytes (8GB)."
+    )
     cache_disk: Size | str | float = _option(0.0, "Disk of the cache: a fraction of what is free, or bytes (100GB).")
     cache_folder: str | None = _option(None, "Folder for the cache on disk. Default: the one for temporary files.")
-    cache_dtype: str = _option("exact", "Format of the kept outputs; all but `exact` round.", choices=list(CACHE_DTYPES))
+    cache_dtype: str = _option(
+        "exact", "Format of the kept outputs; all but `exact` round.", choices=list(CACHE_DTYPES)
+    )
     cache_exact: bool = _option(True, "Use an output again only where computing it would give the same bits.")
     frozen_dtype: str | None = _option(
         None, "Precision in which frozen blocks compute. Default: the model's.", choices=list(FROZEN_DTYPES)
@@ -263,7 +271,9 @@ class SmartFRZConfig(PushToHubMixin):
             try:
                 file = Path(hf_hub_download(os.fspath(name), CONFIG_NAME, **kwargs))
             except (OSError, ValueError) as error:
-                raise OSError(f"{name} is no folder, and {CONFIG_NAME} of {name} cannot be loaded from the Hub: {error}") from error
+                raise OSError(
+                    f"{name} is no folder, and {CONFIG_NAME} of {name} cannot be loaded from the Hub: {error}"
+                ) from error
         return cls.from_dict(json.loads(file.read_text()))
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ._compat import TrainerHooks
 from .callback import SmartFRZCallback
 from .checkpoint import last_complete_checkpoint, load_state
 from .config import SmartFRZConfig
@@ -17,14 +17,8 @@ from .model.units import find_blocks
 from .policies import Policy
 from .predictor import SmartFRZPredictor
 
-# A mixin comes before the Trainer that it extends; only the type checker has to know which methods it can rely on.
-if TYPE_CHECKING:
-    _Extended = Trainer
-else:
-    _Extended = object
 
-
-class SmartFRZMixin(_Extended):
+class SmartFRZMixin(TrainerHooks):
     """
     Turns a subclass of [`~transformers.Trainer`] into one that freezes converged blocks.
 
@@ -75,39 +69,35 @@ class SmartFRZMixin(_Extended):
             reshard(self.model)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def around_training(self) -> Iterator[None]:
+        """Leave the model as it was found, also when training ends with an exception."""
         try:
-            return super()._inner_training_loop(*args, **kwargs)
+            yield
         finally:
-            # A Trainer that tries again with a smaller batch, and a user who does, finds nothing frozen.
             self.smartfrz.release()
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.smartfrz.save(folder)
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        self.smartfrz.resume_from = checkpoint
-        with self._only_what_has_state(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+    def before_checkpoint(self, folder: Path) -> None:
+        """Write the state of the run before the Trainer writes its own."""
+        self.smartfrz.save(folder)
 
     @contextmanager
-    def _only_what_has_state(self, checkpoint: str | None) -> Iterator[None]:
+    def around_loading(self, checkpoint: str | None) -> Iterator[None]:
         """
         Under FSDP2, the optimizer state of all parameters that require a gradient has to be in a checkpoint, or it does
         not load. So those whose state it does not hold require none meanwhile.
         """
+        self.smartfrz.resume_from = checkpoint
         state = load_state(checkpoint) if checkpoint and is_sharded(self.model_wrapped) else None
-        if state is None:
-            yield
-            return
-        # What trains again since this very step has no state yet.
-        before = [stage["depth"] for stage in state["ledger"]["stages"] if stage["step"] < state["step"]]
-        depth = max([state["depth"], *before[-1:]])
-        units = find_blocks(self.model_wrapped, self.smartfrz.config.blocks).units[:depth]
-        parameters = [p for unit in units for p in unit.named_parameters().values() if p.requires_grad]
+        parameters = []
+        if state is not None:
+            # What trains again since this very step has no state yet.
+            before = [stage["depth"] for stage in state["ledger"]["stages"] if stage["step"] < state["step"]]
+            depth = max([state["depth"], *before[-1:]])
+            units = find_blocks(self.model_wrapped, self.smartfrz.config.blocks, self.smartfrz.config.stem).units[
+                :depth
+            ]
+            parameters = [p for unit in units for p in unit.named_parameters().values() if p.requires_grad]
         try:
             for parameter in parameters:
                 parameter.requires_grad_(False)

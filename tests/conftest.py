@@ -1,10 +1,12 @@
-"""What every test shares: no network, no GPU unless asked for, two threads, and no deprecated call to transformers."""
+"""What every test shares: no network, no GPU unless asked for, one thread, and no deprecated call to transformers."""
 
 import os
 
 # Before any import: huggingface_hub and CUDA read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Of the programs that tests start, too: `make test` runs one test on each core.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import importlib.util
 import logging
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 class FailOnDeprecation(logging.Handler):
@@ -34,6 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # transformers also warns through the warnings module, often in the name of its caller.
     for module in ("transformers", "smartfrz_hf"):
         config.addinivalue_line("filterwarnings", f"error::FutureWarning:{module}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Tests of two processes fill two cores, so that not two of them should run at once.
+    for item in items:
+        if item.path.parent.name == "distributed":
+            item.add_marker(pytest.mark.xdist_group("distributed"))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import build
-from resuming import assert_same_end, run
+from resuming import assert_same_end, losses, run
 from safetensors.torch import load_file
 from training import Rows, predictor_that_says, train
 from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 
-from smartfrz_hf.checkpoint import HISTORY, STATE, last_complete_checkpoint
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
+from smartfrz_hf.checkpoint import STATE_FILE, TENSORS_FILE, last_complete_checkpoint, load_state, save_state
 
 SETTINGS = {
     "plain": {},
@@ -67,7 +69,7 @@ def test_frozen_units_are_frozen_from_the_first_resumed_step(tmp_path):
     stage = callback.ledger.stages[0]
     resumed, again = run(tmp_path, resume=str(tmp_path / f"checkpoint-{stage.step}"), max_steps=stage.step + 1)
     before = load_file(tmp_path / f"checkpoint-{stage.step}" / "model.safetensors")
-    for unit in again._stack.units[: stage.depth]:
+    for unit in again.run.stack.units[: stage.depth]:
         for key, parameter in unit.named_parameters().items():
             assert torch.equal(parameter, before[key]) and parameter not in resumed.optimizer.state
 
@@ -83,8 +85,8 @@ def warnings_of_library(caplog):
 def test_checkpoint_of_a_plain_trainer(tmp_path, warnings_of_library):
     train(tmp_path, trainer_class=Trainer, max_steps=8, save_strategy="steps", save_steps=8)
     trainer, callback = run(tmp_path, resume=str(tmp_path / "checkpoint-8"))
-    assert "There is no SmartFRZ state of step 8" in warnings_of_library.text
-    assert callback._history.steps[0] == 8 and all(stage.step > 8 for stage in callback.ledger.stages)
+    assert "checkpoint-8 holds no SmartFRZ state" in warnings_of_library.text
+    assert callback.run.observer.history.steps[0] == 8 and all(stage.step > 8 for stage in callback.ledger.stages)
     assert trainer.state.global_step == 20
 
 
@@ -99,7 +101,7 @@ def test_checkpoint_without_optimizer(tmp_path, warnings_of_library):
 def test_what_does_not_fit_is_refused(tmp_path):
     run(tmp_path, max_steps=6)
     checkpoint = tmp_path / "checkpoint-6"
-    kept = {name: (checkpoint / name).read_bytes() for name in (STATE, HISTORY)}
+    kept = {name: (checkpoint / name).read_bytes() for name in (STATE_FILE, TENSORS_FILE)}
 
     def refused(match, **settings):
         with pytest.raises(ValueError, match=match) as raised:
@@ -109,25 +111,28 @@ def test_what_does_not_fit_is_refused(tmp_path):
             (checkpoint / name).write_bytes(content)
 
     def change(**values):
-        (checkpoint / STATE).write_text(json.dumps(json.loads(kept[STATE]) | values))
+        content = json.loads(kept[STATE_FILE])
+        content["state"] |= {key: value for key, value in values.items() if key in content["state"]}
+        content |= {key: value for key, value in values.items() if key in content}
+        (checkpoint / STATE_FILE).write_text(json.dumps(content))
 
     refused("`sampling_seed` was 0 and is 1 now", config={"sampling_seed": 1})
     refused("`policy` was 'smartfrz' and is 'linear' now", policy="linear")
-    refused("history of shape", predictor=predictor_that_says(0.9, window=6))
+    refused("weight history has the shape", predictor=predictor_that_says(0.9, window=6))
     change(units=["stem", "block"])
-    refused("a model with the units")
+    refused("its model has the units")
     change(depth=9)
-    refused("a model with the units")
+    refused("its model has the units")
     change(step=5)
-    refused("it is of step 5")
+    refused("is of step 5")
     change(format=99, version="9.9")
     refused("written by version 9.9 of smartfrz_hf")
-    (checkpoint / STATE).write_bytes(kept[STATE][:100])
+    (checkpoint / STATE_FILE).write_bytes(kept[STATE_FILE][:100])
     refused("damaged")
-    (checkpoint / HISTORY).write_bytes(kept[HISTORY][:-1] + b"\0")
-    refused("missing or not the one")
-    (checkpoint / HISTORY).unlink()
-    refused("missing or not the one")
+    (checkpoint / TENSORS_FILE).write_bytes(kept[TENSORS_FILE][:-1] + b"\0")
+    refused("missing, or not the one")
+    (checkpoint / TENSORS_FILE).unlink()
+    refused("missing, or not the one")
 
 
 def test_another_threshold_is_said_and_taken(tmp_path, warnings_of_library):
@@ -158,7 +163,7 @@ def test_best_model(tmp_path, name, alone):
     for key, value in expected.state_dict().items():
         assert torch.equal(trainer.model.state_dict()[key], value), key
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
-    assert (best / STATE).is_file() and all(p.requires_grad for p in trainer.model.parameters())
+    assert (best / STATE_FILE).is_file() and all(p.requires_grad for p in trainer.model.parameters())
 
 
 def test_last_complete_checkpoint(tmp_path):
@@ -169,6 +174,44 @@ def test_last_complete_checkpoint(tmp_path):
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-last").mkdir()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+OLD = Path(__file__).parent / "data" / "checkpoint_format_1"
+
+
+def test_checkpoints_of_the_first_format_resume(tmp_path):
+    """The files were written by smartfrz_hf 0.1, with a weight history and a front probe."""
+    options = {"max_depth": 2, "first_decision": 4, "decide_every": 4, "record_every": 1}
+
+    def go(resume=None):
+        callback = SmartFRZCallback(SmartFRZConfig(**options), predictor_that_says(0.9, front_probe=True))
+        changes = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10, "resume": resume}
+        return train(tmp_path, [callback], **changes), callback
+
+    whole = go()
+    checkpoint = tmp_path / "checkpoint-10"
+    for file in checkpoint.glob("smartfrz_*"):
+        file.unlink()
+    for file in OLD.iterdir():
+        shutil.copy(file, checkpoint)
+    again = go(str(checkpoint))
+    assert losses(whole[0]) | losses(again[0]) == losses(whole[0])
+    for key, value in whole[0].model.state_dict().items():
+        assert torch.equal(value, again[0].model.state_dict()[key]), key
+    assert whole[1].ledger.stages == again[1].ledger.stages
+    assert whole[1].ledger.decisions == again[1].ledger.decisions
+    probes = [callback.run.observer for _, callback in (whole, again)]
+    assert torch.equal(probes[0].history.snapshots(), probes[1].history.snapshots())
+    assert 0 < again[1].ledger.compute_saved < 1
+
+
+def test_any_nested_state_comes_back(tmp_path):
+    state = {"step": 3, "a": [1, {"b": torch.arange(3)}, None], "c": {"d": torch.zeros(2, 1, dtype=torch.bfloat16)}}
+    save_state(state, tmp_path)
+    back = load_state(tmp_path)
+    assert torch.equal(back["a"][1].pop("b"), state["a"][1].pop("b"))
+    assert torch.equal(back["c"].pop("d"), state["c"].pop("d")) and back == state
+    assert load_state(tmp_path / "elsewhere") is None
 
 
 def start(folder, *words):

@@ -12,7 +12,7 @@ from training import Rows, arguments, assert_left_alone, assert_same_run, predic
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer
-from smartfrz_hf.checkpoint import STATE
+from smartfrz_hf.checkpoint import STATE_FILE
 
 EITHER = pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback alone"])
 
@@ -64,7 +64,7 @@ def test_the_best_checkpoint_in_a_used_folder_has_its_own_state(tmp_path):
         trainer, callback = make(tmp_path, True, {"policy": "static", "static_depth": depth}, **changes)
         trainer.train()
         best = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
-        assert json.loads((best / STATE).read_text())["depth"] == depth
+        assert json.loads((best / STATE_FILE).read_text())["state"]["depth"] == depth
 
 
 class OutOfMemory(TrainerCallback):
@@ -228,7 +228,7 @@ def test_hyperparameter_search(tmp_path, alone, monkeypatch):
     assert all([(s.step, s.depth) for s in ledger.stages] == [(5, 3)] for ledger in ledgers)
     for model in models:
         assert_left_alone(model)
-    saved = list(tmp_path.rglob(STATE))
+    saved = list(tmp_path.rglob(STATE_FILE))
     assert not saved if alone else {path.parts[-3] for path in saved} == {"run-0", "run-2"}
     by_itself, other = make(tmp_path / "itself", alone, {"max_depth": 3}, model_init=lambda: build("bert"), **changes)
     by_itself.args.max_steps = 20

@@ -117,12 +117,7 @@ class ActivationCache:
         prefix = self._prefix
         assert prefix is not None
         training = self.stack.model.training
-        if (
-            self.bypass
-            or prefix.busy
-            or self.depth < MIN_DEPTH
-            or (training and self.meter is not None and self.meter.counting)
-        ):
+        if self.bypass or prefix.busy or self.depth < MIN_DEPTH:
             return prefix.plain(*args, **kwargs)
         if training and self.last_epoch and not len(self.store):
             return prefix.plain(*args, **kwargs)

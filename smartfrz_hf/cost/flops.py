@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.utils import logging
 
+from .._compat import forget_failed_pass
 from ..model.nested import main_input_elements
 from ..model.units import BlockStack
 from ..signals.probe import ROWS, FirstBatch
-from .ledger import Flops
+from .ledger import HEAD, Flops
 from .trace import PassCosts, TrainableWeights, count_pass
 
 logger = logging.get_logger(__name__)
-
-HEAD = "head"
 
 
 class ComputeMeter:
@@ -28,8 +28,8 @@ class ComputeMeter:
 
     Forward and backward: one forward pass of a few training rows is counted, see [`~smartfrz_hf.cost.trace.count_pass`].
     It shows what each unit costs per element (token, pixel) of the model's main input, and how much of its backward
-    pass is needed at each depth. A hook counts the elements of each training pass; passes in evaluation mode or without
-    gradients do not count. Costs that do not grow with the batch, such as those of DeBERTa's relative positions, are
+    pass is needed at each depth. A hook counts the elements of each pass in training mode; without gradients, as in
+    gradient caching, it has no backward pass. Costs that do not grow with the batch, such as those of DeBERTa's relative positions, are
     scaled like all others. The counted pass itself is left out.
 
     Optimizer: the counter does not see elementwise work, so a convention stands in for it. In each optimizer step, an
@@ -39,7 +39,7 @@ class ComputeMeter:
     they were frozen from the start.
 
     Args:
-        model ([`~torch.nn.Module`]): the model that the training loop calls, outside DDP.
+        model ([`~torch.nn.Module`]): the model that the training loop calls.
         stack ([`BlockStack`]): its units, before any is frozen.
         optimizer (`torch.optim.Optimizer`, *optional*): without it the optimizer's FLOPs are left out.
         first_batch ([`FirstBatch`], *optional*): where the rows come from; by default the meter keeps some of its own.
@@ -52,17 +52,21 @@ class ComputeMeter:
         optimizer: Optimizer | None = None,
         first_batch: FirstBatch | None = None,
     ):
+        # DDP hands the batch on to the module inside it.
+        model = model.module if isinstance(model, DistributedDataParallel) else model
         self._model, self._stack, self._optimizer = model, stack, optimizer
         self._weights = TrainableWeights(model, stack)
         self._depth = self._latest = 0
         self._costs: PassCosts | None = None
         self._update: list[float] | None = None  # FLOPs of an optimizer step with nothing frozen, by unit
-        # What has run: elements and optimizer steps by depth, passes, and elements that a cache or a probe accounts for.
+        # What has run: elements and optimizer steps by depth, passes, elements of passes without gradients and of those
+        # beside training, and elements that a cache has left out.
         self._elements: Counter[int] = Counter()
         self._steps: Counter[int] = Counter()
-        self._passes = self._aside = 0
+        self._passes = self._forward_only = self._aside = 0
         self._skipped = [0.0] * len(stack)
-        self._earlier = {"spent": Flops(), "full": Flops()}  # from a checkpoint that has only sums
+        # Sums from a checkpoint of format 1.
+        self._earlier = {"spent": Flops(), "full": Flops()}
         self._taken = Flops()
         self._first_batch = first_batch or FirstBatch(model, ROWS)
         self._hook = model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
@@ -76,6 +80,14 @@ class ComputeMeter:
     def full(self) -> Flops:
         """FLOPs that the training so far would have cost with nothing frozen and no activation cache."""
         return sum(self._full_by_unit(), self._earlier["full"])
+
+    @property
+    def unit_parameters(self) -> dict[str, int]:
+        """Parameters that were trainable at the start, by unit and `"head"` (everything else)."""
+        sizes = [0] * (len(self._stack) + 1)
+        for parameter, unit in self._weights.units.items():
+            sizes[unit] += parameter.numel()
+        return dict(zip(self._names, sizes, strict=True))
 
     @property
     def unit_flops(self) -> dict[str, Flops]:
@@ -110,6 +122,7 @@ class ComputeMeter:
                 "they are estimated from its trainable parameters. Training is not affected."
             )
             self._costs = _by_parameters(self._weights)
+            forget_failed_pass(self._model)
 
     def end_of_step(self) -> None:
         """To be called after each optimizer step, before its gradients are cleared."""
@@ -149,7 +162,8 @@ class ComputeMeter:
     def state_dict(self) -> dict[str, Any]:
         """
         JSON values: `costs` (`forward` and `backward` of [`PassCosts`]; `None` until counted), `update` (FLOPs of an
-        optimizer step by unit, or `None`), `elements` and `steps` (by depth), `passes`, `probe_elements`,
+        optimizer step by unit, or `None`), `elements` and `steps` (by depth), `passes`, `forward_elements` (of passes
+        without gradients), `probe_elements`,
         `skipped_elements` (by unit), `earlier` (`spent` and `full` of a run whose checkpoint holds only these sums).
         """
         return {
@@ -158,6 +172,7 @@ class ComputeMeter:
             "elements": {str(depth): count for depth, count in self._elements.items()},
             "steps": {str(depth): count for depth, count in self._steps.items()},
             "passes": self._passes,
+            "forward_elements": self._forward_only,
             "probe_elements": self._aside,
             "skipped_elements": self._skipped,
             "earlier": {name: asdict(flops) for name, flops in self._earlier.items()},
@@ -169,22 +184,25 @@ class ComputeMeter:
         self._update = state["update"]
         self._elements = Counter({int(depth): count for depth, count in state["elements"].items()})
         self._steps = Counter({int(depth): count for depth, count in state["steps"].items()})
-        self._passes, self._aside = state["passes"], state["probe_elements"]
+        self._passes = state["passes"]
+        self._forward_only, self._aside = state["forward_elements"], state["probe_elements"]
         self._skipped = list(state["skipped_elements"])
         self._earlier = {name: Flops(**flops) for name, flops in state["earlier"].items()}
         self._taken = self.spent
+        if self._costs is not None:
+            self._first_batch.close()
 
     def _before_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if module.training and torch.is_grad_enabled():
-            self._latest = main_input_elements(module, (args, kwargs))
+        self._latest = main_input_elements(module, (args, kwargs)) if module.training else 0
+        if torch.is_grad_enabled():
             self._elements[self._depth] += self._latest
-            self._passes += 1
+            self._passes += module.training
         else:
-            self._latest = 0
+            self._forward_only += self._latest
 
     def _spent_by_unit(self) -> list[Flops]:
         skipped = [*self._skipped, 0.0]
-        ran = self._elements.total() + self._aside
+        ran = self._elements.total() + self._forward_only + self._aside
         costs = self._costs or _nothing(len(self._stack) + 1)
         return [
             Flops(
@@ -199,17 +217,24 @@ class ComputeMeter:
         elements, steps = self._elements.total(), self._steps.total()
         costs = self._costs or _nothing(len(self._stack) + 1)
         return [
-            Flops(costs.forward[unit] * elements, costs.backward[unit][0] * elements, update * steps)
+            Flops(
+                costs.forward[unit] * (elements + self._forward_only),
+                costs.backward[unit][0] * elements,
+                update * steps,
+            )
             for unit, update in enumerate(self._updates)
         ]
+
+    @property
+    def _names(self) -> list[str]:
+        return [*self._stack.names, HEAD]
 
     @property
     def _updates(self) -> list[float]:
         return self._update or [0.0] * (len(self._stack) + 1)
 
     def _average(self, by_unit: list[Flops]) -> dict[str, Flops]:
-        names = [*self._stack.names, HEAD]
-        return {name: flops * (1 / max(self._passes, 1)) for name, flops in zip(names, by_unit, strict=True)}
+        return {name: flops * (1 / max(self._passes, 1)) for name, flops in zip(self._names, by_unit, strict=True)}
 
     def _count_update(self, optimizer: Optimizer) -> list[float]:
         """FLOPs of an optimizer step with nothing frozen, by unit."""
@@ -249,6 +274,7 @@ def upgrade_meter_state(state: Mapping[str, Any]) -> dict[str, Any]:
         "elements": {},
         "steps": {},
         "passes": 0,
+        "forward_elements": 0,
         "probe_elements": 0,
         "skipped_elements": [0.0] * (units - 1),
         "earlier": {"spent": state["spent"], "full": state["full"]},

@@ -1,7 +1,12 @@
 """The ledger of a run: what froze when and why, what it cost and what it saved."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+HEAD = "head"
+CACHE_NOW = ("bytes_memory", "bytes_disk", "off")  # fields of a cache that are no sums
 
 
 @dataclass(frozen=True)
@@ -73,21 +78,24 @@ class CacheSavings:
 @dataclass
 class Ledger:
     """
-    What froze when and why, and what it saved.
+    What froze when and why, and what it saved. `print` shows it as a table.
 
     Attributes:
         units (`list[str]`): names of all units, front first.
+        unit_parameters (`dict[str, int]`): how many parameters of each unit, and of `"head"` (everything else), were
+            trainable at the start.
         max_steps (`int`): optimizer steps of the run.
         stages (`list[Stage]`): the freezing stages that changed the depth.
         decisions (`int`): how often the policy was asked.
-        spent, full ([`Flops`]): of the training so far, and what it had cost with nothing frozen and no cache.
-        unit_flops, full_unit_flops (`dict[str, Flops]`): of one average micro-batch, by unit and `"head"` (everything
-            else), as far as it is frozen now, and with nothing frozen. What a cache leaves out is not subtracted.
+        spent, full ([`Flops`]): of the training so far, and what it would have cost with nothing frozen and no cache.
+        unit_flops, full_unit_flops (`dict[str, Flops]`): the same by unit and `"head"`, for the average training pass
+            so far.
         frozen_parameters, trainable_parameters (`int`): frozen now, and trainable at the start.
         cache ([`CacheSavings`], *optional*): what the activation cache saved; `None` without one.
     """
 
     units: list[str] = field(default_factory=list)
+    unit_parameters: dict[str, int] = field(default_factory=dict)
     max_steps: int = 0
     stages: list[Stage] = field(default_factory=list)
     decisions: int = 0
@@ -106,8 +114,17 @@ class Ledger:
 
     @property
     def freeze_steps(self) -> dict[str, int]:
-        """The step at which each unit that is frozen froze, by the unit's name."""
-        return {unit: spans[-1][0] for unit, spans in self.frozen_spans.items() if spans[-1][1] == self.max_steps}
+        """The step at which each unit that is frozen now froze."""
+        steps: dict[str, int] = {}
+        depth = 0
+        for stage in self.stages:
+            for unit in stage.units:
+                if stage.depth > depth:
+                    steps[unit] = stage.step
+                else:
+                    steps.pop(unit, None)
+            depth = stage.depth
+        return steps
 
     @property
     def frozen_spans(self) -> dict[str, list[tuple[int, int]]]:
@@ -131,10 +148,15 @@ class Ledger:
     @property
     def compute_saved(self) -> float:
         """Share of the FLOPs so far (forward, backward and optimizer) that freezing and the cache have saved."""
-        return 1 - self.spent.total / self.full.total if self.full.total else 0.0
+        return _saved(self.spent, self.full)
+
+    @property
+    def unit_compute_saved(self) -> dict[str, float]:
+        """The same for the FLOPs of each unit and of `"head"`."""
+        return {unit: _saved(self.unit_flops[unit], full) for unit, full in self.full_unit_flops.items()}
 
     def logs(self) -> dict[str, float]:
-        """What goes to `log_history` and the trackers: three figures, and three more of the cache if there is one."""
+        """What goes to `log_history` and the trackers: three values, and three more if there is a cache."""
         logs = {
             "freeze/depth": self.depth,
             "freeze/frozen_fraction": self.frozen_fraction,
@@ -146,12 +168,67 @@ class Ledger:
             logs["freeze/cache_seconds_saved"] = self.cache.seconds_saved
         return logs
 
+    def summary(self) -> str:
+        """A table with one line per unit, and the totals below it."""
+        if not self.units:
+            return "Nothing to show: training has not begun."
+        saved, steps = self.unit_compute_saved, self.freeze_steps
+        rows = [("unit", "parameters", "froze at step", "compute saved")]
+        for unit in (*self.units, HEAD):
+            parameters = f"{self.unit_parameters[unit]:,}" if unit in self.unit_parameters else "?"
+            rows.append((unit, parameters, str(steps.get(unit, "-")), f"{saved.get(unit, 0.0):.1%}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join(
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+                ]
+            )
+            for row in rows
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        lines.append(lines[1])
+        lines.append(
+            f"frozen now: {self.depth} of {len(self.units)} units, {self.frozen_parameters:,} of "
+            f"{self.trainable_parameters:,} trainable parameters ({self.frozen_fraction:.1%})"
+        )
+        lines.append(
+            f"compute saved: {self.compute_saved:.1%} ({self.spent.total:.3g} of {self.full.total:.3g} FLOPs were spent)"
+        )
+        if self.cache is not None:
+            held = (self.cache.bytes_memory + self.cache.bytes_disk) / 2**20
+            lines.append(
+                f"activation cache: {self.cache.hit_rate:.1%} of {self.cache.rows:,} rows found, "
+                f"{self.cache.seconds_saved:.1f} s saved, {held:.1f} MiB held"
+                + (f"; turned off: {self.cache.off}" if self.cache.off else "")
+            )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def plot(self, path: str | os.PathLike, title: str = "Freeze timeline") -> None:
+        """
+        Draw when each unit froze, see [`~smartfrz_hf.cost.plotting.plot_timeline`].
+
+        Args:
+            path (`str`): image file; its ending chooses the format.
+            title (`str`, *optional*): of the chart.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        from .plotting import plot_timeline
+
+        plot_timeline(self, path, title)
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain JSON values, for people."""
         return asdict(self) | {"freeze_steps": self.freeze_steps, **self.logs()}
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: the stages and decisions so far, and what the cache did."""
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values: `stages` (a list of dictionaries), `decisions`, `frozen_parameters` and `cache` (or `None`)."""
         return {
             "stages": [asdict(stage) for stage in self.stages],
             "decisions": self.decisions,
@@ -159,10 +236,15 @@ class Ledger:
             "cache": None if self.cache is None else asdict(self.cache),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave; a cache starts anew, with the savings so far."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned. A cache starts empty, but its sums go on."""
         self.stages = [Stage(**stage) for stage in state["stages"]]
         self.decisions, self.frozen_parameters = state["decisions"], state["frozen_parameters"]
         if self.cache is not None and state["cache"] is not None:
-            for name in ("rows", "hits", "seconds_saved", "bytes_read"):
-                setattr(self.cache, name, state["cache"][name])
+            for name, value in state["cache"].items():
+                if hasattr(self.cache, name) and name not in CACHE_NOW:
+                    setattr(self.cache, name, value)
+
+
+def _saved(spent: Flops, full: Flops) -> float:
+    return 1 - spent.total / full.total if full.total else 0.0

@@ -15,12 +15,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .._compat import uses_reentrant_checkpointing
+from .._compat import has_input_grads, uses_reentrant_checkpointing
 from ..distributed.fsdp import reshard
 from ..model.nested import named_tensors
 from ..model.units import BlockStack, evaluation_mode
 
 CONSTANT = -1  # the unit of a tensor that no trainable weight has gone into
+# Functions that keep no tensor for their backward pass.
+KEEP_NOTHING = {
+    *("__add__", "__iadd__", "__radd__", "add", "add_", "contiguous", "detach", "dropout", "flatten", "permute"),
+    *("reshape", "squeeze", "to", "transpose", "unsqueeze", "view"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,12 @@ class TrainableWeights:
 
     Attributes:
         units (`dict[torch.nn.Parameter, int]`): index of the unit of each trainable parameter, in the model's order.
+        input_grads (`bool`): whether the output of the embeddings requires a gradient whatever trains, as PEFT needs
+            it under activation checkpointing. Freezing the stem ends it.
     """
 
     def __init__(self, model: nn.Module, stack: BlockStack):
-        self.head = len(stack)
+        self.head, self.input_grads = len(stack), has_input_grads(stack.model)
         unit_of = {
             parameter: index
             for index, unit in reversed([*enumerate(stack.units)])
@@ -90,20 +97,27 @@ class _Tracer(TorchFunctionMode):
         self._last = CONSTANT
         self._running: list[int] = []
         self._started: list[float] = []
+        self._tail = 0.0  # FLOPs of the latest product, if nothing since has kept a tensor
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         before = self.counter.get_total_flops()
-        result = func(*args, **kwargs or {})
+        result = func(*args, **kwargs)
         flops: float = self.counter.get_total_flops() - before
-        if func is nn.functional.scaled_dot_product_attention:  # not every kernel of it is known to the counter
-            flops = _attention_flops(*args, **kwargs or {})
-        operands = [t for _, t in named_tensors((args, kwargs or {})) if t.is_floating_point()]
-        marks = [self._mark_of(operand) for operand in operands]
+        tensors = [t for _, t in named_tensors((args, kwargs)) if t.is_floating_point()]
+        last = max(map(self._mark_of, tensors), default=CONSTANT)
+        operands = sorted(self._mark_of(t) for t in tensors if t.dim() > 1)[-2:]
+        if func is nn.functional.scaled_dot_product_attention:
+            # Not all its kernels are known to the counter. A fused one computes all gradients, whichever are needed.
+            flops, operands = _attention_flops(*args, **kwargs), [last, last]
         if flops:
-            self._add(flops, sorted(m for m, operand in zip(marks, operands, strict=True) if operand.dim() > 1)[-2:])
-        self._mark_result(func, result, operands, max(marks, default=CONSTANT))
+            self._tail = flops
+            self._add(flops, operands)
+        elif last > CONSTANT and _keeps_tensors(func, *args, **kwargs):
+            self._tail = 0.0
+        self._mark_result(func, result, tensors, last)
         return result
 
     def mark(self, value: Any, unit: int) -> None:
@@ -125,18 +139,23 @@ class _Tracer(TorchFunctionMode):
         """After a module of a unit has run."""
         self._running.pop()
 
-    def begin_reentrant(self, unit: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before a block under reentrant checkpointing runs: where it is the first active one, its input gets a gradient."""
+    def begin_block(self, at_least: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before a block runs that is given a gradient to its input where the unit `at_least`, or an earlier one, trains."""
         for _, tensor in named_tensors((args, kwargs)):
-            self.mark(tensor, max(self._mark_of(tensor), unit))
+            self.mark(tensor, max(self._mark_of(tensor), at_least))
 
     def begin_checkpoint(self, *_: Any) -> None:
         """Before a module under activation checkpointing runs."""
         self._started.append(sum(self.forward))
 
     def end_checkpoint(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """The forward pass of a module under activation checkpointing runs again if its output needs a gradient."""
+        """
+        The forward pass of a module under activation checkpointing runs again if its output needs a gradient, unless
+        reentrant only up to the last tensor that its backward pass needs.
+        """
         again = sum(self.forward) - self._started.pop()
+        if not uses_reentrant_checkpointing(module):
+            again -= self._tail
         last = max((self._mark_of(t) for _, t in named_tensors(output) if t.is_floating_point()), default=CONSTANT)
         if last > CONSTANT:
             self.backward[self._unit][last] += again
@@ -166,6 +185,13 @@ class _Tracer(TorchFunctionMode):
             result = operands[0]
         self.mark(result, unit)
         self._last = max(self._last, unit)
+
+
+def _keeps_tensors(func: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "dropout":  # nothing happens in evaluation mode
+        return bool(kwargs.get("p", args[1] if len(args) > 1 else 0.5))
+    return name not in KEEP_NOTHING and not name.startswith("is_") and name not in ("__get__", "size", "dim")
 
 
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> float:
@@ -208,9 +234,11 @@ def count_pass(
                     module.register_forward_pre_hook(partial(tracer.begin_unit, index), prepend=True)
                 )
                 context.enter_context(module.register_forward_hook(tracer.end_unit))
-                if uses_reentrant_checkpointing(module):
-                    hook = partial(tracer.begin_reentrant, index)
-                    context.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for index, block in enumerate(stack.blocks, start=1):
+            # What may enter the block needs a gradient, though no trainable weight went into it.
+            at_least = index if uses_reentrant_checkpointing(block) else 0 if weights.input_grads else CONSTANT
+            hook = partial(tracer.begin_block, at_least)
+            context.enter_context(block.register_forward_pre_hook(hook, with_kwargs=True))
         tracer.mark((args, kwargs), CONSTANT)
         context.callback(reshard, model)
         context.enter_context(evaluation_mode(model))

@@ -91,5 +91,5 @@ class Policy(ABC):
         """What the policy has to remember when a run resumes: plain JSON values and tensors. Empty by default."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Go on from what `state_dict` gave."""

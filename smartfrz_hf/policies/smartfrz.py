@@ -3,8 +3,7 @@
 import torch
 from transformers.utils import logging
 
-from ..predictor import SmartFRZPredictor
-from ..predictor.features import PROBE_FEATURES, contexts, probe_features
+from ..predictor import SmartFRZPredictor, build_inputs
 from ..signals.weights import WeightHistory
 from .base import Decision, Observation, Policy
 
@@ -62,21 +61,15 @@ class SmartFRZPolicy(Policy):
     @torch.no_grad()
     def score(self, observation: Observation, history: WeightHistory, snapshots: torch.Tensor) -> list[float]:
         """Probability, per active unit with these snapshots, that it has converged."""
-        depth, device = observation.depth, self.predictor.device
-        rates = observation.rates
-        steps = torch.tensor(history.steps[-history.filled :])
-        spent = torch.cat([torch.zeros(history.window - history.filled), rates.spent[steps]])
-        features, usable = self.predictor.read(
-            snapshots.to(device),
-            history.start[depth:].to(device),
-            history.mask().to(device),
-            spent.to(device),
+        device, rates, front = self.predictor.device, observation.rates, observation.probe
+        inputs = build_inputs(
+            self.predictor.config,
+            snapshots[:, -history.filled :].to(device),
+            history.start[observation.depth :].to(device),
+            rates.spent[history.steps[-history.filled :]].to(device),
+            rates.relative[observation.step],
+            observation.progress,
+            None if front is None else front.changes,
+            observation.depth,
         )
-        context = contexts(observation.units, observation.progress, rates.relative[observation.step], spent[-1])
-        if self.front_probe:
-            probe = observation.probe
-            moved = torch.zeros(observation.units, PROBE_FEATURES)  # not known
-            if probe is not None and probe.changes is not None:
-                moved = probe_features(probe.changes)
-            context = torch.cat([context, moved], dim=-1)
-        return self.predictor(features, usable, context[depth:].to(device)).probabilities.tolist()
+        return self.predictor(*inputs).probabilities.tolist()

@@ -1,14 +1,17 @@
-"""The predictor: has a unit's representation become what it will be at the end of the run?"""
+"""The predictor: gives the probability that a unit's representation is already what it will be at the end of the run."""
 
 from .configuration import SmartFRZPredictorConfig
+from .features import PredictorInputs, build_inputs
 from .hub import FILES, default_predictor_path, load_predictor, push_predictor
 from .modeling import SmartFRZPredictor, SmartFRZPredictorOutput
 
 __all__ = [
     "FILES",
+    "PredictorInputs",
     "SmartFRZPredictor",
     "SmartFRZPredictorConfig",
     "SmartFRZPredictorOutput",
+    "build_inputs",
     "default_predictor_path",
     "load_predictor",
     "push_predictor",

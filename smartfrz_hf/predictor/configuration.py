@@ -6,12 +6,16 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..config import OPERATING_POINTS
-from .features import CONTEXT, DYNAMICS, PROBE_FEATURES
 
 logger = logging.get_logger(__name__)
 
 FORMS = ("dynamics", "weights")
 DEFAULT_POINTS = {"conservative": 0.9, "balanced": 0.7, "aggressive": 0.5}
+SIZES = ("window", "weights_per_unit", "encoder_size", "attention_size", "unit_size", "head_size")
+RENAMED = {"samples": "weights_per_unit"}
+
+# Numbers per snapshot that describe how the weights move, per unit that say where it stands, and of the front probe.
+DYNAMICS_SIZE, CONTEXT_SIZE, PROBE_SIZE = 10, 4, 7
 
 
 class SmartFRZPredictorConfig(PreTrainedConfig):
@@ -20,25 +24,38 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
 
     Args:
         form (`str`, *optional*, defaults to `"dynamics"`):
-            What a snapshot is to the encoders. `"weights"`: the sampled weights themselves, the paper's form.
-            `"dynamics"`: scale-free quantities of how they move, which do not depend on the order or number of
-            samples, together with where in the run and in the model the unit stands.
-        window (`int`, *optional*, defaults to `20`): snapshots in a history.
-        weights_per_unit (`int`, *optional*, defaults to `1024`): sampled weights in a snapshot.
+            How a snapshot enters the encoders. `"weights"`: as the sampled weights themselves, as in the paper.
+            `"dynamics"`: as scale-free quantities of how the weights move, which do not depend on the order or number of
+            the weights, together with the position of the unit in the model and in the run.
+        window (`int`, *optional*, defaults to `20`): number of snapshots in a history.
+        weights_per_unit (`int`, *optional*, defaults to `1024`):
+            Number of sampled weights in a snapshot. Predictors saved under its former name, `samples`, still load.
         encoder_size (`int`, *optional*, defaults to `16`): width of the hidden layers of the query, key and value MLPs.
         attention_size (`int`, *optional*, defaults to `8`): size of queries, keys and values.
-        unit_size (`int`, *optional*, defaults to `16`): size of the vector that stands for a unit (`"dynamics"` only).
+        unit_size (`int`, *optional*, defaults to `16`): size of the vector that represents a unit (`"dynamics"` only).
         unit_attention (`bool`, *optional*, defaults to `True`): whether units attend to each other (`"dynamics"` only).
-        front_sum (`bool`, *optional*, defaults to `True`): whether the odds against freezing add up over the units of
-            the front (`"dynamics"` only).
-        front_probe (`bool`, *optional*, defaults to `False`): whether it is told how the front probe probe_features (`"dynamics"`
-            only).
+        front_sum (`bool`, *optional*, defaults to `True`):
+            Whether the odds against freezing a unit include those of all units in front of it (`"dynamics"` only).
+        front_probe (`bool`, *optional*, defaults to `False`):
+            Whether the inputs include how the outputs on the front probe move (`"dynamics"` only).
         head_size (`int`, *optional*, defaults to `16`): width of the hidden layers of the head.
-        operating_points (`dict[str, float]`, *optional*): probability from which a unit counts as converged, for
-            `"conservative"`, `"balanced"` and `"aggressive"` freezing.
+        operating_points (`dict[str, float]`, *optional*):
+            Probability from which a unit counts as converged, for `"conservative"`, `"balanced"` and `"aggressive"`
+            freezing.
 
     Raises:
-        ValueError: `form` is unknown, or cannot be told of the front probe, or a size is below 1.
+        ValueError: `form` is unknown or has no front probe, a size is below 1, or an operating point is missing or is no
+            probability.
+
+    Example:
+
+    ```python
+    >>> from smartfrz_hf import SmartFRZPredictorConfig
+
+    >>> config = SmartFRZPredictorConfig(window=10, front_probe=True)
+    >>> config.input_size, config.context_size
+    (10, 11)
+    ```
     """
 
     model_type = "smartfrz_predictor"
@@ -56,21 +73,24 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
     operating_points: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_POINTS))
 
     def __post_init__(self, **kwargs):
-        known = {*dir(self), "use_cache"}  # which the Trainer writes into any configuration
+        for old, new in RENAMED.items():
+            if old in kwargs:
+                setattr(self, new, kwargs.pop(old))
+        known = {*dir(self), "use_cache"}  # the Trainer writes `use_cache` into any configuration
         super().__post_init__(**kwargs)
         unknown = sorted(name for name in kwargs if name not in known and not name.startswith("_"))
         if unknown:
             logger.warning(
-                f"SmartFRZPredictorConfig does not know {', '.join(unknown)}: was the predictor made with a newer version "
-                "of smartfrz_hf? It may not give what it is meant to."
+                f"SmartFRZPredictorConfig ignores the unknown keys {', '.join(unknown)}. The predictor may need a newer "
+                "version of smartfrz_hf: pip install --upgrade smartfrz_hf"
             )
         if self.form not in FORMS:
             raise ValueError(f"`form` is {self.form!r}; it must be one of {', '.join(map(repr, FORMS))}.")
         if self.front_probe and self.form == "weights":
-            raise ValueError('`front_probe` is for `form="dynamics"`: the paper\'s form is told of the weights alone.')
-        for name in ("window", "weights_per_unit", "encoder_size", "attention_size", "unit_size", "head_size"):
+            raise ValueError('`front_probe=True` needs `form="dynamics"`; set it to False for `form="weights"`.')
+        for name in SIZES:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number from 1 on.")
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number of at least 1.")
         points = self.operating_points
         if set(points) != set(OPERATING_POINTS) or not all(0 <= value <= 1 for value in points.values()):
             raise ValueError(
@@ -80,11 +100,11 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
     @property
     def input_size(self) -> int:
         """Numbers per snapshot that enter the encoders."""
-        return self.weights_per_unit if self.form == "weights" else DYNAMICS
+        return self.weights_per_unit if self.form == "weights" else DYNAMICS_SIZE
 
     @property
     def context_size(self) -> int:
-        """Numbers per unit that enter the head beside what attention gives."""
+        """Numbers per unit that describe its position, and its outputs on the front probe if these are used."""
         if self.form == "weights":
             return 0
-        return CONTEXT + PROBE_FEATURES if self.front_probe else CONTEXT
+        return CONTEXT_SIZE + PROBE_SIZE if self.front_probe else CONTEXT_SIZE

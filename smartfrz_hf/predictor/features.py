@@ -1,59 +1,122 @@
-"""What the predictor is told: how sampled weights move, and where each unit stands, in terms that transfer to any model."""
+"""The inputs of the predictor, for training it and for using it: how sampled weights move, and where each unit stands."""
+
+from typing import NamedTuple
 
 import torch
 
-DYNAMICS = 10
-CONTEXT = 4
-PROBE_FEATURES = 7
+from .configuration import PROBE_SIZE, SmartFRZPredictorConfig
+
 EPSILON = 1e-12
-MIN_RATIO, MAX_RATIO = 1e-6, 1e3  # a ratio outside says no more than one at the bound
+MIN_RATIO, MAX_RATIO = 1e-6, 1e3
+
+
+class PredictorInputs(NamedTuple):
+    """
+    The inputs of [`SmartFRZPredictor`] at one freezing stage.
+
+    Attributes:
+        features (`torch.Tensor` of shape `(units, window, input_size)`): the history of each unit, oldest snapshot first.
+        usable (`torch.Tensor` of shape `(units, window)`, `bool`): which snapshots have features.
+        context (`torch.Tensor` of shape `(units, 4)`, or `(units, 11)` with a front probe):
+            Where each unit stands in the model and in the run, and how its outputs on the front probe move.
+    """
+
+    features: torch.Tensor
+    usable: torch.Tensor
+    context: torch.Tensor
+
+
+def build_inputs(
+    config: SmartFRZPredictorConfig,
+    snapshots: torch.Tensor,
+    start: torch.Tensor,
+    spent: torch.Tensor,
+    relative_rate: torch.Tensor,
+    progress: float,
+    probe_changes: torch.Tensor | None = None,
+    depth: int = 0,
+) -> PredictorInputs:
+    """
+    Build the inputs of the predictor from what was recorded of a run. Training and freezing stages both use this function.
+
+    Args:
+        config ([`SmartFRZPredictorConfig`]): form and sizes of the predictor.
+        snapshots (`torch.Tensor` of shape `(units, snapshots, weights_per_unit)`):
+            The sampled weights of the active units, oldest first: from 2 snapshots up to `config.window`.
+        start (`torch.Tensor` of shape `(units, weights_per_unit)`): the snapshot at the start of the run.
+        spent (`torch.Tensor` of shape `(snapshots,)`): share of the run's summed learning rate spent before each snapshot.
+        relative_rate (`torch.Tensor` of shape `()`): learning rate now, as a fraction of its peak.
+        progress (`float`): fraction of the run that is done.
+        probe_changes (`torch.Tensor` of shape `(depth + units, 4, 2)`, *optional*):
+            What the front probe measured, as in [`ProbeHistory`], for all units. Its features are zero if it is not given.
+        depth (`int`, *optional*, defaults to `0`): number of frozen units in front of the active ones.
+
+    Returns:
+        [`PredictorInputs`] of the active units.
+    """
+    units, filled = snapshots.shape[:2]
+    missing = config.window - filled
+    if missing:
+        snapshots = torch.cat([snapshots.new_zeros(units, missing, snapshots.shape[-1]), snapshots], dim=1)
+        spent = torch.cat([spent.new_zeros(missing), spent])
+    position = torch.arange(config.window, device=snapshots.device)
+    if config.form == "weights":
+        features, usable = snapshots, position >= missing
+    else:
+        usable = position > missing  # features compare a snapshot with the one before it
+        features = dynamics(snapshots, start, usable, spent)
+    context = unit_context(depth + units, progress, relative_rate, spent[-1])
+    if config.front_probe:
+        unknown = torch.zeros(depth + units, PROBE_SIZE)
+        context = torch.cat([context, unknown if probe_changes is None else probe_features(probe_changes)], dim=-1)
+    return PredictorInputs(features, usable.expand(units, -1), context[depth:].to(snapshots))
 
 
 def log_ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Decimal logarithm of `a / b`, bounded."""
+    """Decimal logarithm of `a / b`, within -6 and 3."""
     return (a / b.clamp(min=EPSILON)).clamp(MIN_RATIO, MAX_RATIO).log10()
 
 
-def dynamics(snapshots: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, spent: torch.Tensor) -> torch.Tensor:
+def dynamics(snapshots: torch.Tensor, start: torch.Tensor, usable: torch.Tensor, spent: torch.Tensor) -> torch.Tensor:
     r"""
-    How the sampled weights move, in quantities that know neither their scale, their order nor their number.
+    How the sampled weights move, in ten quantities that do not depend on their scale, order or number.
 
     With \\(w_t\\) the snapshot, \\(w_0\\) the one at the start of the run, \\(w_T\\) the last one,
     \\(u_t = w_t - w_{t-1}\\), \\(b_t\\) the share of the run's summed learning rate spent before the snapshot and
     \\(\Delta b_t = b_t - b_{t-1}\\), the ten quantities of a snapshot are
 
-    1. \\(\log_{10} \|u_t\| / \|w_T - w_0\|\\), the update against the whole way so far;
+    1. \\(\log_{10} \|u_t\| / \|w_T - w_0\|\\), the update against the displacement over the whole run so far;
     2. \\(\log_{10} \|u_t\| / \overline{\|u\|}\\), the update against the window's mean;
-    3. \\(\log_{10} \left(\|u_t\| / \Delta b_t\right) / \left(\sum \|u\| / \sum \Delta b\right)\\), the same for each
-       unit of learning rate;
-    4. \\(\cos(u_t, u_{t-1})\\), whether updates agree;
-    5. \\(\cos(u_t, w_T - w_0)\\), whether the update goes the way of the whole run;
-    6. \\(\log_{10} \|w_t - w_0\| / \|w_T - w_0\|\\), the displacement from the start against the whole way;
-    7. \\(\log_{10} \|w_T - w_{t-1}\| / \|w_T - w_0\|\\), the way since then against the whole way;
+    3. \\(\log_{10} \left(\|u_t\| / \Delta b_t\right) / \left(\sum \|u\| / \sum \Delta b\right)\\), the same per
+       learning rate spent;
+    4. \\(\cos(u_t, u_{t-1})\\), the agreement of successive updates;
+    5. \\(\cos(u_t, w_T - w_0)\\), the agreement of the update with the whole displacement;
+    6. \\(\log_{10} \|w_t - w_0\| / \|w_T - w_0\|\\), the displacement from the start;
+    7. \\(\log_{10} \|w_T - w_{t-1}\| / \|w_T - w_0\|\\), the displacement since the previous snapshot;
     8. \\(\|w_T - w_{t-1}\| / \sum_{s \ge t} \|u_s\|\\), the straightness of the path since then;
-    9. \\(\log_{10} \left(\|w_T - w_{t-1}\| / (b_T - b_{t-1})\right) (1 - b_T) / \|w_T - w_0\|\\), the way to come if it
-       goes on as it did since then, against the way come so far;
-    10. the snapshot's age, as a fraction of the window.
+    9. \\(\log_{10} \left(\|w_T - w_{t-1}\| / (b_T - b_{t-1})\right) (1 - b_T) / \|w_T - w_0\|\\), the displacement
+       expected in the rest of the run, if it continues as it has since then;
+    10. the age of the snapshot, as a fraction of the window.
 
-    Lengths are measured by the way that the run has come, and not by the weights' own norm: a pretrained model probe_features by a
-    small part of that, and what a network learns of it on models trained from scratch misleads it there.
+    Lengths are relative to the displacement so far, not to the norm of the weights: a pretrained model moves by a small
+    fraction of that norm, and a model trained from scratch by a large one.
 
     Args:
         snapshots (`torch.Tensor` of shape `(units, window, weights_per_unit)`): oldest first.
         start (`torch.Tensor` of shape `(units, weights_per_unit)`): the snapshot at the start of the run.
-        mask (`torch.Tensor` of shape `(window,)`, `bool`): which snapshots have a real one before them.
+        usable (`torch.Tensor` of shape `(window,)`, `bool`): which snapshots have a recorded one before them.
         spent (`torch.Tensor` of shape `(window,)`): share of the summed learning rate spent before each snapshot.
 
     Returns:
-        `torch.Tensor` of shape `(units, window, 10)`; zero where the mask is off.
+        `torch.Tensor` of shape `(units, window, 10)`; zero where a snapshot is not usable.
     """
-    real, window = mask.to(snapshots.dtype), len(mask)
+    real, window = usable.to(snapshots.dtype), len(usable)
     update = torch.zeros_like(snapshots)
     torch.sub(snapshots[:, 1:], snapshots[:, :-1], out=update[:, 1:])
     update *= real.unsqueeze(-1)
     whole = snapshots[:, -1] - start
-    # All lengths and angles follow from the products of updates with each other and with the whole way. Sums of many
-    # are taken in double precision, for what they leave can be small.
+    # All lengths and angles follow from the inner products of the updates and the whole displacement. They are summed in
+    # double precision, since large terms can cancel.
     products = torch.cat([update, whole.unsqueeze(1)], dim=1)
     products = (products @ products.transpose(1, 2)).double()
     inner, along, whole_squared = products[:, :-1, :-1], products[:, :-1, -1], products[:, -1:, -1]
@@ -86,39 +149,40 @@ def dynamics(snapshots: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, s
 
 
 def _sums_from(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """At each place of a dimension, the sum from there to its end."""
+    """At each position of a dimension, the sum from there to the end."""
     return values.flip(dim).cumsum(dim).flip(dim)
 
 
-def contexts(units: int, progress: float, rate: torch.Tensor, spent: torch.Tensor) -> torch.Tensor:
+def unit_context(units: int, progress: float, relative_rate: torch.Tensor, spent: torch.Tensor) -> torch.Tensor:
     """
-    Where each unit stands.
+    Where each unit stands in the model and in the run.
 
     Args:
-        units (`int`): of the whole model.
+        units (`int`): number of units of the whole model.
         progress (`float`): fraction of the run that is done.
-        rate (`torch.Tensor` of shape `()`): learning rate as a fraction of its peak.
+        relative_rate (`torch.Tensor` of shape `()`): learning rate as a fraction of its peak.
         spent (`torch.Tensor` of shape `()`): share of the summed learning rate that is spent.
 
     Returns:
-        `torch.Tensor` of shape `(units, 4)`, relative depth, progress, rate, and share of the rate still to come.
+        `torch.Tensor` of shape `(units, 4)`: relative depth, progress, relative learning rate, and the share of the summed
+        learning rate that is left.
     """
     depth = torch.arange(units) / max(1, units - 1)
-    now = torch.stack([torch.tensor(progress), rate, 1 - spent])
+    now = torch.stack([torch.tensor(progress), relative_rate.cpu(), 1 - spent.cpu()])
     return torch.cat([depth.unsqueeze(1), now.expand(units, -1)], dim=1)
 
 
 def probe_features(changes: torch.Tensor) -> torch.Tensor:
     r"""
-    How the front probe probe_features, in quantities that know nothing of the size of what models put out.
+    How the outputs on the front probe move, in quantities that do not depend on the size of the outputs.
 
-    With \\(h_l\\) the mean squared distance of what leaves the unit from what left it at an earlier look \\(l\\),
-    \\(y_l\\) that of what the model says, and \\(l = 0\\) the look at the start of the run, they are, for each earlier
-    look but that, decimal logarithms of \\(h_l / h_0\\) and of \\(y_l / y_0\\), and last a one: all are zero where
-    nothing is known.
+    With \\(h_l\\) the mean squared change of the unit's output since an earlier snapshot \\(l\\) of the probe,
+    \\(y_l\\) that of the model's output, and \\(l = 0\\) the snapshot at the start of the run, the features are
+    \\(\log_{10} h_l / h_0\\) for each earlier snapshot but the first, \\(\log_{10} y_l / y_0\\) likewise, and a 1.
 
     Args:
-        changes (`torch.Tensor` of shape `(units, looks, 2)`): \\(h\\) and \\(y\\) of each unit, the start last.
+        changes (`torch.Tensor` of shape `(units, snapshots, 2)`):
+            \\(h_l\\) and \\(y_l\\) of each unit; the start of the run comes last.
 
     Returns:
         `torch.Tensor` of shape `(units, 7)`.

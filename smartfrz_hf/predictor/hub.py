@@ -1,21 +1,39 @@
-"""Loading a predictor from the package, a folder or the Hub, and refusing one that is not whole."""
+"""Loading a predictor from the package, a folder or the Hub, and uploading one."""
 
 import os
 from pathlib import Path
-from typing import Any
 
+import torch
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
+from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from .configuration import SmartFRZPredictorConfig
 from .modeling import SmartFRZPredictor
 
 DEFAULT = "smartfrz-base"
 FILES = ("config.json", "model.safetensors")
+OFFLINE = (
+    f"connect to the Hub (unset HF_HUB_OFFLINE if it is set), or give a local folder that holds {' and '.join(FILES)}"
+)
+# What to do about an error of the Hub's client, by its class; the first match counts. All others mean no connection.
+REMEDIES: dict[type[Exception], str] = {
+    HFValidationError: "give an existing folder, or a Hub id such as `user/name`",
+    RevisionNotFoundError: "check `revision`: it must be a branch, tag or commit of the repository",
+    HfHubHTTPError: "check the name; a private repository needs `hf auth login`, `HF_TOKEN` or `token`",
+}
+
+
+class _NoProgressBar(tqdm):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs | {"disable": True})
 
 
 def default_predictor_path() -> Path:
     """
-    Folder of the predictor that comes with the package: inside it when installed, beside it in a source tree.
+    Folder of the predictor that comes with the package: inside the installed package, or next to it in a source tree.
 
     Raises:
         FileNotFoundError: the package was installed without it.
@@ -25,7 +43,7 @@ def default_predictor_path() -> Path:
         if (folder / DEFAULT).is_dir():
             return folder / DEFAULT
     raise FileNotFoundError(
-        f"The package at {package} lacks `predictor_weights/{DEFAULT}`; install smartfrz_hf again, or name a "
+        f"`predictor_weights/{DEFAULT}` is missing from the package at {package}; reinstall smartfrz_hf, or give another "
         "predictor with `SmartFRZConfig(predictor=…)`."
     )
 
@@ -38,20 +56,37 @@ def load_predictor(
     cache_dir: str | os.PathLike | None = None,
 ) -> SmartFRZPredictor:
     """
-    Load a predictor, in evaluation mode. Only `config.json` and `model.safetensors` are fetched and read.
+    Load a predictor in evaluation mode.
+
+    Only `config.json` and `model.safetensors` are downloaded and read. The random state is not changed, and no progress bar
+    is shown.
 
     Args:
-        name (`str`, *optional*): Hub id or folder. Defaults to the predictor inside the package, with no network.
+        name (`str`, *optional*):
+            Hub id or folder. If not given, or `"smartfrz-base"`, the predictor that comes with the package is loaded,
+            without network access. A folder of that name can be given as `"./smartfrz-base"`.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
-        subfolder (`str`, *optional*): where in the repository or folder it is.
-        token (`str`, *optional*): for a private repository; the stored one, or that of `HF_TOKEN`, if not given.
-        cache_dir (`str`, *optional*): where what is fetched is kept. Defaults to that of `huggingface_hub`.
+        subfolder (`str`, *optional*): subfolder of the repository or folder that holds the predictor.
+        token (`str`, *optional*): for a private repository. Defaults to `HF_TOKEN` or the token of `hf auth login`.
+        cache_dir (`str`, *optional*): folder for downloads. Defaults to that of `huggingface_hub`.
+
+    Returns:
+        [`SmartFRZPredictor`]
 
     Raises:
-        OSError: the Hub refuses or cannot be reached, or a file is missing, damaged, or no whole predictor.
+        OSError: the predictor is not found, the Hub cannot be reached or denies access, or a file is missing or damaged.
+
+    Example:
+
+    ```python
+    >>> from smartfrz_hf import load_predictor
+
+    >>> load_predictor("smartfrz-base").config.operating_points["balanced"]
+    0.99
+    ```
     """
-    source = default_predictor_path() if name is None else name
-    folder = Path(source) if Path(source).is_dir() else _fetch(str(source), revision, subfolder, token, cache_dir)
+    source = default_predictor_path() if name in (None, DEFAULT) else name
+    folder = Path(source) if Path(source).is_dir() else _download(str(source), revision, subfolder, token, cache_dir)
     folder /= subfolder
     missing = [file for file in FILES if not (folder / file).is_file()]
     if missing:
@@ -60,29 +95,36 @@ def load_predictor(
             "`save_pretrained` writes them."
         )
     try:
-        loaded: Any = SmartFRZPredictor.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise OSError(f"The predictor {source} is damaged and cannot be read ({error}); fetch it again.") from error
-    predictor, report = loaded
-    wrong = sorted(set(report["missing_keys"]) | {str(key) for key in report["mismatched_keys"]})
-    if wrong:
-        raise OSError(f"The predictor {source} is not whole: it lacks {', '.join(wrong)}; fetch it again.")
+        config = SmartFRZPredictorConfig.from_pretrained(folder)
+        # `from_pretrained` of the model would show a progress bar, for a file of a few kilobytes.
+        with torch.device("meta"):
+            predictor = SmartFRZPredictor(config)
+        predictor.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        raise OSError(
+            f"The predictor {source} is damaged and cannot be read ({error}); download it again, or save it again with "
+            "`save_pretrained`."
+        ) from error
     return predictor.eval()
 
 
-def _fetch(
+def _download(
     name: str, revision: str | None, subfolder: str, token: str | bool | None, cache_dir: str | os.PathLike | None
 ) -> Path:
-    """The two files from the Hub, or from what was fetched before when there is no network."""
+    """Download the two files, or find them in the cache."""
     cache = None if cache_dir is None else Path(cache_dir)
     files = [f"{subfolder}/{file}".lstrip("/") for file in FILES]
     try:
-        return Path(snapshot_download(name, revision=revision, token=token, cache_dir=cache, allow_patterns=files))
+        folder = snapshot_download(
+            name, revision=revision, token=token, cache_dir=cache, allow_patterns=files, tqdm_class=_NoProgressBar
+        )
     except (OSError, ValueError) as error:
-        at = "" if revision is None else f" at {revision}"
+        at = "" if revision is None else f" at revision {revision}"
+        remedy = next((text for kind, text in REMEDIES.items() if isinstance(error, kind)), OFFLINE)
         raise OSError(
-            f"{name} is no folder, and the predictor {name}{at} cannot be had from the Hub: {error}"
+            f"The predictor {name!r} is neither a folder nor available from the Hub{at}: {remedy}. ({error})"
         ) from error
+    return Path(folder)
 
 
 def push_predictor(
@@ -94,29 +136,29 @@ def push_predictor(
     message: str = "Upload predictor",
 ) -> str:
     """
-    Put a predictor and its model card on the Hub, in one commit.
+    Upload a predictor and its model card to the Hub, in one commit.
 
-    The folder is read and checked first, and only what `save_pretrained` and `smartfrz fit` write goes up. Unlike
-    `push_to_hub` of the loaded predictor, this takes the model card along.
+    The predictor is loaded first, so that a damaged one is never uploaded. Only the files that `save_pretrained` and
+    `smartfrz fit` write are uploaded. `push_to_hub` of a loaded predictor, in contrast, uploads no model card.
 
     Args:
-        folder (`str`): holds the predictor, as `smartfrz fit` writes it.
-        repo_id (`str`): `user/name` on the Hub; made if it is not there.
-        private (`bool`, *optional*): whether a repository that is made is private. The account's default if not given.
-        revision (`str`, *optional*): branch, made if it is not there. Defaults to the main branch.
-        token (`str`, *optional*): the stored one, or that of `HF_TOKEN`, when it is not given.
-        message (`str`, *optional*): of the commit.
+        folder (`str`): folder of the predictor, as `smartfrz fit` writes it.
+        repo_id (`str`): `user/name` on the Hub; created if it does not exist.
+        private (`bool`, *optional*): whether a created repository is private. Defaults to the setting of the account.
+        revision (`str`, *optional*): branch, created if it does not exist. Defaults to the main branch.
+        token (`str`, *optional*): access token. Defaults to `HF_TOKEN` or the token of `hf auth login`.
+        message (`str`, *optional*): commit message.
 
     Returns:
-        `str`: address of the commit.
+        `str`: URL of the commit.
 
     Raises:
-        OSError: the folder does not hold a whole predictor, or the Hub cannot be reached or refuses.
+        OSError: the folder does not hold a complete predictor, or the Hub cannot be reached or denies access.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise OSError(f"{folder} is no folder; give one that holds {' and '.join(FILES)}.")
-    load_predictor(folder)
+        raise OSError(f"{folder} is not a folder; give one that holds {' and '.join(FILES)}.")
+    load_predictor(folder.resolve())
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:

@@ -1,1 +1,1 @@
-"""Making the predictor: record full training runs, label them by CKA, fit, and judge on what was held out."""
+"""Training the predictor: record full training runs, label them, fit, and evaluate on held-out model families and data."""

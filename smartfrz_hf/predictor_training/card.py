@@ -1,184 +1,175 @@
-"""The model card of a predictor, written from what its evaluation measured."""
+"""The model card of a predictor and its charts, made from its evaluation."""
 
+import os
+from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
-CARD = """---
-license: apache-2.0
-library_name: transformers
-tags:
-- smartfrz
-- layer-freezing
-- efficient-training
----
+import matplotlib.pyplot as plt
+from huggingface_hub import ModelCard, ModelCardData
 
-# {name}: when has a block converged?
-
-A predictor of [smartfrz_hf](https://arxiv.org/abs/2401.16720) (SmartFRZ, ICLR 2023). From the last {window} snapshots of
-{weights_per_unit} sampled weights of each unit of a model in training, it says how likely it is that the unit, and all that comes before
-it, can freeze at no loss. {told}It has {parameters:,} parameters, decides for a model of 32 blocks in {decision_ms_32_blocks} ms on one
-core, and is no language or vision model of its own.
-
-```python
-from transformers import Trainer
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
-
-trainer = Trainer(..., callbacks=[SmartFRZCallback(SmartFRZConfig(predictor="…/{name}"))])
-```
-
-`predictor` is the Hub id or the folder of this repository; `smartfrz-base` is the one that is used when none is named.
-
-## Intended use
-
-Freezing blocks of Transformers models while a `Trainer` fine-tunes or trains them, through `SmartFRZCallback` or
-`SmartFRZTrainer`. How soon they freeze is set by `SmartFRZConfig(operating_point=…)`:
-
-{points}
-
-Cost is what becomes of the finished model when its frozen front is put back to what it was at the moment of freezing (the *rewind
-test*): how far that probe_features the logits, as a share of how far the whole run has moved them (mean squares). In a real run the units
-behind the front adapt, so that this is more than one pays. Each figure is of model families that neither the predictor nor the
-probability had seen.
-
-## Training data
-
-{run_count} full training runs, recorded by `smartfrz harvest`. The label is `{label}`: {meaning}
-{learned}
-
-| family | data | regime | schedules | optimizers | runs |
-|---|---|---|---|---|---|
-{runs}
-
-## Evaluation
-
-Each model family, and each data set, was held out once; the scores are over all held-out rows together. A row is one unit at one
-freezing stage. *Moment error* is the mean distance of the moment at which a unit freezes to that at which its label says so, as a
-fraction of the run, each score with the threshold that is best on the other folds. *Frozen at a cost of 3 %* is the mean share of units
-and time that is frozen when one threshold for all runs is set so that the mean cost, as above, is 3 %.
-
-{scores}
-
-{verdict}
-
-Held out, fold by fold:
-
-| held out | rows | ROC AUC | average precision |
-|---|---|---|---|
-{folds}
-
-![Predicted probability against observed frequency](reliability.png)
-
-## Limits
-
-- It has seen small models and short runs only. What a freeze costs in accuracy on your task is for you to measure; the operating
-  point `conservative` freezes later.
-- It reads {window} snapshots, half a percent or one percent of the run apart.
-"""
-
-TOLD = "It is told, too, how far what leaves each unit, and what the model says, probe_features on 16 rows of the first training batch.\n"
+TEMPLATE = Path(__file__).with_name("card_template.md")
+PARTS = {"leave_one_family_out": "Leave one model family out", "leave_one_task_out": "Leave one data set out"}
+TAGS = ["smartfrz", "layer-freezing", "efficient-training"]
 LEARNED = {
-    "label": "That is what the predictor has learned.",
-    "kept": "The predictor has learned what share of that way stays, so that dear mistakes count for more; the probability of the "
-    "label is fitted on top.",
+    "label": "The predictor was trained on this label.",
+    "kept": "The predictor was trained on the share of that change that is kept, so that expensive mistakes count for more; the "
+    "probability of the label is calibrated afterwards.",
 }
-
 MEANINGS = {
-    "cka": "the linear CKA of the unit's output on held-out rows to that at the end of its run is, and stays, at least {x}.",
-    "token-cka": "the linear CKA of single tokens of the unit's output on held-out rows to those at the end of its run is, and "
-    "stays, at least {x}.",
-    "settled": "at most 1 % of the change in linear CKA of the unit's output over the run is, and stays, still to come.",
-    "rewind-cost": "the finished model, with its front up to the unit put back to that moment, loses at most {x:.0%} of what training "
-    "gained in loss on held-out rows.",
-    "rewind-shift": "in the finished model, putting the front up to the unit back to that moment probe_features the logits on held-out rows "
-    "by at most {x:.0%} of how far the whole run has moved them (mean squares).",
+    "cka": "the linear CKA of the unit's output on held-out rows to its output at the end of the run is at least {x}, and stays so.",
+    "token-cka": "the linear CKA of single tokens of the unit's output on held-out rows to those at the end of the run is at least "
+    "{x}, and stays so.",
+    "settled": "at most 1 % of the change in linear CKA of the unit's output over the run is left, and this stays so.",
+    "rewind-cost": "resetting the front of the finished model up to the unit to that moment loses at most {x:.0%} of what training "
+    "reduced the loss on held-out rows by.",
+    "rewind-shift": "resetting the front of the finished model up to the unit to that moment changes the logits on held-out rows by "
+    "at most {x:.0%} of their change over the whole run (mean squares).",
 }
 
 
-def meaning(label: str) -> str:
-    """What a label says, in words."""
-    kind, _, threshold = label.rpartition("-")
-    return MEANINGS[kind or label].format(x=float(threshold) if kind else None)
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def score_table(part: dict[str, Any]) -> str:
-    """The scores of predictor and rules as a Markdown table."""
-    lines = [
-        "| | ROC AUC | average precision | Brier score | moment error | frozen at a cost of 3 % |",
-        "|---|---|---|---|---|---|",
-    ]
+    """The scores of the predictor and the rules, as a table in Markdown."""
     rules = sorted(part["rules"].items(), key=lambda item: -item[1]["ap"])
+    rows = []
     for name, entry in [("**predictor**", part), *rules]:
         brier = f"{entry['brier']:.3f}" if "brier" in entry else ""
-        scores = f"{entry['auc']:.3f} | {entry['ap']:.3f} | {brier} | {entry['moment_error']:.3f}"
-        lines.append(f"| {name} | {scores} | {entry['frozen']:.1%} |")
-    return "\n".join(lines)
+        scores = [f"{entry['auc']:.3f}", f"{entry['ap']:.3f}", brier, f"{entry['moment_error']:.3f}"]
+        rows.append([name, *scores, f"{entry['frozen']:.1%}"])
+    head = ["", "ROC AUC", "average precision", "Brier score", "moment error", "frozen at a cost of 3 %"]
+    return markdown_table(head, rows)
 
 
 def point_table(points: dict[str, dict[str, float]]) -> str:
-    """The operating points as a Markdown table."""
-    lines = [
-        "| operating point | probability from | units frozen, over time | cost, mean over runs | worst run |",
-        "|---|---|---|---|---|",
+    """The operating points, as a table in Markdown."""
+    rows = [
+        [
+            f"`{name}`",
+            f"{point['threshold']:.3f}",
+            f"{point['frozen']:.0%}",
+            f"{point['cost']:.1%}",
+            f"{point['worst_cost']:.1%}",
+        ]
+        for name, point in points.items()
     ]
-    for name, point in points.items():
-        cost = f"{point['cost']:.1%} | {point['worst_cost']:.1%}"
-        lines.append(f"| `{name}` | {point['threshold']:.3f} | {point['frozen']:.0%} | {cost} |")
-    return "\n".join(lines)
+    head = ["operating point", "probability from", "units frozen, over time", "cost, mean over runs", "worst run"]
+    return markdown_table(head, rows)
+
+
+def _run_table(runs: list[dict[str, Any]]) -> str:
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run["family"], run["data"], run["regime"]].append(run)
+    rows = [
+        [
+            *key,
+            *(", ".join(sorted({run[name] for run in group})) for name in ("schedule", "optimizer")),
+            str(len(group)),
+        ]
+        for key, group in sorted(groups.items())
+    ]
+    return markdown_table(["family", "data", "regime", "schedules", "optimizers", "runs"], rows)
+
+
+def _fold_table(evaluation: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{fold['rows']:,}", f"{fold['auc']:.3f}", f"{fold['ap']:.3f}"]
+        for part in PARTS
+        for name, fold in evaluation[part]["folds"].items()
+    ]
+    return markdown_table(["held out", "rows", "ROC AUC", "average precision"], rows)
 
 
 def _verdict(evaluation: dict[str, Any]) -> str:
-    margins = []
-    for part, name in (("leave_one_family_out", "families"), ("leave_one_task_out", "tasks")):
-        best, entry = max(evaluation[part]["rules"].items(), key=lambda item: item[1]["ap"])
-        margin = evaluation[part]["ap"] - entry["ap"]
-        word = "ahead of" if margin >= 0.01 else "level with" if margin > -0.01 else "behind"
-        most, frozen = max(
-            ((rule, entry["frozen"]) for rule, entry in evaluation[part]["rules"].items()), key=lambda x: x[1]
+    """Compare the predictor with the best simple rules, in words."""
+    sentences = []
+    for key, subject in (("leave_one_family_out", "model families"), ("leave_one_task_out", "data sets")):
+        part = evaluation[key]
+        by_precision, by_frozen = (max(part["rules"], key=lambda r: part["rules"][r][by]) for by in ("ap", "frozen"))
+        margin = part["ap"] - part["rules"][by_precision]["ap"]
+        word = "better than" if margin >= 0.01 else "level with" if margin > -0.01 else "worse than"
+        sentences.append(
+            f"On held-out {subject}, the predictor is {word} the best simple rule by average precision, *{by_precision}* "
+            f"({margin:+.3f}). At a cost of 3 %, it freezes {part['frozen']:.1%}, and the best simple rule, *{by_frozen}*, "
+            f"{part['rules'][by_frozen]['frozen']:.1%}."
         )
-        at_cost = f"{evaluation[part]['frozen']:.1%} frozen at a cost of 3 %, against {frozen:.1%} by *{most}*"
-        margins.append(f"on {name} it has not seen, {word} *{best}* ({margin:+.3f}), and has {at_cost}")
-    return f"Against the best simple rule in average precision, the predictor is {'; '.join(margins)}."
+    return "\n".join(sentences)
 
 
-def write_card(name: str, evaluation: dict[str, Any]) -> str:
+def make_card(name: str, evaluation: dict[str, Any]) -> str:
     """
-    The card as Markdown.
+    Make the model card.
 
     Args:
-        name (`str`): of the predictor.
+        name (`str`): name of the predictor.
         evaluation (`dict`): what `smartfrz evaluate` wrote.
+
+    Returns:
+        `str`: the card in Markdown, with its metadata.
     """
-    groups: dict[tuple, list[dict]] = {}
-    for run in evaluation["runs"]:
-        groups.setdefault((run["family"], run["data"], run["regime"]), []).append(run)
-    runs = "\n".join(
-        f"| {' | '.join(key)} | {', '.join(sorted({run['schedule'] for run in part}))} "
-        f"| {', '.join(sorted({run['optimizer'] for run in part}))} | {len(part)} |"
-        for key, part in sorted(groups.items())
-    )
-    scores = "\n\n".join(
-        f"Leave one {what} out ({evaluation[part]['rows']:,} rows, {evaluation[part]['positive']:.0%} positive):\n\n"
-        + score_table(evaluation[part])
-        for part, what in (("leave_one_family_out", "model family"), ("leave_one_task_out", "data set"))
-    )
-    folds = "\n".join(
-        f"| {name} | {fold['rows']:,} | {fold['auc']:.3f} | {fold['ap']:.3f} |"
-        for part in ("leave_one_family_out", "leave_one_task_out")
-        for name, fold in evaluation[part]["folds"].items()
-    )
-    return CARD.format(
+    label, _, threshold = evaluation["label"].rpartition("-")
+    card = ModelCard.from_template(
+        ModelCardData(license="apache-2.0", library_name="transformers", tags=TAGS),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=name,
-        window=evaluation["config"]["window"],
-        weights_per_unit=evaluation["config"]["weights_per_unit"],
-        told=TOLD if evaluation["config"]["front_probe"] else "",
-        parameters=evaluation["parameters"],
-        decision_ms_32_blocks=evaluation["decision_ms_32_blocks"],
-        run_count=len(evaluation["runs"]),
-        label=evaluation["label"],
-        meaning=meaning(evaluation["label"]),
+        **evaluation,
+        meaning=MEANINGS[label or threshold].format(x=float(threshold) if label else None),
         learned=LEARNED[evaluation["target"]],
         points=point_table(evaluation["operating_points"]),
-        runs=runs,
-        scores=scores,
-        folds=folds,
+        run_rows=_run_table(evaluation["runs"]),
+        parts=[(title, evaluation[part]) for part, title in PARTS.items()],
+        score_table=score_table,
         verdict=_verdict(evaluation),
+        folds=_fold_table(evaluation),
     )
+    return str(card) + "\n"
+
+
+def write_card(evaluation: dict[str, Any], folder: str | os.PathLike) -> None:
+    """
+    Write the model card, `README.md`, and its charts, `reliability.png` and `rules.png`.
+
+    Args:
+        evaluation (`dict`): what `smartfrz evaluate` wrote.
+        folder (`str`): folder of the predictor; its name is that of the predictor.
+    """
+    (Path(folder) / "README.md").write_text(make_card(Path(folder).resolve().name, evaluation), encoding="utf-8")
+    draw_charts(evaluation, folder)
+
+
+def draw_charts(evaluation: dict[str, Any], folder: str | os.PathLike, prefix: str = "") -> None:
+    """
+    Draw `reliability.png` and `rules.png`.
+
+    Args:
+        evaluation (`dict`): what `smartfrz evaluate` wrote.
+        folder (`str`): folder for the charts.
+        prefix (`str`, *optional*, defaults to `""`): prefix of the file names.
+    """
+    figure, axes = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
+    axes.plot([0, 1], [0, 1], color="0.7", linestyle="--")
+    for part, title in PARTS.items():
+        bins = evaluation[part]["reliability"]
+        axes.plot([b["predicted"] for b in bins], [b["observed"] for b in bins], marker="o", label=title.lower())
+    axes.set(xlabel="predicted probability", ylabel="observed frequency", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.legend()
+    figure.savefig(Path(folder) / f"{prefix}reliability.png", dpi=120)
+    plt.close(figure)
+
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    rules = evaluation["leave_one_family_out"]["rules"]
+    order = [*sorted(rules, key=lambda rule: rules[rule]["ap"]), "predictor"]
+    for axes, (part, title) in zip(both, PARTS.items(), strict=True):
+        entries = {"predictor": evaluation[part], **evaluation[part]["rules"]}
+        values = [entries[entry]["ap"] for entry in order]
+        colors = ["tab:orange" if entry == "predictor" else "0.7" for entry in order]
+        axes.bar_label(axes.barh(order, values, color=colors), fmt="%.2f", padding=3)
+        axes.set(title=title.lower(), xlabel="average precision", xlim=(0, 1.1))
+    figure.savefig(Path(folder) / f"{prefix}rules.png", dpi=120)
+    plt.close(figure)

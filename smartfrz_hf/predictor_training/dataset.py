@@ -1,43 +1,53 @@
-"""From recorded runs to the rows that a predictor is trained on."""
+"""The data set that the predictor is trained on, built from recorded runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 
 import torch
 from torch.utils.data import Dataset
 
-from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
-from ..predictor.features import CONTEXT, EPSILON, contexts, probe_features
+from ..predictor import SmartFRZPredictorConfig, build_inputs
+from ..predictor.configuration import CONTEXT_SIZE
+from ..predictor.features import EPSILON
 from ..signals.schedule import LearningRates
 from .labels import LABELS, TARGETS
 from .table import RecordedRun
 
-FIRST_DECISION = 0.05
-UNPROBED = 0.1  # share of training rows that know nothing of the front probe
+FIRST_DECISION = 0.05  # fraction of a run before which there are no rows
+DROP_FRONT, DROP_PROBE = 0.5, 0.1  # probabilities of the two changes that `augment` makes to a row
 INPUTS = ("features", "usable", "context", "active")
 
 
 class FreezingStages(Dataset):
     """
-    One row a freezing stage: what the predictor would have seen of all units there, and which may freeze.
+    One row per freezing stage: the inputs of the predictor for all units, and which units may freeze.
 
-    Units that a model does not have are filled up to the largest one's number, and not `active`.
+    Models with fewer units than the largest one are padded with units that are not `active`.
 
     Args:
-        runs (`Sequence[RecordedRun]`): the runs.
-        config ([`SmartFRZPredictorConfig`]): form, window and weights_per_unit of the predictor.
-        label (`str`): one of `LABELS`.
-        spacings (`Sequence[int]`): recorded snapshots from one of a window to the next; a stage gives a row for each.
-        target (`str`): what is learned, one of `TARGETS`.
+        runs (`Sequence[RecordedRun]`): the recorded runs.
+        config ([`SmartFRZPredictorConfig`]): form and sizes of the predictor.
+        label (`str`): what counts as converged, one of [`LABELS`].
+        spacings (`Sequence[int]`, *optional*, defaults to `(1,)`):
+            Distances between the recorded snapshots of a window. Each freezing stage gives a row for each spacing.
+        target (`str`, *optional*, defaults to `"kept"`): what the predictor learns, one of [`TARGETS`].
 
     Attributes:
-        columns (`dict[str, torch.Tensor]`): `features` `(rows, units, window, input_size)`, `usable`
-            `(rows, units, window)`, `context` `(rows, units, context_size)`, `active`, `labels`, which say what has
-            converged, and `targets`, which are learned, `(rows, units)`, `run`, `step`, `progress`, the step as a fraction
-            of the run, and `spacing`, `(rows,)`; and for rules, not for the predictor, `weight_change`, the update against
-            the weights' own norm, `self_cka`, the CKA of each unit's output to what it was some probes before, and
-            `gradient_change`, by which share the norm of its gradients has changed since the last probe (AutoFreeze, arXiv
-            2102.01386), `(rows, units)`.
+        columns (`dict[str, torch.Tensor]`):
+            All rows. For the predictor:
+
+            - `features` `(rows, units, window, input_size)`, `usable` `(rows, units, window)` and `context`
+              `(rows, units, 4 or 11)`: see [`PredictorInputs`];
+            - `active`, `labels` (which units have converged) and `targets` (what the predictor learns) `(rows, units)`.
+
+            For simple rules:
+
+            - `weight_change` `(rows, units)`: norm of the last update, relative to the norm of the weights;
+            - `self_cka` `(rows, units)`: CKA of each unit's output to that some probes before;
+            - `gradient_change` `(rows, units)`: relative change of the norm of the gradients since the last probe
+              (AutoFreeze, arXiv 2102.01386).
+
+            Of the row: `run` (index), `step`, `progress` (fraction of the run) and `spacing` `(rows,)`.
     """
 
     def __init__(
@@ -48,26 +58,31 @@ class FreezingStages(Dataset):
         spacings: Sequence[int] = (1,),
         target: str = "kept",
     ):
-        self.runs, self.as_in_use = list(runs), False
+        self.runs, self.augment = list(runs), False
         units = max(len(run.units) for run in runs)
-        parts = [
-            _rows(run, index, spacing, label, target, config, units)
+        rows = [
+            {key: _pad(value, units) for key, value in row.items()} | {"run": torch.tensor(index)}
             for index, run in enumerate(runs)
             for spacing in spacings
+            for row in _rows(run, spacing, label, target, config)
         ]
-        self.columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        self.columns = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
-    def select(self, rows: torch.Tensor, as_in_use: bool = False) -> "FreezingStages":
+    def select(self, rows: torch.Tensor, augment: bool = False) -> "FreezingStages":
         """
-        Some of the rows.
+        Select some of the rows.
 
         Args:
-            rows (`torch.Tensor` of shape `(rows,)`, `bool`): which.
-            as_in_use (`bool`): whether, each time a row is taken, some units in front are left out at random, as if
-                they were frozen, and now and then nothing is known of the front probe.
+            rows (`torch.Tensor` of shape `(rows,)`, `bool`): rows to keep.
+            augment (`bool`, *optional*, defaults to `False`):
+                Whether to vary the rows at random each time they are read: half of the time some units in front are
+                inactive, as if they were frozen, and one time in ten the front probe is unknown.
+
+        Returns:
+            [`FreezingStages`]
         """
         part = copy(self)
-        part.columns, part.as_in_use = {key: value[rows] for key, value in self.columns.items()}, as_in_use
+        part.columns, part.augment = {key: value[rows] for key, value in self.columns.items()}, augment
         return part
 
     def __len__(self) -> int:
@@ -77,58 +92,54 @@ class FreezingStages(Dataset):
         return {key: value[0] for key, value in self.__getitems__([row]).items()}
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        """A batch at once: rows are small, and so many that fetching them one by one would take most of the time."""
+        """A whole batch: reading the many small rows one by one would take most of the training time."""
         batch = {key: self.columns[key][rows] for key in INPUTS} | {"labels": self.columns["targets"][rows]}
-        if self.as_in_use:
-            present = batch["active"].sum(1)
-            front = (torch.rand(len(rows)) * present).long() * (torch.rand(len(rows)) < 0.5)
-            batch["active"] = batch["active"] & (torch.arange(batch["active"].shape[1]) >= front.unsqueeze(1))
-            batch["context"][torch.rand(len(rows)) < UNPROBED, :, CONTEXT:] = 0
+        if self.augment:
+            units = batch["active"].sum(1)
+            depth = (torch.rand(len(rows)) * units).long() * (torch.rand(len(rows)) < DROP_FRONT)
+            batch["active"] = batch["active"] & (torch.arange(batch["active"].shape[1]) >= depth.unsqueeze(1))
+            batch["context"][torch.rand(len(rows)) < DROP_PROBE, :, CONTEXT_SIZE:] = 0
         return batch
 
 
 def _rows(
-    run: RecordedRun, index: int, spacing: int, label: str, target: str, config: SmartFRZPredictorConfig, most: int
-) -> dict[str, torch.Tensor]:
+    run: RecordedRun, spacing: int, label: str, target: str, config: SmartFRZPredictorConfig
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The rows of a run for one spacing, before padding."""
     weights, steps = run.tensors["weights"][..., : config.weights_per_unit], run.tensors["steps"]
     rates = LearningRates(run.tensors["learning_rates"].tolist())
-    units, last, window = weights.shape[1], int(steps[-1]), config.window
-    gradients, predictor = run.tensors["gradient_norms"], SmartFRZPredictor(config)
+    gradients, last = run.tensors["gradient_norms"], int(steps[-1])
     labels = LABELS[label](run.tensors)
-    rows: dict[str, list[torch.Tensor]] = {}
     targets = TARGETS[target](run.tensors, labels)
     for probe, step in enumerate(run.tensors["probe_steps"].tolist()):
         now = int((steps <= step).sum()) - 1
-        seen = torch.arange(now % spacing, now + 1, spacing)[-window:]
-        if not FIRST_DECISION * last <= step < last or len(seen) < 2:
+        window = torch.arange(now % spacing, now + 1, spacing)[-config.window :]
+        if not FIRST_DECISION * last <= step < last or len(window) < 2:
             continue
-        mask = torch.arange(window) >= window - len(seen)
-        snapshots = torch.zeros(units, window, weights.shape[-1])
-        snapshots[:, mask] = weights[seen].transpose(0, 1)
-        spent = torch.zeros(window)
-        spent[mask] = rates.spent[seen]
-        features, usable = predictor.read(snapshots, weights[0], mask, spent)
-        context = contexts(units, step / last, rates.relative[now], rates.spent[now])
-        if config.front_probe:
-            changes = run.tensors["front_changes"][probe].unflatten(-1, (-1, 2))
-            context = torch.cat([context, probe_features(changes)], dim=-1)
-        row = {
-            "features": features,
-            "usable": usable,
-            "context": context,
-            "active": torch.ones(units, dtype=torch.bool),
+        inputs = build_inputs(
+            config,
+            weights[window].transpose(0, 1),
+            weights[0],
+            rates.spent[window],
+            rates.relative[now],
+            step / last,
+            run.tensors["front_changes"][probe].unflatten(-1, (-1, 2)) if config.front_probe else None,
+        )
+        update, before = weights[window[-1]] - weights[window[-2]], gradients[probe - 1]
+        yield {
+            **inputs._asdict(),
+            "active": torch.ones(len(run.units), dtype=torch.bool),
             "labels": labels[probe].float(),
             "targets": targets[probe],
-            "weight_change": (weights[seen[-1]] - weights[seen[-2]]).norm(dim=-1) / weights[now].norm(dim=-1),
+            "weight_change": update.norm(dim=-1) / weights[now].norm(dim=-1),
             "self_cka": run.tensors["self_cka"][probe],
-            "gradient_change": (
-                (gradients[probe] - gradients[probe - 1]) / gradients[probe - 1].clamp(min=EPSILON)
-            ).abs(),
+            "gradient_change": ((gradients[probe] - before) / before.clamp(min=EPSILON)).abs(),
+            "step": torch.tensor(step),
+            "progress": torch.tensor(step / last),
+            "spacing": torch.tensor(spacing),
         }
-        for key, value in row.items():
-            filled = value.new_zeros(most, *value.shape[1:])
-            filled[:units] = value
-            rows.setdefault(key, []).append(filled)
-        for key, number in (("run", index), ("step", step), ("progress", step / last), ("spacing", spacing)):
-            rows.setdefault(key, []).append(torch.tensor(number))
-    return {key: torch.stack(values) for key, values in rows.items()}
+
+
+def _pad(value: torch.Tensor, units: int) -> torch.Tensor:
+    """Pad the first dimension, of the units, with zeros; numbers of the row have none."""
+    return value if value.dim() == 0 else torch.cat([value, value.new_zeros(units - len(value), *value.shape[1:])])

@@ -14,15 +14,15 @@ from .dataset import FreezingStages
 @dataclass
 class FitOptions:
     """
-    How a predictor is trained.
+    Training options of a predictor.
 
     Args:
-        epochs (`int`): passes over the stages.
-        batch_size (`int`): stages a step.
-        learning_rate (`float`): peak of a cosine schedule.
-        weight_decay (`float`): of AdamW.
-        seed (`int`): of the initial weights and the order of the stages.
-        progress (`bool`): whether to show a progress bar.
+        epochs (`int`, *optional*, defaults to `20`): number of epochs.
+        batch_size (`int`, *optional*, defaults to `64`): freezing stages per step.
+        learning_rate (`float`, *optional*, defaults to `3e-3`): peak of the cosine schedule.
+        weight_decay (`float`, *optional*, defaults to `1.0`): weight decay of AdamW.
+        seed (`int`, *optional*, defaults to `0`): seed of the initial weights and the order of the stages.
+        progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
     """
 
     epochs: int = 20
@@ -40,18 +40,20 @@ def fit(
     Train a predictor.
 
     Args:
-        stages ([`FreezingStages`]): what it learns from, made for the same `config`.
-        config ([`SmartFRZPredictorConfig`]): form and sizes.
-        options ([`FitOptions`], *optional*): how.
+        stages ([`FreezingStages`]): training data, built for the same `config`.
+        config ([`SmartFRZPredictorConfig`]): form and sizes of the predictor.
+        options ([`FitOptions`], *optional*): training options.
 
     Returns:
-        [`SmartFRZPredictor`], on the CPU, in evaluation mode.
+        [`SmartFRZPredictor`] on the CPU, in evaluation mode.
     """
     options = options or FitOptions()
     set_seed(options.seed)
     predictor = SmartFRZPredictor(config)
     if config.form == "dynamics":
-        _standardize(predictor, stages)
+        std, mean = torch.std_mean(stages.columns["features"][stages.columns["usable"]], dim=0)
+        predictor.feature_mean.copy_(mean)
+        predictor.feature_std.copy_(std.clamp(min=1e-3))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,
@@ -68,19 +70,12 @@ def fit(
             disable_tqdm=not options.progress,
             use_cpu=not torch.cuda.is_available(),
         )
-        trainer = Trainer(predictor, args, train_dataset=stages, data_collator=_as_it_is)
+        trainer = Trainer(predictor, args, train_dataset=stages, data_collator=_as_batch)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return predictor.cpu().eval()
 
 
-def _as_it_is(batch: Any) -> Any:
+def _as_batch(batch: Any) -> Any:
+    """No collation: [`FreezingStages`] gives whole batches."""
     return batch
-
-
-@torch.no_grad()
-def _standardize(predictor: SmartFRZPredictor, stages: FreezingStages) -> None:
-    """Set the mean and deviation of each quantity over the usable snapshots."""
-    std, mean = torch.std_mean(stages.columns["features"][stages.columns["usable"]], dim=0)
-    predictor.feature_mean.copy_(mean)
-    predictor.feature_std.copy_(std.clamp(min=1e-3))

@@ -1,37 +1,40 @@
-"""Labels: when a unit counts as converged, and what freezing the front would cost."""
+"""Labels of recorded runs: when a unit counts as converged, and the cost of freezing the front."""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
+EPSILON = 1e-6
+
 
 def settled(cka: torch.Tensor, cka_threshold: float = 0.9998, change_left: float = 0.01) -> torch.Tensor:
     r"""
-    Whether each unit's output is, and from then on stays, what it will be at the end of the run.
+    Whether each unit's output is close to its output at the end of the run, and remains so.
 
     With \\(c_t\\) the linear CKA of the output at probe \\(t\\) to the output at the end, a unit has settled where
-    \\(1 - c_t \le \max(1 - \text{threshold},\; \text{change left} \cdot (1 - c_0))\\) from \\(t\\) on. A fixed similarity
-    alone would say of the first blocks of a pretrained model that they never have anything to learn, since fine-tuning
-    changes what they put out by a percent or two, and that is where freezing early costs accuracy.
+    \\(1 - c_t \le \max(1 - \text{threshold},\; \text{change left} \cdot (1 - c_0))\\) from \\(t\\) on. The bound is
+    relative to the change over the run, because fine-tuning changes the output of the first blocks of a pretrained model by
+    a percent or two only, and with a fixed similarity they would count as converged from the start.
 
     Args:
         cka (`torch.Tensor` of shape `(probes, units)`): from the start of the run to its end.
-        cka_threshold (`float`, *optional*, defaults to `0.9998`): similarity from which an output is final in any case.
-        change_left (`float`, *optional*, defaults to `0.01`): share of the run's whole change in similarity that may
-            still be to come.
+        cka_threshold (`float`, *optional*, defaults to `0.9998`): similarity from which an output always counts as final.
+        change_left (`float`, *optional*, defaults to `0.01`):
+            Fraction of the run's whole change in similarity that may be left.
 
     Returns:
         `torch.Tensor` of shape `(probes, units)`, `bool`.
     """
     left = 1 - cka
-    most_to_come = left.flip(0).cummax(0).values.flip(0)
-    return most_to_come <= (change_left * left[0]).clamp(min=1 - cka_threshold)
+    max_left = left.flip(0).cummax(0).values.flip(0)
+    return max_left <= (change_left * left[0]).clamp(min=1 - cka_threshold)
 
 
 def similar(cka: torch.Tensor, threshold: float) -> torch.Tensor:
     """
-    The label of the paper: whether each unit's CKA to its own end has reached a threshold, and stays there.
+    Whether each unit's CKA to its output at the end of the run has reached a threshold, and stays there: the label of
+    SmartFRZ (arXiv 2401.16720).
 
     Args:
         cka (`torch.Tensor` of shape `(probes, units)`): from the start of the run to its end.
@@ -45,27 +48,27 @@ def similar(cka: torch.Tensor, threshold: float) -> torch.Tensor:
 
 def rewind_cost(losses: torch.Tensor, start: float, end: float) -> torch.Tensor:
     """
-    What going back costs, as a share of what training gained.
+    Loss added by resetting the front, as a fraction of what training reduced the loss by.
 
     Args:
-        losses (`torch.Tensor` of shape `(moments, units)`): with the front up to each unit put back to each moment.
+        losses (`torch.Tensor` of shape `(moments, units)`): loss with the units up to this one reset to each moment.
         start (`float`): loss before training.
-        end (`float`): loss after it.
+        end (`float`): loss after training.
 
     Returns:
-        `torch.Tensor` of shape `(moments, units)`: `0` where nothing is lost, `1` where all that was gained is.
+        `torch.Tensor` of shape `(moments, units)`: 0 where the loss is as after training, 1 where it is as before.
     """
-    return (losses - end) / max(start - end, 1e-6)
+    return (losses - end) / max(start - end, EPSILON)
 
 
 def at_probes(values: torch.Tensor, moments: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
     """
-    What was measured at some moments, and is zero at the end of the run, read off at all probes on straight lines.
+    Interpolate linearly between values measured at some moments of a run, which are zero at its end.
 
     Args:
-        values (`torch.Tensor` of shape `(moments, units)`): what was measured.
-        moments (`torch.Tensor` of shape `(moments,)`): steps, rising, from the first probe on.
-        probes (`torch.Tensor` of shape `(probes,)`): steps, rising, up to the end of the run.
+        values (`torch.Tensor` of shape `(moments, units)`): the measured values.
+        moments (`torch.Tensor` of shape `(moments,)`): increasing steps, from the first probe on.
+        probes (`torch.Tensor` of shape `(probes,)`): increasing steps, up to the end of the run.
 
     Returns:
         `torch.Tensor` of shape `(probes, units)`.
@@ -77,43 +80,51 @@ def at_probes(values: torch.Tensor, moments: torch.Tensor, probes: torch.Tensor)
     return values[after - 1] * (1 - share) + values[after] * share
 
 
-def cheap_to_rewind(tensors: dict[str, torch.Tensor], threshold: float) -> torch.Tensor:
-    """Whether the finished model, with its front up to each unit put back to each probe, loses little of its gain."""
+def rewind_shifts(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """
+    Mean squared change of the logits of the finished model if the front is reset to each probe, as a fraction of their
+    change over the whole run.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): a recorded run, see [`RecordingCallback.result`].
+
+    Returns:
+        `torch.Tensor` of shape `(probes, units)`; entry `[p, u]` is for units 0 to u.
+    """
+    return at_probes(tensors["rewind_shifts"], tensors["rewind_steps"], tensors["probe_steps"])
+
+
+def _low_rewind_cost(tensors: dict[str, torch.Tensor], threshold: float) -> torch.Tensor:
     cost = rewind_cost(tensors["rewind_losses"], *tensors["rewind_range"].tolist())
     return at_probes(cost, tensors["rewind_steps"], tensors["probe_steps"]) <= threshold
 
 
-def same_to_rewind(tensors: dict[str, torch.Tensor], threshold: float) -> torch.Tensor:
-    """Whether the finished model, with its front up to each unit put back to each probe, says much the same."""
-    return at_probes(tensors["rewind_shifts"], tensors["rewind_steps"], tensors["probe_steps"]) <= threshold
-
-
-def kept(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """
-    What is left of the run's way if the front up to each unit is put back to each probe, from 0 to 1: learned with
-    cross-entropy, it makes a predictor say what freezing there costs on average, so that a rare but dear mistake counts.
-
-    Returns:
-        `torch.Tensor` of shape `(probes, units)`.
-    """
-    shifts = at_probes(tensors["rewind_shifts"], tensors["rewind_steps"], tensors["probe_steps"])
-    return 1 - shifts.clamp(0, 1).float()
+def _low_rewind_shift(tensors: dict[str, torch.Tensor], threshold: float) -> torch.Tensor:
+    return rewind_shifts(tensors) <= threshold
 
 
 def _similar(tensors: dict[str, torch.Tensor], key: str, threshold: float) -> torch.Tensor:
     return similar(tensors[key], threshold)
 
 
-# By name, from what [`RecordingCallback.result`] gives to whether each unit has converged at each probe.
+def _kept(tensors: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """
+    Fraction of the run's change of the logits that is kept if the front is reset to each probe, from 0 to 1. A predictor
+    that learns it with cross-entropy predicts the mean cost, so that rare but expensive mistakes count for more.
+    """
+    return 1 - rewind_shifts(tensors).clamp(0, 1).float()
+
+
+# By name: from a recorded run ([`RecordingCallback.result`]) to whether each unit has converged at each probe.
 LABELS: dict[str, Callable[[dict[str, torch.Tensor]], torch.Tensor]] = {
     **{f"cka-{x}": partial(_similar, key="cka", threshold=x) for x in (0.98, 0.99, 0.995)},
     **{f"token-cka-{x}": partial(_similar, key="token_cka", threshold=x) for x in (0.98, 0.99, 0.995)},
     "settled": lambda tensors: settled(tensors["cka"]),
-    **{f"rewind-cost-{x}": partial(cheap_to_rewind, threshold=x) for x in (0.02, 0.05)},
-    **{f"rewind-shift-{x}": partial(same_to_rewind, threshold=x) for x in (0.01, 0.03)},
+    **{f"rewind-cost-{x}": partial(_low_rewind_cost, threshold=x) for x in (0.02, 0.05)},
+    **{f"rewind-shift-{x}": partial(_low_rewind_shift, threshold=x) for x in (0.01, 0.03)},
 }
-# By name, what a predictor learns, from the same and the label.
+# By name: from a recorded run and its labels to what the predictor learns.
 TARGETS: dict[str, Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]] = {
-    "kept": lambda tensors, label: kept(tensors),
-    "label": lambda tensors, label: label.float(),
+    "kept": _kept,
+    "label": lambda tensors, labels: labels.float(),
 }

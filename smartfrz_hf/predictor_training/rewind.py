@@ -1,4 +1,4 @@
-"""The rewind test: what becomes of the finished model when its front goes back to what it was?"""
+"""The rewind test: how the finished model changes if its front is reset to what it was at an earlier moment."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +15,9 @@ T = TypeVar("T")
 
 class Rewinder:
     """
-    Keeps each unit's weights at some moments of a run.
+    Keeps the weights of each unit at some moments of a run, and resets the front of the finished model to them.
+
+    The units behind the front cannot adapt, so the test overestimates the cost of freezing the front at that moment.
 
     Args:
         stack ([`BlockStack`]): the units.
@@ -23,51 +25,48 @@ class Rewinder:
 
     def __init__(self, stack: BlockStack):
         self.stack = stack
-        self._kept: list[list[dict[str, torch.Tensor]]] = []
+        self._moments: list[list[dict[str, torch.Tensor]]] = []
 
     def keep(self) -> None:
-        """Keep what the weights are now, in host memory."""
-        self._kept.append(self._now())
+        """Keep a copy of the present weights in host memory."""
+        self._moments.append(self._weights())
 
     @torch.no_grad()
-    def outcomes(self, evaluate: Callable[[], T]) -> list[list[T]]:
+    def evaluate(self, metric: Callable[[], T]) -> list[list[T]]:
         """
-        What comes of the model as it is now with its front put back to each moment kept. The model stays as it is.
-
-        This is a cautious measure of what freezing the front then would have cost, since the units behind it could not
-        adapt.
+        Evaluate the model with its front reset to each kept moment. Afterwards, the model is as it was.
 
         Args:
-            evaluate (`Callable`): gives what comes of the model, such as its loss, on rows that it was not trained on.
+            metric (`Callable`): evaluates the model, always on the same held-out rows.
 
         Returns:
-            `list[list]`: entry `[m][u]` is what came of it with units 0 to u of moment m.
+            `list[list]`: entry `[m][u]` is the metric with units 0 to u reset to moment m.
         """
-        end = self._now()
-        found = []
-        for moment in self._kept:
+        end = self._weights()
+        results = []
+        for moment in self._moments:
             row = []
-            with _Replay(self.stack) as replay:
+            with _OutputReplay(self.stack) as replay:
                 for index, (unit, weights) in enumerate(zip(self.stack.units, moment, strict=True)):
-                    _put(unit, weights)
+                    _restore(unit, weights)
                     replay.begin(index)
-                    row.append(evaluate())
-            found.append(row)
+                    row.append(metric())
+            results.append(row)
             for unit, weights in zip(self.stack.units, end, strict=True):
-                _put(unit, weights)
-        return found
+                _restore(unit, weights)
+        return results
 
-    def _now(self) -> list[dict[str, torch.Tensor]]:
+    def _weights(self) -> list[dict[str, torch.Tensor]]:
         return [
             {name: value.detach().to("cpu", copy=True) for name, value in _tensors(unit).items()}
             for unit in self.stack.units
         ]
 
 
-class _Replay:
+class _OutputReplay:
     """
-    Spares the blocks in front of the last one that was put back: what they put out they have put out before, on the same
-    rows in the same order, when they were the last.
+    Skips the blocks in front of the last one that was reset: it replays the outputs that they had on the same rows when
+    they were the last one themselves.
     """
 
     def __init__(self, stack: BlockStack):
@@ -75,7 +74,7 @@ class _Replay:
         self._blocks = {index: unit.modules[unit.name] for index, unit in units}
         self._outputs: dict[int, list[Any]] = {index: [] for index in self._blocks}
 
-    def __enter__(self) -> "_Replay":
+    def __enter__(self) -> "_OutputReplay":
         self._patches = []
         for index, block in self._blocks.items():
             patch = ForwardPatch(block, lambda *args, **kwargs: None)
@@ -88,7 +87,7 @@ class _Replay:
             patch.remove()
 
     def begin(self, last: int) -> None:
-        """Get ready for an evaluation in which the front up to unit `last` is put back."""
+        """Prepare for an evaluation in which unit `last` is the last one that was reset."""
         self._last, self._calls = last, Counter[int]()
 
     def _run_or_replay(self, index: int, run: Callable[..., Any], *args, **kwargs) -> Any:
@@ -109,6 +108,6 @@ def _tensors(unit: Unit) -> dict[str, torch.Tensor]:
     return {**unit.named_parameters(), **buffers}
 
 
-def _put(unit: Unit, weights: dict[str, torch.Tensor]) -> None:
+def _restore(unit: Unit, weights: dict[str, torch.Tensor]) -> None:
     for name, value in _tensors(unit).items():
         value.data.copy_(weights[name])

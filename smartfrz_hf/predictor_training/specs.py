@@ -1,7 +1,8 @@
-"""The runs that the predictor learns from, as they are declared in JSON."""
+"""The training runs that the predictor learns from, as declared in a JSON file."""
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,29 @@ class RunSpec:
     One training run to record.
 
     Args:
-        name (`str`): names the run's folder.
+        name (`str`): name of the run and of its file.
         model (`str`): Hub id or folder of the model that is fine-tuned, or the model type to train from scratch.
-        data (`str`): `"glue/TASK"`, `"cifar10"`, `"fashion_mnist"`, or the Hub id of a set with the columns of one of these.
+        data (`str`):
+            `"glue/TASK"`, `"cifar10"`, `"fashion_mnist"`, or the Hub id of a data set with the columns of one of these.
         from_scratch (`bool`): whether the model starts from random weights.
-        config (`dict`): overrides of the model's configuration.
-        pretraining (`dict`): what is different in a run that comes first, and whose backbone this one starts from; it
-            is not recorded.
-        train_rows (`int`): rows of the training set, drawn with the seed.
-        epochs (`int`): passes over them.
-        batch_size (`int`): rows a step.
-        learning_rate (`float`): its peak.
+        config (`dict`): changes to the model's configuration.
+        pretraining (`dict`):
+            For a pretrained start: fields of a first run that differ from this one. It is not recorded; this run starts
+            from its backbone.
+        train_rows (`int`): number of training rows, drawn with the seed.
+        epochs (`int`): number of epochs.
+        batch_size (`int`): rows per step.
+        learning_rate (`float`): peak learning rate.
         schedule (`str`): `lr_scheduler_type` of [`~transformers.TrainingArguments`].
-        warmup (`float`): fraction of the run, or steps.
-        weight_decay (`float`): of the optimizer.
+        warmup (`float`): fraction of the run, or number of steps.
+        weight_decay (`float`): weight decay of the optimizer.
         optimizer (`str`): `optim` of [`~transformers.TrainingArguments`], such as `"adamw_torch"` or `"sgd"`.
-        max_length (`int`): most tokens a row.
-        image_size (`int`): height and width that images are brought to.
-        seed (`int`): of the rows drawn, their order, new weights and dropout.
+        max_length (`int`): maximum number of tokens per row.
+        image_size (`int`): height and width that images are resized to.
+        seed (`int`): seed of the choice and order of the rows, of new weights and of dropout.
+
+    Raises:
+        TypeError: `pretraining` has an unknown key.
     """
 
     name: str
@@ -58,7 +64,7 @@ class RunSpec:
 
     @property
     def regime(self) -> str:
-        """Where the weights come from at the start."""
+        """Origin of the weights at the start: `"fine-tuning"`, `"from scratch"` or `"after DATA"`."""
         if not self.from_scratch:
             return "fine-tuning"
         return f"after {self.pretraining['data']}" if self.pretraining else "from scratch"
@@ -69,14 +75,14 @@ def read_specs(path: str | os.PathLike) -> list[RunSpec]:
     Read a list of runs from JSON.
 
     Raises:
-        ValueError: two runs share a name, or a run has an unknown key.
+        ValueError: two runs share a name, or a run has an unknown key or lacks one.
     """
     entries = json.loads(Path(path).read_text())
     try:
         specs = [RunSpec(**entry) for entry in entries]
     except TypeError as error:
-        raise ValueError(f"{path}: a run has a key that is unknown or lacks one that is needed: {error}") from error
-    names = [spec.name for spec in specs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path}: two runs share a name: {sorted(n for n in set(names) if names.count(n) > 1)}")
+        raise ValueError(f"{path}: a run has an unknown key or lacks a required one: {error}") from error
+    repeated = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{path}: two runs share a name: {repeated}")
     return specs

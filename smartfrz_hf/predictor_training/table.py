@@ -1,4 +1,4 @@
-"""The table of a harvest: one row a run and unit, with where it comes from, in one Parquet file a run."""
+"""The table of recorded runs: one row per run and unit, with its provenance, in one Parquet file per run."""
 
 import os
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ PROVENANCE = {
     "versions": "string",
     "machine": "string",
 }
-# What [`RecordingCallback.result`] gives, by whether it differs between the units.
+# The tensors of [`RecordingCallback.result`]: those of the run, those of each unit, and those with several numbers per moment.
 RUN_FIELDS = {
     "steps": "int32",
     "learning_rates": "float64",
@@ -33,19 +33,19 @@ RUN_FIELDS = {
     "rewind_range": "float32",
 }
 UNIT_FIELDS = ("cka", "token_cka", "self_cka", "gradient_norms", "rewind_losses", "rewind_shifts")
-# The same, with several numbers to each moment.
 UNIT_WIDE_FIELDS = {"front_changes": 8}
 
 
 @dataclass
 class RecordedRun:
     """
-    One run of a harvest.
+    A recorded run.
 
     Attributes:
-        provenance (`dict`): name, model family, data, regime, the whole specification and the versions as JSON, losses.
+        provenance (`dict`):
+            Name, model family, data, regime, losses and seconds of the run, and its specification and versions as JSON.
         units (`list[str]`): names of the units.
-        tensors (`dict[str, torch.Tensor]`): as [`RecordingCallback.result`] gives them.
+        tensors (`dict[str, torch.Tensor]`): see [`RecordingCallback.result`].
     """
 
     provenance: dict[str, Any]
@@ -54,27 +54,27 @@ class RecordedRun:
 
     @property
     def name(self) -> str:
-        """The run's name."""
+        """Name of the run."""
         return self.provenance["run"]
 
     @property
     def family(self) -> str:
-        """The model's family."""
+        """Family of the model."""
         return self.provenance["family"]
 
     @property
     def task(self) -> str:
-        """The data set."""
+        """Name of the data set."""
         return self.provenance["data"]
 
 
 def run_file(folder: str | os.PathLike, name: str) -> Path:
-    """Where a run is kept."""
+    """Path of the file of a run."""
     return Path(folder) / f"{name}.parquet"
 
 
 def write_run(run: RecordedRun, folder: str | os.PathLike) -> None:
-    """Write a run, in one move."""
+    """Write a run to its file. The file appears only when it is complete."""
     tensors, units = run.tensors, range(len(run.units))
     weights_per_unit = tensors["weights"].shape[-1]
     columns: dict[str, list] = {key: [run.provenance[key]] * len(run.units) for key in PROVENANCE}
@@ -95,24 +95,24 @@ def write_run(run: RecordedRun, folder: str | os.PathLike) -> None:
 
 def read_table(folder: str | os.PathLike) -> Dataset:
     """
-    All finished runs of a harvest as one table, by name of the run and place of the unit.
+    Read all recorded runs as one table, ordered by run and unit.
 
     Raises:
-        FileNotFoundError: the folder holds none.
+        FileNotFoundError: the folder holds no recorded run.
     """
     files = sorted(Path(folder).glob("[!.]*.parquet"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no recorded run; make some with `smartfrz harvest`.")
+        raise FileNotFoundError(f"{folder} holds no recorded run; record some with `smartfrz harvest`.")
     return Dataset(pq.read_table(files))
 
 
 def read_runs(folder: str | os.PathLike) -> list[RecordedRun]:
     """
-    All finished runs of a harvest, by name.
+    Read all recorded runs, ordered by name.
 
     Raises:
-        FileNotFoundError: the folder holds none.
-        ValueError: one was recorded by an earlier version, and lacks something.
+        FileNotFoundError: the folder holds no recorded run.
+        ValueError: a run was recorded by an earlier version and lacks a column.
     """
     rows = read_table(folder).with_format("numpy")
     return [_run(list(part)) for _, part in groupby(rows, key=lambda row: row["run"])]
@@ -126,7 +126,7 @@ def _run(rows: list[dict[str, Any]]) -> RecordedRun:
     missing = [key for key in (*RUN_FIELDS, *UNIT_FIELDS, *UNIT_WIDE_FIELDS) if key not in first]
     if missing:
         raise ValueError(
-            f"The run {first['run']} was recorded by an earlier version and lacks {', '.join(missing)}: record it again."
+            f"The run {first['run']} was recorded by an earlier version and lacks {', '.join(missing)}; record it again."
         )
     tensors = {key: tensor(first[key]) for key in RUN_FIELDS}
     tensors |= {

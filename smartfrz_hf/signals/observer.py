@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
 from ..distributed.fsdp import reshard

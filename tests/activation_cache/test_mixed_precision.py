@@ -45,7 +45,7 @@ def test_frozen_under_autocast_with_and_without_the_cache(tmp_path, half, monkey
         runs.append(trainer)
         assert not torch.is_autocast_enabled("cpu"), "the front was tried inside the model's own forward pass"
         # The history is as fine as the weights are: of float32 under autocast.
-        assert trainer.smartfrz._history.snapshots().dtype == torch.float32
+        assert trainer.smartfrz.run.observer.history.snapshots().dtype == torch.float32
         assert set(trainer.ledger.freeze_steps.values()) == {6} and trainer.ledger.depth == 3
         for unit in find_blocks(trainer.model).units[:3]:
             for key in unit.named_parameters():

@@ -92,8 +92,8 @@ class Watching(TrainerCallback):
             self.copied.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
             units = find_blocks(self.copied).units
             every = range(len(units))
-            weights_per_unit = WeightSampler(units, self.callback._sampler.weights_per_unit).read_all(every)
-            assert torch.equal(self.callback._sampler.read_all(every), weights_per_unit), "shards give other samples"
+            weights_per_unit = WeightSampler(units, self.callback.run.observer.sampler.weights_per_unit).read_all(every)
+            assert torch.equal(self.callback.run.observer.sampler.read_all(every), weights_per_unit), "shards give other samples"
 
 
 def whole(tensor):
@@ -164,8 +164,8 @@ def main():
     changes = {}
 
     def decide(seen):
-        if seen.front is not None and seen.front.changes is not None:
-            changes[seen.step] = seen.front.changes.tolist()
+        if seen.probe is not None and seen.probe.changes is not None:
+            changes[seen.step] = seen.probe.changes.tolist()
         if options.dies_at == seen.step and rank == 1:
             raise SystemExit(3)
         ahead = 2 if options.unlike and rank else 0
@@ -178,7 +178,7 @@ def main():
     weights = {key: whole(value) for key, value in model.state_dict().items()}
     save_file(weights, options.folder / f"end-{rank}.safetensors")
     assert all(p.requires_grad for p in model.parameters())
-    callback._history.save(options.folder / f"history-{rank}.safetensors")
+    callback.run.observer.history.save(options.folder / f"history-{rank}.safetensors")
     found = {
         "world_size": args.world_size,
         "stages": [[stage.step, stage.depth] for stage in callback.ledger.stages],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, build
 from torch.utils.flop_counter import FlopCounterMode
+from versions import checkpoint_activations
 
 from smartfrz_hf import Freezer, find_blocks
 
@@ -112,14 +113,12 @@ def _watch(output, units, name):
 def test_no_backward_work_in_the_prefix(name, checkpointing):
     if checkpointing != "off" and name not in CHECKPOINTED:
         with pytest.raises(ValueError, match="does not support"):
-            build(name).activation_checkpointing_enable()
+            checkpoint_activations(build(name))
         return
     model = build(name)
     batch = ARCHITECTURES[name].batch(model)
     if checkpointing != "off":
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"}
-        )
+        checkpoint_activations(model, checkpointing == "reentrant")
     stack = find_blocks(model)
     freezer = Freezer(stack)
     if (name, checkpointing) == ("deberta-v2", "reentrant"):
@@ -178,7 +177,7 @@ def test_active_gradients_are_those_of_full_training(name):
 def test_undo_restores_every_flag(name):
     model = build(name)
     if name in CHECKPOINTED:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     stack = find_blocks(model)
     head = next(p for key, p in model.named_parameters() if key.startswith("classifier"))
     some = next(iter(stack.units[1].named_parameters().values()))

@@ -89,6 +89,3 @@ def test_make_policy():
     assert isinstance(make_policy(SmartFRZConfig(policy="static")), StaticPolicy)
     assert isinstance(make_policy(SmartFRZConfig(policy="linear")), LinearPolicy)
     assert isinstance(make_policy(SmartFRZConfig(policy="never")), NeverPolicy)
-    made_for = predictor.config
-    policy = make_policy(SmartFRZConfig(window=made_for.window, weights_per_unit=made_for.weights_per_unit), predictor)
-    assert policy.predictor is predictor

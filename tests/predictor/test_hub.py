@@ -1,4 +1,4 @@
-"""Predictors go to the Hub and come back, through the Hub's own client, against a server on this machine."""
+"""Uploads to the Hub and downloads from it, with the Hub's own client and a local server."""
 
 import json
 import os
@@ -14,6 +14,8 @@ from smartfrz_hf.predictor import FILES
 
 REPO = "me/mine"
 
+pytestmark = pytest.mark.slow  # each test starts interpreters
+
 
 @pytest.fixture
 def hub():
@@ -23,7 +25,7 @@ def hub():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder as `smartfrz fit` writes it, with a file beside it that is nobody's business."""
+    """A folder as `smartfrz fit` writes it, with a file that must not be uploaded."""
     torch.manual_seed(0)
     path = tmp_path / "predictor"
     SmartFRZPredictor(SmartFRZPredictorConfig(window=5, weights_per_unit=16)).save_pretrained(path)
@@ -34,10 +36,10 @@ def folder(tmp_path):
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """Runs a command in a process that knows this Hub, an empty home, and a token if given one."""
+    """Runs a command in a process with this Hub, an empty home, and a token if one is given."""
 
     def go(*words, token=None, **environment):
-        # The Hub's own large-file service cannot be had on this machine; plain LFS can.
+        # The local server speaks plain LFS, not Xet.
         changes = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
         changes |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
         kept = {key: value for key, value in os.environ.items() if key not in ("HF_TOKEN", "HF_HUB_TOKEN")}
@@ -51,16 +53,16 @@ def run(hub, tmp_path):
 
 
 def load(run, name=REPO, token=None, environment=None, **kwargs):
-    """Load a predictor in a process of its own: what it says about itself, or the error."""
+    """Load a predictor in a process of its own; give its window and the sum of its weights, or the error."""
     code = (
         "import json, sys; from smartfrz_hf import load_predictor\n"
         "name, kwargs = json.loads(sys.argv[1])\n"
         "try:\n"
         "    predictor = load_predictor(name, **kwargs)\n"
-        "    found = {'window': predictor.config.window, 'sum': sum(p.double().sum().item() for p in predictor.parameters())}\n"
+        "    result = {'window': predictor.config.window, 'sum': sum(p.double().sum().item() for p in predictor.parameters())}\n"
         "except OSError as error:\n"
-        "    found = {'error': str(error)}\n"
-        "print(json.dumps(found))\n"
+        "    result = {'error': str(error)}\n"
+        "print(json.dumps(result))\n"
     )
     done = run("-c", code, json.dumps([name, kwargs]), token=token, **environment or {})
     assert done.returncode == 0, done.stderr
@@ -86,21 +88,25 @@ def test_push_and_load_again(hub, run, folder):
     assert set(files) == {".gitattributes", "README.md", *FILES}
     assert files["README.md"] == (folder / "README.md").read_bytes()
 
-    assert load(run, token=TOKEN)["sum"] == content(folder)
+    loaded = load(run, token=TOKEN)
+    assert loaded["sum"] == content(folder)
+    assert loaded["warnings"] == "", "no progress bar"
     assert "error" in load(run, token=None, cache_dir=str(folder / "empty"))
 
-    # Later without the Hub, from what was fetched.
+    # Offline, from the cache.
     count = len(hub.requests)
     assert load(run, environment={"HF_HUB_OFFLINE": "1"})["sum"] == content(folder)
     assert len(hub.requests) == count
 
-    # Another predictor on a branch of its own; the main one stays.
+    # Another predictor on a branch; the main branch does not change.
     SmartFRZPredictor(SmartFRZPredictorConfig(window=7, weights_per_unit=16)).save_pretrained(folder)
     done = run(*words, "--revision", "longer", token=TOKEN)
     assert done.returncode == 0, done.stderr
     assert load(run, token=TOKEN, revision="longer")["window"] == 7
     assert load(run, token=TOKEN)["window"] == 5
-    assert "no-such" in load(run, token=TOKEN, revision="no-such")["error"]
+    error = load(run, token=TOKEN, revision="no-such")["error"]
+    assert "no-such" in error
+    assert "check `revision`" in error
 
 
 def test_a_predictor_in_a_subfolder(hub, run, folder):
@@ -127,14 +133,17 @@ def test_push_of_a_damaged_predictor_reaches_no_hub(hub, run, folder):
 
 
 @pytest.mark.parametrize("token", [None, "hf_wrong"])
-def test_what_is_not_there_is_named(hub, run, folder, token):
+def test_what_is_missing_is_named(hub, run, folder, token):
     error = load(run, "me/other", token=token)["error"]
-    assert "me/other" in error and "401" in error
+    assert "me/other" in error
+    assert "401" in error
+    assert "check the name" in error
+    assert "hf auth login" in error
     hub.commit(REPO, {"config.json": (folder / "config.json").read_bytes()})
     assert ("lacks model.safetensors" if token is None else "401") in load(run, token=token)["error"]
 
 
-def test_a_connection_that_breaks_is_tried_again(hub, run, folder):
+def test_a_broken_connection_is_retried(hub, run, folder):
     hub.commit(REPO, files_of(folder))
     hub.breaks = 1
     assert load(run)["sum"] == content(folder)
@@ -152,12 +161,12 @@ def test_a_config_of_a_newer_version_gives_one_warning(hub, run, folder):
     files = files_of(folder)
     config = json.loads(files["config.json"]) | {"heads_of_the_future": 3}
     hub.commit(REPO, files | {"config.json": json.dumps(config).encode()})
-    found = load(run)
-    assert found["sum"] == content(folder)
-    assert found["warnings"].count("heads_of_the_future") == 1
+    loaded = load(run)
+    assert loaded["sum"] == content(folder)
+    assert loaded["warnings"].count("heads_of_the_future") == 1
 
 
-def test_pickled_weights_are_refused_and_not_fetched(hub, run, folder, tmp_path):
+def test_pickled_weights_are_refused_and_not_downloaded(hub, run, folder, tmp_path):
     torch.save({}, tmp_path / "weights")
     pickled = (tmp_path / "weights").read_bytes()
     hub.commit(REPO, {"config.json": (folder / "config.json").read_bytes(), "pytorch_model.bin": pickled})

@@ -1,13 +1,16 @@
-"""The predictor equals its reference in plain loops, knows no scale or order, and is refused when damaged."""
+"""The predictor equals its reference in plain loops, does not depend on scale or order, and is refused when damaged."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from predictor_reference import predict_reference
 
 from smartfrz_hf import SmartFRZPredictor, SmartFRZPredictorConfig, load_predictor
-from smartfrz_hf.predictor import configuration
+from smartfrz_hf.predictor import build_inputs, configuration
+from smartfrz_hf.predictor.hub import DEFAULT
 
 FORMS = pytest.mark.parametrize("sizes", [{}, {"unit_attention": False}, {"form": "weights"}], ids=str)
 
@@ -26,36 +29,48 @@ def make(**sizes):
     return predictor.eval()
 
 
-def histories(units=5, window=6, weights_per_unit=11, filled=6):
+def history(units=5, window=6, weights_per_unit=11, filled=6):
+    """What was recorded of a run: the last `filled` snapshots, the one at the start, and the learning rates spent."""
     torch.manual_seed(2)
     start = torch.randn(units, weights_per_unit)
-    return {
-        "snapshots": start.unsqueeze(1) + torch.randn(units, window, weights_per_unit).mul(0.1).cumsum(1),
-        "start": start,
-        "mask": torch.arange(window) >= window - filled,
-        "spent": torch.linspace(0.1, 0.4, window) ** 1.5,
-    }
+    snapshots = start.unsqueeze(1) + torch.randn(units, window, weights_per_unit).mul(0.1).cumsum(1)
+    spent = torch.linspace(0.1, 0.4, window) ** 1.5
+    return {"snapshots": snapshots[:, window - filled :], "start": start, "spent": spent[window - filled :]}
 
 
 CONTEXT = torch.rand(5, 4, generator=torch.Generator().manual_seed(3))
 
 
-def score(predictor, inputs, context=CONTEXT, **more):
-    return predictor(*predictor.read(**inputs), context.to(inputs["spent"].dtype), **more)
+def inputs_of(predictor, recorded):
+    inputs = build_inputs(predictor.config, **recorded, relative_rate=torch.tensor(0.5), progress=0.3)
+    return inputs._replace(context=CONTEXT.to(recorded["spent"]))
+
+
+def score(predictor, recorded, **more):
+    return predictor(*inputs_of(predictor, recorded), **more)
+
+
+def padded(values, dim, window=6):
+    shape = list(values.shape)
+    shape[dim] = window - shape[dim]
+    return torch.cat([values.new_zeros(shape), values], dim).tolist()
 
 
 @pytest.mark.parametrize("filled", [6, 3])
 @FORMS
 def test_equals_the_reference(sizes, filled):
-    predictor, inputs = make(**sizes), histories(filled=filled)
-    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-9)):  # what float32 can hold
-        predictor, inputs = (
-            predictor.to(dtype),
-            inputs | {k: inputs[k].to(dtype) for k in ("snapshots", "start", "spent")},
+    predictor, recorded = make(**sizes), history(filled=filled)
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-9)):  # the precision of the type
+        predictor, recorded = predictor.to(dtype), {key: value.to(dtype) for key, value in recorded.items()}
+        output = score(predictor, recorded)
+        logits, attentions = predict_reference(
+            predictor,
+            padded(recorded["snapshots"], 1),
+            recorded["start"].tolist(),
+            [position >= 6 - filled for position in range(6)],
+            padded(recorded["spent"], 0),
+            CONTEXT.to(dtype).tolist(),
         )
-        output = score(predictor, inputs)
-        values = [value.tolist() for value in inputs.values()]
-        logits, attentions = predict_reference(predictor, *values, CONTEXT.to(dtype).tolist())
         assert min(map(abs, logits)) > 0.001
         assert output.logits.tolist() == pytest.approx(logits, abs=tolerance)
         for unit in range(5):
@@ -64,98 +79,142 @@ def test_equals_the_reference(sizes, filled):
 
 @FORMS
 def test_output(sizes):
-    inputs = histories(filled=4)
-    output = score(make(**sizes), inputs, labels=torch.tensor([0, 1, 0, 1, 1]))
-    assert output.loss.dim() == 0 and output.logits.shape == (5,)
+    output = score(make(**sizes), history(filled=4), labels=torch.tensor([0, 1, 0, 1, 1]))
+    assert output.loss.dim() == 0
+    assert output.logits.shape == (5,)
     assert torch.equal(output.probabilities, output.logits.sigmoid())
     assert output.attentions.shape == (5, 6)
     torch.testing.assert_close(output.attentions.sum(1), torch.ones(5))
-    assert (output.attentions[:, ~inputs["mask"]] == 0).all()
+    assert (output.attentions[:, :2] == 0).all()
 
 
 @FORMS
-def test_many_stages_at_once_give_what_each_gives(sizes):
-    """One attention a unit and stage: a known re-implementation sums the scores over the batch."""
+def test_a_batch_of_stages_gives_what_each_stage_gives(sizes):
+    """A known re-implementation sums the scores over the batch."""
     predictor = make(**sizes)
-    stages = [histories(filled=filled) for filled in (3, 6)]
-    read = [predictor.read(**stage) for stage in stages]
-    features, usable = (torch.stack(parts) for parts in zip(*read, strict=True))
-    together = predictor(features, usable, CONTEXT.expand(2, 5, 4)).logits
-    for stage, logits in zip(stages, together, strict=True):
+    stages = [history(filled=filled) for filled in (3, 6)]
+    batch = [torch.stack(parts) for parts in zip(*(inputs_of(predictor, stage) for stage in stages), strict=True)]
+    for stage, logits in zip(stages, predictor(*batch).logits, strict=True):
         torch.testing.assert_close(score(predictor, stage).logits, logits)
 
 
 @FORMS
-def test_units_that_are_not_active_do_not_matter(sizes):
-    predictor, inputs = make(**sizes), histories()
-    features, usable = predictor.read(**inputs)
-    alone = predictor(features[2:], usable[2:], CONTEXT[2:]).logits
-    active = torch.arange(5) >= 2
-    together = predictor(features, usable, CONTEXT, active, labels=torch.ones(5))
-    torch.testing.assert_close(together.logits[2:], alone)
-    torch.testing.assert_close(
-        together.loss, predictor(features[2:], usable[2:], CONTEXT[2:], labels=torch.ones(3)).loss
-    )
+def test_inactive_units_do_not_matter(sizes):
+    predictor = make(**sizes)
+    inputs = inputs_of(predictor, history())
+    behind = [part[2:] for part in inputs]
+    output = predictor(*inputs, active=torch.arange(5) >= 2, labels=torch.ones(5))
+    torch.testing.assert_close(output.logits[2:], predictor(*behind).logits)
+    torch.testing.assert_close(output.loss, predictor(*behind, labels=torch.ones(3)).loss)
 
 
-def test_units_attend_to_each_other_only_where_they_are_to():
-    inputs = histories()
+@pytest.mark.parametrize("form", ["dynamics", "weights"])
+def test_inputs_of_active_units_are_those_in_the_whole_model(form):
+    config = SmartFRZPredictorConfig(form=form, window=6, weights_per_unit=11, front_probe=form == "dynamics")
+    recorded, now = history(), {"relative_rate": torch.tensor(0.5), "progress": 0.3}
+    now["probe_changes"] = torch.rand(5, 4, 2)
+    whole = build_inputs(config, **recorded, **now)
+    active = {"snapshots": recorded["snapshots"][2:], "start": recorded["start"][2:], "spent": recorded["spent"]}
+    for part, of_whole in zip(build_inputs(config, **active, **now, depth=2), whole, strict=True):
+        torch.testing.assert_close(part, of_whole[2:])
+    assert whole.features.shape == (5, 6, config.input_size)
+    if form == "dynamics":
+        assert whole.context.shape == (5, config.context_size)
+        unknown = build_inputs(config, **recorded, **now | {"probe_changes": None}).context
+        assert unknown[:, :4].equal(whole.context[:, :4])
+        assert (unknown[:, 4:] == 0).all()
+
+
+def test_units_attend_to_each_other_if_asked_to():
     for unit_attention in (True, False):
         predictor = make(unit_attention=unit_attention)
-        features, usable = predictor.read(**inputs)
-        before = predictor(features, usable, CONTEXT).logits
-        features[4] = 0
-        after = predictor(features, usable, CONTEXT).logits
+        inputs = inputs_of(predictor, history())
+        before = predictor(*inputs).logits
+        inputs.features[4] = 0
+        after = predictor(*inputs).logits
         assert torch.allclose(before[:4], after[:4]) is not unit_attention
 
 
-def test_dynamics_know_no_order_scale_or_number_of_samples():
-    predictor, inputs = make(), histories()
-    logits = score(predictor, inputs).logits
+def test_dynamics_do_not_depend_on_order_scale_or_number_of_weights():
+    predictor, recorded = make(), history()
+    logits = score(predictor, recorded).logits
     order = torch.randperm(11)
 
     def change(function):
-        return inputs | {key: function(inputs[key]) for key in ("snapshots", "start")}
+        return recorded | {key: function(recorded[key]) for key in ("snapshots", "start")}
 
     torch.testing.assert_close(score(predictor, change(lambda x: x[..., order])).logits, logits)
     torch.testing.assert_close(score(predictor, change(lambda x: x * 1000)).logits, logits)
     torch.testing.assert_close(score(predictor, change(lambda x: torch.cat([x, x], -1))).logits, logits)
 
 
-def test_what_the_mask_hides_does_not_matter():
-    for form in ("dynamics", "weights"):
-        predictor, inputs = make(form=form), histories(filled=4)
-        logits = score(predictor, inputs).logits
-        noisy = inputs["snapshots"].masked_fill(~inputs["mask"].view(1, -1, 1), 1e4)
-        torch.testing.assert_close(score(predictor, inputs | {"snapshots": noisy}).logits, logits)
-
-
-def test_weights_that_stand_still_give_a_finite_answer():
-    inputs = histories()
-    still = inputs["start"].unsqueeze(1).expand(-1, 6, -1)
-    for snapshots, start in ((still, inputs["start"]), (still * 0, inputs["start"] * 0)):
-        for spent in (inputs["spent"], inputs["spent"] * 0):
-            output = score(make(), inputs | {"snapshots": snapshots, "start": start, "spent": spent})
+def test_weights_that_do_not_move_give_a_finite_answer():
+    recorded = history()
+    still = recorded["start"].unsqueeze(1).expand(-1, 6, -1)
+    for snapshots, start in ((still, recorded["start"]), (still * 0, recorded["start"] * 0)):
+        for spent in (recorded["spent"], recorded["spent"] * 0):
+            output = score(make(), {"snapshots": snapshots, "start": start, "spent": spent})
             assert torch.isfinite(output.logits).all()
 
 
 def test_save_and_load(tmp_path):
     for form in ("dynamics", "weights"):
-        predictor, inputs = make(form=form), histories()
+        predictor, recorded = make(form=form), history()
         predictor.save_pretrained(tmp_path / form)
+        random_state = torch.get_rng_state()
         loaded = load_predictor(tmp_path / form)
-        assert loaded.config.form == form and not loaded.training
-        assert torch.equal(score(loaded, inputs).logits, score(predictor, inputs).logits)
+        assert torch.get_rng_state().equal(random_state)
+        assert loaded.config.form == form
+        assert not loaded.training
+        assert torch.equal(score(loaded, recorded).logits, score(predictor, recorded).logits)
         assert {file.name for file in (tmp_path / form).iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_a_predictor_saved_with_the_former_name_of_a_key_loads(tmp_path):
+    make(weights_per_unit=13).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["samples"] = config.pop("weights_per_unit")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_predictor(tmp_path)
+    assert loaded.config.weights_per_unit == 13
+    loaded.save_pretrained(tmp_path)
+    assert "samples" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_making_a_predictor_prints_nothing():
+    code = (
+        "from smartfrz_hf import load_predictor, SmartFRZPredictor; load_predictor(); SmartFRZPredictor.from_default()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout + done.stderr == ""
+
+
+def test_default_predictor_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / DEFAULT).mkdir()
+    monkeypatch.chdir(tmp_path)
+    by_name, default = load_predictor(DEFAULT), load_predictor()
+    for value, wanted in zip(by_name.parameters(), default.parameters(), strict=True):
+        assert value.equal(wanted)
+    with pytest.raises(OSError, match=r"lacks config.json and model.safetensors"):
+        load_predictor(f"./{DEFAULT}")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("me/mine", "connect to the Hub.*local folder"), ("./out/mine", "give an existing folder")]
+)
+def test_a_predictor_that_is_not_found_offline(name, remedy):
+    with pytest.raises(OSError, match=f"'{name}' is neither a folder nor available from the Hub: .*{remedy}"):
+        load_predictor(name)
+
+
 def test_default_comes_with_the_package(monkeypatch):
-    said = []
-    monkeypatch.setattr(configuration.logger, "warning", said.append)
+    warnings = []
+    monkeypatch.setattr(configuration.logger, "warning", warnings.append)
     load_predictor()
-    assert not said
+    assert not warnings
     SmartFRZPredictorConfig(of_the_future=1)
-    assert len(said) == 1 and "of_the_future" in said[0]
+    assert len(warnings) == 1
+    assert "of_the_future" in warnings[0]
     predictor = SmartFRZPredictor.from_default()
     assert predictor.num_parameters() < 1_000_000
     assert isinstance(predictor.config, SmartFRZPredictorConfig)
@@ -178,14 +237,14 @@ def test_truncated_weights_are_refused(tmp_path, keep):
         load_predictor(tmp_path)
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path):
+def test_weights_of_another_configuration_are_refused(tmp_path):
     make().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"form": "weights"}))
-    with pytest.raises(OSError, match=r"damaged|not whole"):
+    with pytest.raises(OSError, match="damaged"):
         load_predictor(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"head_size": 99}))
-    with pytest.raises(OSError, match=r"damaged|not whole"):
+    with pytest.raises(OSError, match="damaged"):
         load_predictor(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(OSError):

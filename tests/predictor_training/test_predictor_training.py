@@ -1,7 +1,10 @@
-"""The whole road of making a predictor, on tiny models and local files."""
+"""All steps of training a predictor, on tiny models and local files."""
 
 import copy
 import json
+import multiprocessing
+import threading
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -18,15 +21,15 @@ from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictor, fin
 from smartfrz_hf.cli import app
 from smartfrz_hf.policies import SmartFRZPolicy
 from smartfrz_hf.predictor import SmartFRZPredictorConfig
-from smartfrz_hf.predictor.features import CONTEXT
-from smartfrz_hf.predictor_training.cka import linear_cka
+from smartfrz_hf.predictor.configuration import CONTEXT_SIZE
+from smartfrz_hf.predictor_training.cross_validation import PREDICTOR, REGRESSION, REGRESSION_WITHOUT_PROBE, HeldOut
 from smartfrz_hf.predictor_training.dataset import INPUTS, FreezingStages
-from smartfrz_hf.predictor_training.evaluate import frozen_share, operating_points, path_cost, summarize
-from smartfrz_hf.predictor_training.held_out import PREDICTOR, HeldOut
+from smartfrz_hf.predictor_training.harvest import harvest
 from smartfrz_hf.predictor_training.labels import LABELS, at_probes, rewind_cost, settled, similar
-from smartfrz_hf.predictor_training.record import RecordingCallback, pool
+from smartfrz_hf.predictor_training.metrics import frozen_share, operating_points, path_cost, summarize
+from smartfrz_hf.predictor_training.recording import RecordingCallback, linear_cka, pool
 from smartfrz_hf.predictor_training.rewind import Rewinder
-from smartfrz_hf.predictor_training.specs import read_specs
+from smartfrz_hf.predictor_training.specs import RunSpec, read_specs
 from smartfrz_hf.predictor_training.table import PROVENANCE, RecordedRun, read_runs, write_run
 from smartfrz_hf.signals.probe import shift, spread_tokens
 
@@ -41,7 +44,7 @@ def test_cka_by_its_definition():
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1000), scale=st.floats(0.01, 100))
-def test_cka_knows_no_rotation_scale_or_shift(seed, scale):
+def test_cka_does_not_depend_on_rotation_scale_or_shift(seed, scale):
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(20, 6, generator=generator), torch.randn(20, 6, generator=generator)
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
@@ -55,12 +58,12 @@ def test_cka_of_constants():
     assert linear_cka(constant, constant) == 1 and linear_cka(constant, x) == 0
 
 
-def test_settled_means_from_here_to_the_end():
+def test_settled_units_remain_so():
     cka = torch.tensor([[1.0, 0.5], [0.9, 0.99], [0.995, 0.999], [1.0, 1.0]])
     assert settled(cka, 0.99, 0).tolist() == [[False, False], [False, True], [True, True], [True, True]]
 
 
-def test_settled_is_relative_to_the_whole_change():
+def test_settled_is_relative_to_the_change_over_the_run():
     cka = torch.tensor([[0.98, 0.2, 0.9999], [0.99, 0.9, 0.9998], [0.998, 0.93, 0.9999], [1.0, 1.0, 1.0]])
     assert settled(cka, 0.9995, 0.1).int().T.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
 
@@ -79,7 +82,7 @@ def test_pool_ignores_padding():
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "resnet", "swin"])
-def test_recording_changes_nothing_and_records_all(tmp_path, name):
+def test_recording_does_not_change_the_run(tmp_path, name):
     data = None
     if name == "gpt2":
         from training import Rows
@@ -112,7 +115,7 @@ def test_recording_changes_nothing_and_records_all(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_rewinding_puts_the_front_back_and_leaves_the_model(name):
+def test_rewinding_resets_the_front_and_then_restores_the_model(name):
     model = build(name).eval()
     batch, stack = ARCHITECTURES[name].batch(model), find_blocks(model)
     first_rows = {key: value[:1] for key, value in batch.items()}
@@ -125,13 +128,15 @@ def test_rewinding_puts_the_front_back_and_leaves_the_model(name):
             parameter.add_(torch.randn_like(parameter) * 0.1)
         rewinder.keep()
         last, end = copy.deepcopy(model.state_dict()), loss()
-        losses = torch.tensor(rewinder.outcomes(loss), dtype=torch.float64)
+        losses = torch.tensor(rewinder.evaluate(loss), dtype=torch.float64)
         assert losses.shape == (2, len(stack))
-        assert losses[1].tolist() == [end] * len(stack), "rewound to where it is"
+        assert losses[1].tolist() == [end] * len(stack), "reset to what it is"
         assert all(torch.equal(value, last[key]) for key, value in model.state_dict().items())
         for depth in range(1, len(stack) + 1):
             inside = {id(p) for unit in stack.units[:depth] for p in unit.named_parameters().values()}
-            front = {key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in inside}  # and ties
+            front = {
+                key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in inside
+            }  # and tied ones
             model.load_state_dict({key: first[key] if key in front else value for key, value in last.items()})
             assert loss() == pytest.approx(losses[0, depth - 1].item(), rel=1e-6)
 
@@ -183,14 +188,33 @@ def _png(pixels):
     return buffer.getvalue()
 
 
-def test_one_failed_run_does_not_lose_the_rest(harvested):
+def test_a_failed_run_does_not_stop_the_others(harvested):
     folder, _, result = harvested
     assert result.exit_code == 1
     assert "failed: broken: " in result.output and "nonsense" in result.output
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["resnet-0.parquet", "vit-0.parquet"]
 
 
-def test_each_row_of_the_table_says_where_it_comes_from(harvested):
+@pytest.mark.slow
+def test_a_killed_run_does_not_stop_the_others(harvested, tmp_path):
+    folder = harvested[0]
+    specs = [RunSpec(**spec) for spec in json.loads((folder / "runs.json").read_text())[:2]]
+    killed = threading.Event()
+
+    def kill_the_first_process():
+        while not (processes := multiprocessing.active_children()):
+            time.sleep(0.01)
+        processes[0].kill()
+        killed.set()
+
+    threading.Thread(target=kill_the_first_process, daemon=True).start()
+    (failure,) = harvest(specs, tmp_path, folder / "data")
+    assert killed.is_set()
+    assert failure.startswith("vit-0: its process was killed")
+    assert [path.name for path in tmp_path.iterdir()] == ["resnet-0.parquet"]
+
+
+def test_each_row_of_the_table_has_its_provenance(harvested):
     table = load_dataset("parquet", data_dir=str(harvested[0] / "out"), split="train")
     assert table["run"] == ["resnet-0"] * 3 + ["vit-0"] * 3
     row = table[4]
@@ -205,7 +229,7 @@ def test_each_row_of_the_table_says_where_it_comes_from(harvested):
     assert np.shape(row["weights"]) == (len(row["steps"]), 1024) and len(row["cka"]) == len(row["probe_steps"])
 
 
-def test_a_run_comes_back_as_it_was_written(tmp_path):
+def test_a_run_is_read_as_it_was_written(tmp_path):
     batch = ARCHITECTURES["bert"].batch(build("bert"))
     recorder = RecordingCallback([batch], weights_per_unit=64, probes=10, rewinds=5)
     train(tmp_path, [recorder])
@@ -229,8 +253,8 @@ def test_harvest_resumes(harvested):
 
 
 @pytest.mark.parametrize("front_probe", [False, True])
-def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path, front_probe):
-    """The row cut from a recorded run equals the input that the callback builds in the same run."""
+def test_rows_equal_the_inputs_in_use(harvested, tmp_path, front_probe):
+    """The row of a recorded run equals the inputs that the callback builds in the same run."""
     runs = read_runs(harvested[0] / "out")
     stages = FreezingStages(runs, SmartFRZPredictorConfig(), "cka-0.99", spacings=(1, 2))
     assert all(len(column) == len(stages) for column in stages.columns.values())
@@ -268,31 +292,31 @@ def test_rows_are_what_the_policy_would_have_seen(harvested, tmp_path, front_pro
     assert all(a[0] < b[0] for a, b in pairwise(inputs))
 
 
-def test_units_in_front_are_left_out_at_random(harvested):
+def test_augmentation_freezes_units_in_front(harvested):
     stages = FreezingStages(read_runs(harvested[0] / "out"), SmartFRZPredictorConfig(), "cka-0.99")
     torch.manual_seed(0)
     active = torch.stack([stages[0]["active"] for _ in range(20)])
-    assert active.all(), "all are there unless asked for"
-    dropping = stages.select(torch.ones(len(stages), dtype=torch.bool), as_in_use=True)
+    assert active.all(), "no augmentation by default"
+    dropping = stages.select(torch.ones(len(stages), dtype=torch.bool), augment=True)
     active = torch.stack([dropping[0]["active"] for _ in range(200)])
     assert active[:, -1].all() and 0.5 < active[:, 0].float().mean() < 0.8
-    assert (active.int().diff(dim=1) >= 0).all(), "from the front only"
+    assert (active.int().diff(dim=1) >= 0).all(), "only units in front"
     assert len(stages.select(stages.columns["run"] == 0)) == int((stages.columns["run"] == 0).sum())
 
 
-def test_now_and_then_nothing_is_known_of_the_front_probe(harvested):
+def test_augmentation_hides_the_front_probe(harvested):
     config = SmartFRZPredictorConfig(front_probe=True)
     stages = FreezingStages(read_runs(harvested[0] / "out"), config, "cka-0.99")
-    in_use = stages.select(torch.ones(len(stages), dtype=torch.bool), as_in_use=True)
+    in_use = stages.select(torch.ones(len(stages), dtype=torch.bool), augment=True)
     torch.manual_seed(0)
     drawn = torch.stack([in_use[0]["context"] for _ in range(300)])
-    known = drawn[..., CONTEXT:].any(dim=(1, 2))
+    known = drawn[..., CONTEXT_SIZE:].any(dim=(1, 2))
     assert 0.85 < known.float().mean() < 0.95
-    assert drawn[..., :CONTEXT].eq(stages[0]["context"][..., :CONTEXT]).all()
+    assert drawn[..., :CONTEXT_SIZE].eq(stages[0]["context"][..., :CONTEXT_SIZE]).all()
     assert drawn[known].eq(stages[0]["context"]).all()
 
 
-def test_what_is_learned_is_the_label_or_what_freezing_keeps():
+def test_targets_are_the_label_or_what_freezing_keeps():
     run = a_run()
     kept, label = (
         FreezingStages([run], SmartFRZPredictorConfig(weights_per_unit=8), "rewind-shift-0.03", target=target)
@@ -300,34 +324,34 @@ def test_what_is_learned_is_the_label_or_what_freezing_keeps():
     )
     steps = kept.columns["step"]
     torch.testing.assert_close(kept.columns["targets"], 1 - run.tensors["rewind_shifts"][steps])
-    assert label.columns["targets"].equal(kept.columns["labels"]), "which both are judged by"
+    assert label.columns["targets"].equal(kept.columns["labels"]), "both have the same labels"
 
 
 def a_run(name="x", units=3, probes=41):
-    """A made-up run in which unit u converges at 20 % * (u + 1), when its loss is no more changed by rewinding."""
+    """A synthetic run in which unit u converges at 20 % * (u + 1): from there on, rewinding changes nothing."""
     steps = torch.arange(probes)
-    moved = (1 - steps.unsqueeze(1) / (probes - 1) / (0.2 * torch.arange(1, units + 1))).clamp(min=0)
+    remaining = (1 - steps.unsqueeze(1) / (probes - 1) / (0.2 * torch.arange(1, units + 1))).clamp(min=0)
     generator = torch.Generator().manual_seed(len(name))
-    weights = (1 - moved).unsqueeze(-1) * torch.randn(units, 8, generator=generator) + 1
+    weights = (1 - remaining).unsqueeze(-1) * torch.randn(units, 8, generator=generator) + 1
     tensors = {
         "steps": steps,
         "learning_rates": torch.ones(probes),
         "weights": weights,
         "probe_steps": steps,
-        "cka": 1 - 0.5 * moved,
-        "token_cka": 1 - 0.5 * moved,
-        "self_cka": 1 - moved,
-        "gradient_norms": moved + 0.1,
+        "cka": 1 - 0.5 * remaining,
+        "token_cka": 1 - 0.5 * remaining,
+        "self_cka": 1 - remaining,
+        "gradient_norms": remaining + 0.1,
         "rewind_steps": steps[:-1],
-        "rewind_losses": 1 + moved[:-1],
+        "rewind_losses": 1 + remaining[:-1],
         "rewind_range": torch.tensor([2.0, 1.0]),
-        "rewind_shifts": moved[:-1],
+        "rewind_shifts": remaining[:-1],
     }
     return RecordedRun({"run": name, "family": name, "data": name}, [f"{name}.{u}" for u in range(units)], tensors)
 
 
 def held_out_with(score):
-    """Two made-up runs, with scores made of the labels."""
+    """Two synthetic runs, with scores computed from the labels."""
     runs = [a_run("x"), a_run("yy", units=2)]
     stages = FreezingStages(runs, SmartFRZPredictorConfig(weights_per_unit=8), "rewind-shift-0.03")
     folds = np.array(["x", "yy"])[stages.columns["run"].numpy()]
@@ -343,53 +367,55 @@ def test_evaluation_of_a_perfect_predictor():
     assert summary["rules"]["zero"]["auc"] == 0.5 and summary["rules"]["zero"]["ap"] == summary["positive"]
     assert summary["rows"] == int(held_out.active.sum()) < held_out.active.size
     moments = held_out.moments(held_out.labels)
-    held_out.stages.columns["context"].zero_()  # as variants of the ablation do
+    held_out.stages.columns["context"].zero_()  # as some variants of the ablation
     np.testing.assert_array_equal(held_out.moments(held_out.labels), moments)
-    # The shift of 3 % is reached shortly before the unit stands still.
+    # The shift is below 3 % shortly before the unit stops moving.
     assert moments[0].tolist() == pytest.approx([0.2, 0.4, 0.6]) and np.isnan(moments[1, 2])
     assert path_cost(held_out, moments).tolist() == pytest.approx([0, 0], abs=1e-6)
     assert (
-        frozen_share(held_out, held_out.scores["zero"]) == 0 < frozen_share(held_out, held_out.scores["zero"], most=1)
+        frozen_share(held_out, held_out.scores["zero"])
+        == 0
+        < frozen_share(held_out, held_out.scores["zero"], max_cost=1)
     )
     points = operating_points(held_out)
     assert summary["frozen"] == points["aggressive"]["frozen"]
     assert points["aggressive"]["frozen"] == pytest.approx(np.mean([0.8, 0.6, 0.4, 0.8, 0.6]), abs=1e-3)
 
 
-def test_evaluation_sees_when_a_predictor_is_too_early_or_unsure():
+def test_evaluation_of_a_predictor_that_is_too_early_or_unsure():
     unsure = held_out_with(lambda labels: 2 * (labels - 0.5) + np.random.default_rng(0).normal(0, 2, labels.shape))
     summary = summarize(unsure)
     assert 0.5 < summary["auc"] < 0.95 and summary["moment_error"] > 0
-    found = unsure.calibration(np.ones(len(unsure.folds), dtype=bool))
-    assert found["temperature"] > 1, "the noise makes it too sure"
-    moved = held_out_with(lambda labels: 3 * unsure.scores[PREDICTOR] + 5)
-    again = moved.calibration(np.ones(len(moved.folds), dtype=bool))
-    assert again["temperature"] == pytest.approx(3 * found["temperature"], rel=1e-3)
-    assert again["offset"] == pytest.approx(3 * found["offset"] + 5, rel=1e-3)
-    np.testing.assert_allclose(moved.probabilities(), unsure.probabilities(), atol=1e-4)
+    fitted = unsure.calibration(np.ones(len(unsure.folds), dtype=bool))
+    assert fitted["temperature"] > 1, "with the noise it is too sure"
+    shifted = held_out_with(lambda labels: 3 * unsure.scores[PREDICTOR] + 5)
+    again = shifted.calibration(np.ones(len(shifted.folds), dtype=bool))
+    assert again["temperature"] == pytest.approx(3 * fitted["temperature"], rel=1e-3)
+    assert again["offset"] == pytest.approx(3 * fitted["offset"] + 5, rel=1e-3)
+    np.testing.assert_allclose(shifted.probabilities(), unsure.probabilities(), atol=1e-4)
     always = unsure.moments(np.ones_like(unsure.labels))
     assert path_cost(unsure, always).max() > 0.5 and np.nanmax(always) < 0.1
     never = unsure.moments(np.zeros_like(unsure.labels))
     assert np.nanmin(never) == 1 and path_cost(unsure, never).max() == 0
 
 
-def test_what_was_measured_at_moments_is_read_off_at_probes():
+def test_values_between_moments_are_interpolated():
     values = at_probes(torch.tensor([[1.0, 0.4], [0.5, 0.0]]), torch.tensor([0, 4]), torch.tensor([0, 1, 4, 6, 8]))
     torch.testing.assert_close(values.T, torch.tensor([[1, 0.875, 0.5, 0.25, 0], [0.4, 0.3, 0, 0, 0]]))
 
 
-def test_shift_of_logits_ignores_what_is_common_to_all_classes():
+def test_shift_of_logits_ignores_a_shift_of_all_classes():
     logits = torch.randn(5, 3)
     assert shift(logits, logits + torch.randn(5, 1)) == pytest.approx(0, abs=1e-10)
-    assert shift(torch.zeros(5, 1), torch.full((5, 1), 2.0)) == 4, "a single number has no such part"
+    assert shift(torch.zeros(5, 1), torch.full((5, 1), 2.0)) == 4, "a single number is compared as it is"
 
 
-def test_every_label_has_an_answer_for_every_probe(harvested):
+def test_every_label_covers_every_probe(harvested):
     for run in read_runs(harvested[0] / "out"):
         for name, label in LABELS.items():
             wanted = label(run.tensors)
             assert wanted.shape == run.tensors["cka"].shape and wanted.dtype == torch.bool, name
-            assert wanted[-1].all(), "at the end all have converged"
+            assert wanted[-1].all(), "at the end, all units have converged"
 
 
 def test_evaluate_and_fit_write_a_predictor_and_its_card(harvested, tmp_path):
@@ -403,12 +429,14 @@ def test_evaluate_and_fit_write_a_predictor_and_its_card(harvested, tmp_path):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     summary = json.loads(results.read_text())
-    for part, groups in (("leave_one_family_out", {"vit", "resnet"}), ("leave_one_task_out", {"cifar10", "other"})):
-        found = summary[part]
-        assert found["rows"] > 50 and 0 <= found["auc"] <= 1 and 0 <= found["brier"] <= 1
-        assert set(found["folds"]) == groups and len(found["rules"]) == 11
-        told, untold = "logistic regression", "logistic regression, not told of the front probe"
-        assert found["rules"][told]["auc"] != found["rules"][untold]["auc"]
+    for name, groups in (("leave_one_family_out", {"vit", "resnet"}), ("leave_one_task_out", {"cifar10", "other"})):
+        part = summary[name]
+        assert part["rows"] > 50
+        assert 0 <= part["auc"] <= 1
+        assert 0 <= part["brier"] <= 1
+        assert set(part["folds"]) == groups
+        assert len(part["rules"]) == 11
+        assert part["rules"][REGRESSION]["auc"] != part["rules"][REGRESSION_WITHOUT_PROBE]["auc"]
     assert summary["parameters"] < 1_000_000 and summary["decision_ms_32_blocks"] > 0
     assert (tmp_path / "results_reliability.png").is_file() and (tmp_path / "results_rules.png").is_file()
 
@@ -431,7 +459,9 @@ def test_evaluate_and_fit_write_a_predictor_and_its_card(harvested, tmp_path):
     assert callback.ledger.decisions > 5
     (runs / "vit-0.parquet").unlink()
     result = CliRunner().invoke(app, ["fit", str(runs), "--evaluation", str(results), "--out", str(out)])
-    assert result.exit_code == 2 and "run `smartfrz evaluate` again" in " ".join(result.output.split())
+    assert result.exit_code == 2 and "differ in vit-0: run `smartfrz evaluate` again" in " ".join(
+        result.output.split()
+    )
 
 
 def test_bad_input_of_the_commands(harvested, tmp_path):

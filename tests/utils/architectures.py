@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers as t
+from versions import VIT_BLOCKS
 
 TEXT = {
     "vocab_size": 99,
@@ -125,10 +126,10 @@ ARCHITECTURES = {
         ("model.embed_tokens", "model.rotary_emb"),
     ),
     "vit": Architecture(
-        lambda: t.ViTForImageClassification(t.ViTConfig(**IMAGE)), "vit.layers", 4, ("vit.embeddings",)
+        lambda: t.ViTForImageClassification(t.ViTConfig(**IMAGE)), f"vit.{VIT_BLOCKS}", 4, ("vit.embeddings",)
     ),
     "deit": Architecture(
-        lambda: t.DeiTForImageClassification(t.DeiTConfig(**IMAGE)), "deit.layers", 4, ("deit.embeddings",)
+        lambda: t.DeiTForImageClassification(t.DeiTConfig(**IMAGE)), f"deit.{VIT_BLOCKS}", 4, ("deit.embeddings",)
     ),
     "swin": Architecture(
         lambda: t.SwinForImageClassification(

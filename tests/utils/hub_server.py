@@ -1,4 +1,4 @@
-"""A small server that speaks the Hub's protocol: repositories, commits, branches, large files, tokens, and faults."""
+"""A small server with the Hub's protocol: repositories, commits, branches, large files, tokens, and faults."""
 
 import base64
 import hashlib
@@ -13,13 +13,13 @@ TOKEN = "hf_right"
 
 class HubServer(ThreadingHTTPServer):
     """
-    Listens on a port of its own on this machine while it is a context.
+    Listens on a local port while it is used as a context manager.
 
     Attributes:
         repos (`dict`): by id: `private`, `branches` (name to commit) and `commits` (id to files by path).
         requests (`list[str]`): method and path of all requests so far.
-        breaks (`int`): how many of the next downloads break off half-way.
-        truncates (`bool`): whether files are announced and sent with their last bytes missing.
+        breaks (`int`): number of downloads that will be interrupted half-way.
+        truncates (`bool`): whether files are sent without their last bytes.
     """
 
     daemon_threads = True
@@ -44,11 +44,11 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def commit(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
-        found = self.repos.setdefault(repo, {"private": False, "branches": {}, "commits": {}})
-        before = found["commits"].get(found["branches"].get(branch), {})
+        repository = self.repos.setdefault(repo, {"private": False, "branches": {}, "commits": {}})
+        before = repository["commits"].get(repository["branches"].get(branch), {})
         after = before | files
-        sha = hashlib.sha1(repr([branch, len(found["commits"]), sorted(after.items())]).encode()).hexdigest()
-        found["commits"][sha], found["branches"][branch] = after, sha
+        sha = hashlib.sha1(repr([branch, len(repository["commits"]), sorted(after.items())]).encode()).hexdigest()
+        repository["commits"][sha], repository["branches"][branch] = after, sha
         return sha
 
 
@@ -71,8 +71,8 @@ class Handler(BaseHTTPRequestHandler):
             self.body = self.read_chunks()
         path = unquote(urlsplit(self.path).path)
         for pattern, handle in ROUTES:
-            if found := re.fullmatch(pattern, path):
-                return handle(self, *found.groups())
+            if match := re.fullmatch(pattern, path):
+                return handle(self, *match.groups())
         return self.fail(404, "no such address")
 
     def read_chunks(self) -> bytes:
@@ -103,17 +103,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send(json.dumps({"error": message}).encode(), status, X_Error_Code=code, X_Error_Message=message)
 
     def find(self, repo: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
-        """Commit and files, or `None` after an answer that says what is missing."""
+        """Commit and files, or `None` after an error response."""
         token = self.headers.get("Authorization")
-        found = self.server.repos.get(repo)
+        repository = self.server.repos.get(repo)
         if token is not None and not self.authorised:
             return self.fail(401, "Invalid credentials in Authorization header")
-        if found is None or (found["private"] and not self.authorised):
-            return self.fail(404 if self.authorised else 401, "Repository not found", "RepoNotFound")
-        sha = found["branches"].get(revision or "main", revision)
-        if sha not in found["commits"]:
+        if repository is None or (repository["private"] and not self.authorised):
+            return self.fail(404 if self.authorised else 401, "Repository not repository", "RepoNotFound")
+        sha = repository["branches"].get(revision or "main", revision)
+        if sha not in repository["commits"]:
             return self.fail(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return sha, found["commits"][sha]
+        return sha, repository["commits"][sha]
 
     def create(self) -> None:
         if not self.authorised:
@@ -176,27 +176,27 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
     def info(self, repo: str, revision: str | None = None) -> None:
-        if (found := self.find(repo, revision)) is not None:
-            sha, files = found
+        if (commit := self.find(repo, revision)) is not None:
+            sha, files = commit
             siblings = [{"rfilename": name} for name in sorted(files)]
             private = self.server.repos[repo]["private"]
             self.reply({"_id": sha, "id": repo, "sha": sha, "siblings": siblings, "private": private, "tags": []})
 
     def tree(self, repo: str, revision: str, folder: str | None = None) -> None:
-        if (found := self.find(repo, revision)) is not None:
+        if (commit := self.find(repo, revision)) is not None:
             entries = [
                 {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for name, content in sorted(found[1].items())
+                for name, content in sorted(commit[1].items())
                 if folder is None or name.startswith(f"{folder}/")
             ]
             self.reply(entries)
 
     def file(self, repo: str, revision: str, name: str) -> None:
-        if (found := self.find(repo, revision)) is None:
+        if (commit := self.find(repo, revision)) is None:
             return None
-        sha, files = found
+        sha, files = commit
         if name not in files:
-            return self.fail(404, "Entry not found", "EntryNotFound")
+            return self.fail(404, "Entry not commit", "EntryNotFound")
         content = files[name]
         etag = hashlib.sha256(content).hexdigest()
         if self.server.truncates:

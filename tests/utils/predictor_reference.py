@@ -1,4 +1,4 @@
-"""The predictor in plain loops over floats, line by line as it is described. Slow; for tests."""
+"""A slow reference of the predictor, in plain loops over floats, that follows its description line by line."""
 
 import math
 
@@ -30,7 +30,7 @@ def _log_ratio(a: float, b: float) -> float:
 
 
 def _mlp(layers: Layers, x: Vector) -> Vector:
-    """Linear layers with a ReLU between each two."""
+    """Linear layers with a ReLU after each but the last."""
     for i, (weight, bias) in enumerate(layers):
         x = [_dot(row, x) + b for row, b in zip(weight, bias, strict=True)]
         if i + 1 < len(layers):
@@ -45,12 +45,12 @@ def _attend(query: Vector, keys: list[Vector], values: list[Vector], mask: list[
     ]
     weights = [math.exp(score - max(scores)) for score in scores]
     weights = [weight / sum(weights) for weight in weights]
-    found = [sum(w * value[i] for w, value in zip(weights, values, strict=True)) for i in range(len(values[0]))]
-    return found, weights
+    attended = [sum(w * value[i] for w, value in zip(weights, values, strict=True)) for i in range(len(values[0]))]
+    return attended, weights
 
 
 def dynamics_reference(history: list[Vector], start: Vector, usable: list[bool], spent: Vector) -> list[Vector]:
-    """The ten scale-free quantities of each snapshot of one unit; see [`~predictor.inputs.dynamics`]."""
+    """The ten scale-free quantities of each snapshot of one unit; see [`~predictor.features.dynamics`]."""
     last, window = history[-1], len(history)
     zero = [0.0] * len(start)
     updates = [_minus(history[t], history[t - 1]) if usable[t] else zero for t in range(window)]
@@ -113,7 +113,7 @@ def predict_reference(
         return [(m.weight.tolist(), m.bias.tolist()) for m in linear]
 
     config, window = predictor.config, len(mask)
-    found, attentions = [], []
+    units, attentions = [], []
     for history, start, context in zip(histories, starts, contexts, strict=True):
         if config.form == "weights":
             usable, encoded = mask, history
@@ -125,14 +125,14 @@ def predict_reference(
                 for row in dynamics_reference(history, start, usable, spent)
             ]
         keys, values = [_mlp(layers("key"), x) for x in encoded], [_mlp(layers("value"), x) for x in encoded]
-        seen, attention = _attend(_mlp(layers("query"), encoded[-1]), keys, values, usable)
-        found.append(seen if config.form == "weights" else _mlp(layers("join"), seen + context))
+        attended, attention = _attend(_mlp(layers("query"), encoded[-1]), keys, values, usable)
+        units.append(attended if config.form == "weights" else _mlp(layers("join"), attended + context))
         attentions.append(attention)
     if config.form == "dynamics" and config.unit_attention:
-        query, key, value = ([_mlp(layers(f"unit_{name}"), x) for x in found] for name in ("query", "key", "value"))
-        shared = [_attend(q, key, value, [True] * len(found))[0] for q in query]
-        found = [[x + y for x, y in zip(a, b, strict=True)] for a, b in zip(found, shared, strict=True)]
-    logits = [_mlp(layers("head"), x)[0] for x in found]
+        query, key, value = ([_mlp(layers(f"unit_{name}"), x) for x in units] for name in ("query", "key", "value"))
+        shared = [_attend(q, key, value, [True] * len(units))[0] for q in query]
+        units = [[x + y for x, y in zip(a, b, strict=True)] for a, b in zip(units, shared, strict=True)]
+    logits = [_mlp(layers("head"), x)[0] for x in units]
     if config.form == "dynamics" and config.front_sum:
         logits = [-math.log(sum(math.exp(-z) for z in logits[: unit + 1])) for unit in range(len(logits))]
     offset, temperature = float(predictor.offset), float(predictor.temperature)

@@ -5,6 +5,7 @@ from architectures import build
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from versions import settings
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictor, SmartFRZPredictorConfig
 
@@ -56,7 +57,7 @@ def arguments(folder, **changes):
         "report_to": "none",
         "use_cpu": True,
     }
-    return TrainingArguments(**defaults | changes)
+    return TrainingArguments(**settings(defaults | changes))
 
 
 def train(

@@ -1,0 +1,54 @@
+"""
+Repeat the demo with several seeds: `make bench-demo`.
+
+Each seed fine-tunes MiniLM on STS-B twice, without and with SmartFRZ. A seed whose summary exists is not run again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.utils import ROOT, provenance, read_json, spread, write_json
+
+RESULTS = Path(__file__).parent / "results" / "demo.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="seeds, at least two")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "bench-demo", help="folder of finished runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
+    options = parser.parse_args()
+    if len(options.seeds) < 2:
+        parser.error("--seeds needs at least two seeds: one gives no standard deviation")
+    summaries = []
+    for seed in options.seeds:
+        file = options.runs / str(seed) / "summary.json"
+        if not file.exists():
+            arguments = ["--seed", str(seed), "--output_dir", str(file.parent)]
+            subprocess.run([sys.executable, ROOT / "examples" / "demo.py", *arguments], check=True)
+        summaries.append({"seed": seed, **read_json(file)})
+    pairs = [(summary["plain"], summary["smartfrz"]) for summary in summaries]
+
+    def ratio(key: str) -> dict[str, float]:
+        return spread([smartfrz[key] / plain[key] for plain, smartfrz in pairs])
+
+    results = {
+        "task": "stsb",
+        "spearman_plain": spread([plain["spearman"] for plain, _ in pairs]),
+        "spearman_smartfrz": spread([smartfrz["spearman"] for _, smartfrz in pairs]),
+        "spearman_difference": spread([smartfrz["spearman"] - plain["spearman"] for plain, smartfrz in pairs]),
+        "train_seconds_ratio": ratio("train_seconds"),
+        "forward_flops_ratio": ratio("forward_flops"),
+        "backward_flops_ratio": ratio("backward_flops"),
+        "runs": summaries,
+        **provenance(),
+    }
+    write_json(options.out, results)
+    print(json.dumps({key: value for key, value in results.items() if key != "runs"}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""A run without a Trainer: plain loops and Accelerate train, freeze and resume as the Trainer does."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from architectures import build
+from resuming import undecided_predictor
+from torch.utils.data import DataLoader
+from training import Rows, assert_left_alone, predictor_that_says, train
+from transformers import get_linear_schedule_with_warmup
+
+from smartfrz_hf import Decision, FreezingRun, Policy, SmartFRZCallback, SmartFRZConfig
+from smartfrz_hf.checkpoint import load_state, save_state
+
+STEPS = 20
+OPTIONS = {"record_every": 1, "freeze_threshold": 0.5, "first_decision": 5, "decide_every": 2}
+
+
+class At(Policy):
+    """Freezes to given depths at given steps."""
+
+    def __init__(self, depths):
+        self.depths = depths
+
+    def decide(self, observation):
+        return Decision(max([0, *(d for step, d in self.depths.items() if observation.step >= step)]), "told")
+
+
+def set_up(accelerator=None, name="bert"):
+    model = build(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 2, STEPS)
+    loader = DataLoader(Rows(40), batch_size=4, generator=torch.Generator().manual_seed(0), shuffle=True)
+    if accelerator is not None:
+        model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    return model, optimizer, scheduler, loader
+
+
+def batches(loader):
+    while True:
+        yield from loader
+
+
+def loop(model, optimizer, scheduler, loader, run, steps=STEPS, accelerator=None):
+    """As people write it, with or without Accelerate."""
+    losses = []
+    for batch, _ in zip(batches(loader), range(steps), strict=False):
+        loss = model(**batch).loss
+        accelerator.backward(loss) if accelerator else loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if run is not None:
+            run.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_plain_loop_freezes_unit_by_unit_and_gives_the_model_back():
+    model, optimizer, scheduler, loader = set_up()
+    config = SmartFRZConfig(**OPTIONS)
+    with FreezingRun(model, optimizer, STEPS, config, lr_scheduler=scheduler, predictor=undecided_predictor()) as run:
+        loop(model, optimizer, scheduler, loader, run)
+        assert 0 < run.depth == run.ledger.depth and run.steps_done == STEPS
+        frozen = {p for unit in run.stack.units[: run.depth] for p in unit.named_parameters().values()}
+        assert all(not p.requires_grad and p not in optimizer.state for p in frozen)
+    assert len(run.ledger.stages) > 1 and 0 < run.ledger.compute_saved < 1
+    assert_left_alone(model)
+
+
+def test_never_equals_a_loop_without_a_run():
+    first = loop(*set_up(), run=None)
+    model, optimizer, scheduler, loader = set_up()
+    with FreezingRun(model, optimizer, STEPS, SmartFRZConfig(policy="never"), lr_scheduler=scheduler) as run:
+        assert loop(model, optimizer, scheduler, loader, run) == first
+    assert run.ledger.compute_saved == 0
+
+
+def test_accelerate_freezes_as_the_plain_loop():
+    stages, ends = [], []
+    for accelerator in (None, Accelerator(cpu=True)):
+        model, optimizer, scheduler, loader = set_up(accelerator)
+        with FreezingRun(
+            model, optimizer, STEPS, SmartFRZConfig(**OPTIONS), lr_scheduler=scheduler, predictor=undecided_predictor()
+        ) as run:
+            loop(model, optimizer, scheduler, loader, run, accelerator=accelerator)
+        stages.append(run.ledger.stages)
+        ends.append(model.state_dict())
+    assert stages[0] == stages[1] and len(stages[0]) > 1
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+def test_the_trainer_freezes_at_the_same_steps(tmp_path):
+    callback = SmartFRZCallback(policy=At({3: 1, 7: 3}), first_decision=1, decide_every=1)
+    train(tmp_path, [callback])
+    model, optimizer, scheduler, loader = set_up()
+    config = SmartFRZConfig(first_decision=1, decide_every=1)
+    with FreezingRun(model, optimizer, STEPS, config, policy=At({3: 1, 7: 3})) as run:
+        loop(model, optimizer, scheduler, loader, run)
+    assert run.ledger.freeze_steps == callback.ledger.freeze_steps
+
+
+def test_accumulation_counts_optimizer_steps():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer, scheduler, loader = set_up(accelerator)
+    with FreezingRun(model, optimizer, 10, SmartFRZConfig(first_decision=1, decide_every=1), policy=At({4: 2})) as run:
+        for batch, _ in zip(batches(loader), range(20), strict=False):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            run.step()
+    assert run.steps_done == 10 and run.ledger.freeze_steps == {"stem": 4, "bert.encoder.layer.0": 4}
+
+
+@pytest.mark.parametrize("stop", [4, 9, 14])
+def test_a_saved_run_goes_on_exactly(tmp_path, stop):
+    predictor = undecided_predictor()
+
+    def go(until, saved=False):
+        model, optimizer, scheduler, _ = set_up()
+        rows, done = Rows(80), 0
+        config = SmartFRZConfig(**OPTIONS, activation_cache=False)
+        if saved:
+            other = torch.load(tmp_path / "loop.pt", weights_only=True)
+            model.load_state_dict(other["model"])
+            optimizer.load_state_dict(other["optimizer"])
+            scheduler.load_state_dict(other["scheduler"])
+            torch.set_rng_state(other["rng"])
+            done = other["done"]
+        run = FreezingRun(model, optimizer, STEPS, config, lr_scheduler=scheduler, predictor=predictor)
+        with run:
+            if saved:
+                run.load_state_dict(load_state(tmp_path))
+            loader = DataLoader(rows, batch_size=4, sampler=range(4 * done, 80), generator=torch.Generator())
+            loop(model, optimizer, scheduler, loader, run, until - done)
+            if until < STEPS:
+                save_state(run.state_dict(), tmp_path)
+                parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+                state = {name: part.state_dict() for name, part in parts.items()}
+                torch.save(state | {"rng": torch.get_rng_state(), "done": until}, tmp_path / "loop.pt")
+        return model.state_dict(), run.ledger
+
+    whole, ledger = go(STEPS)
+    go(stop)
+    again, resumed = go(STEPS, saved=True)
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())
+    assert ledger.stages == resumed.stages and ledger.decisions == resumed.decisions
+    assert ledger.spent.total == pytest.approx(resumed.spent.total, rel=1e-9)
+
+
+def test_two_runs_on_one_model_are_refused():
+    model, optimizer, *_ = set_up()
+    with FreezingRun(model, optimizer, STEPS, SmartFRZConfig(policy="static")) as run:
+        with pytest.raises(ValueError, match="already freezes this BertForSequenceClassification"):
+            FreezingRun(model, optimizer, STEPS)
+        assert run.depth == 2
+    with FreezingRun(model, optimizer, STEPS, SmartFRZConfig(policy="static")):
+        pass
+    assert_left_alone(model)
+
+
+def test_an_exception_gives_the_model_back():
+    model, optimizer, scheduler, loader = set_up()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        FreezingRun(model, optimizer, STEPS, SmartFRZConfig(policy="static"), predictor=predictor_that_says(0.5)),
+    ):
+        raise KeyboardInterrupt
+    assert_left_alone(model)
