@@ -253,8 +253,8 @@ def measure_idle(model: PreTrainedModel, data: Rows, steps: int, progress: tqdm)
     watched = Ours(copy.deepcopy(model), 0, first_step, activation_cache=True, cache_memory=2.0**32, **config)
     times = interleave({"full": Method(copy.deepcopy(model)), "idle": watched}, data, steps, progress)
     full = median(times["full"])
-    every = watched.callback.run.decide_every
-    snapshot = watched.callback._record_every
+    every = watched.config.steps("decide_every", PLANNED_STEPS)
+    snapshot = watched.config.steps("record_every", PLANNED_STEPS)
     decide = [seconds for step, seconds in watched.ends if step % every == 0]
     record = [seconds for step, seconds in watched.ends if step % snapshot == 0 and step % every]
     rest = [seconds for step, seconds in watched.ends if step % snapshot]
