@@ -129,6 +129,37 @@ def uses_reentrant_checkpointing(block: nn.Module) -> bool:
     )
 
 
+def require_checkpoint_grads(block: nn.Module) -> Callable[[], None]:
+    """
+    Have a block under reentrant activation checkpointing compute its gradients although none of its inputs requires one.
+
+    Reentrant checkpointing drops the gradients of such a block (transformers#21381). A forward pre-hook cannot help before
+    Transformers 5.23, where hooks run inside the checkpointed function.
+
+    Returns:
+        `Callable[[], None]`: undoes it. Nothing is changed, and nothing to undo, in a block without reentrant checkpointing.
+    """
+    if not uses_reentrant_checkpointing(block):
+        return lambda: None
+    checkpoint: Any = block._gradient_checkpointing_func
+
+    def checkpoint_with_grads(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled() and not any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+            args = tuple(
+                arg.detach().requires_grad_() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
+                for arg in args
+            )
+        return checkpoint(function, *args, **options)
+
+    def undo() -> None:
+        if block._gradient_checkpointing_func is patch:
+            block._gradient_checkpointing_func = checkpoint
+
+    patch: Any = partial(checkpoint_with_grads, **checkpoint.keywords)
+    block._gradient_checkpointing_func = patch
+    return undo
+
+
 def has_input_grads(model: nn.Module) -> bool:
     """Whether `enable_input_require_grads` is in force. Transformers has a method to turn it on and one to turn it off only."""
     return bool(getattr(model, "_require_grads_hooks", None))
