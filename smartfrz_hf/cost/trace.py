@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
@@ -76,6 +76,12 @@ class TrainableWeights:
         }
 
 
+class _NoModules(nullcontext):
+    """Stands in for torch's module tracker, which fails where a module is given a parameter, as in DeBERTa."""
+
+    parents = frozenset({"Global"})
+
+
 class _Tracer(TorchFunctionMode):
     """
     Follows the trainable weights through a forward pass, and adds up FLOPs by unit.
@@ -92,6 +98,7 @@ class _Tracer(TorchFunctionMode):
         # By unit, and by the last unit that has to be trainable for it: what is needed while the depth is at most that.
         self.backward = [[0.0] * units for _ in range(units)]
         self.counter = FlopCounterMode(display=False)
+        self.counter.mod_tracker = _NoModules()  # type: ignore[assignment]
         self._weights = weights
         self._marks: dict[int, tuple[weakref.ref, int]] = {}
         self._last = CONSTANT
