@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .._compat import has_input_grads, uses_reentrant_checkpointing
 from ..distributed.fsdp import reshard
+from ..freezing.kept import kept_parameters
 from ..model.nested import named_tensors
 from ..model.units import BlockStack, evaluation_mode
 
@@ -49,7 +50,8 @@ class PassCosts:
 
 class TrainableWeights:
     """
-    Which unit each trainable weight belongs to: a weight used in several units belongs to the first of them.
+    Which unit each trainable weight belongs to: a weight used in several units belongs to the first of them, and one that
+    freezing leaves alone ([`~smartfrz_hf.freezing.kept.kept_parameters`]) to the head.
 
     Args:
         model ([`~torch.nn.Module`]): the model that the training loop calls.
@@ -68,6 +70,7 @@ class TrainableWeights:
             for index, unit in reversed([*enumerate(stack.units)])
             for parameter in unit.named_parameters().values()
         }
+        unit_of |= {p: self.head for unit in stack.units for p in kept_parameters(unit).values()}
         self.units = {p: unit_of.get(p, self.head) for p in model.parameters() if p.requires_grad}
         # By name, because FSDP2 exchanges the parameters for a pass.
         self.names = {
