@@ -36,11 +36,8 @@ class MeterCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.meter = ComputeMeter(model, find_blocks(model))
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.meter.start_of_step()
-
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.meter.end_of_backward()
+        self.meter.count()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.meter.close()

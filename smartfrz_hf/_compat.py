@@ -129,6 +129,37 @@ def uses_reentrant_checkpointing(block: nn.Module) -> bool:
     )
 
 
+def require_checkpoint_grads(block: nn.Module) -> Callable[[], None]:
+    """
+    Have a block under reentrant activation checkpointing compute its gradients although none of its inputs requires one.
+
+    Reentrant checkpointing drops the gradients of such a block (transformers#21381). A forward pre-hook cannot help before
+    Transformers 5.23, where hooks run inside the checkpointed function.
+
+    Returns:
+        `Callable[[], None]`: undoes it. Nothing is changed, and nothing to undo, in a block without reentrant checkpointing.
+    """
+    if not uses_reentrant_checkpointing(block):
+        return lambda: None
+    checkpoint: Any = block._gradient_checkpointing_func
+
+    def checkpoint_with_grads(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled() and not any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+            args = tuple(
+                arg.detach().requires_grad_() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
+                for arg in args
+            )
+        return checkpoint(function, *args, **options)
+
+    def undo() -> None:
+        if block._gradient_checkpointing_func is patch:
+            block._gradient_checkpointing_func = checkpoint
+
+    patch: Any = partial(checkpoint_with_grads, **checkpoint.keywords)
+    block._gradient_checkpointing_func = patch
+    return undo
+
+
 def has_input_grads(model: nn.Module) -> bool:
     """Whether `enable_input_require_grads` is in force. Transformers has a method to turn it on and one to turn it off only."""
     return bool(getattr(model, "_require_grads_hooks", None))
@@ -192,3 +223,22 @@ def forget_failed_pass(model: nn.Module) -> None:
     """Have FSDP2 forget a pass that ended with an exception. Later versions of torch have a public name for it, earlier ones none."""
     if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
         model.reset_iter_state()
+
+
+# torch and Transformers: hooks, for the activation cache
+
+
+def forward_hooks(module: nn.Module) -> list[Callable]:
+    """Forward hooks and pre-hooks of one module, in the order of their registration. torch has no name to list them."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def has_global_forward_hooks() -> bool:
+    """Whether somebody has registered forward hooks or pre-hooks for all modules. torch has no name to list them."""
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+
+
+def records_outputs(hook: Callable) -> bool:
+    """Whether it is the hook by which Transformers collects hidden states and attentions, which does nothing unless asked."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"

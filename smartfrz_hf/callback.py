@@ -74,7 +74,7 @@ class SmartFRZCallback(TrainerCallback):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Refuse what cannot work before any time is spent."""
         self._check(args, control, model)
-        check_stack(find_blocks(model, self.config.blocks))
+        check_stack(find_blocks(model, self.config.blocks, self.config.stem))
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         """Start a run, or go on with the one in the checkpoint."""

@@ -225,8 +225,7 @@ def check_state(
     def refuse(what: str) -> ValueError:
         return ValueError(
             f"This run cannot go on from the saved SmartFRZ state: {what}. Resume with the model and the configuration "
-            "that the run was started with, or delete `smartfrz_state.json` from the checkpoint to go on with nothing "
-            "frozen."
+            "that the run was started with, or delete smartfrz_state.json from the checkpoint to go on with nothing frozen."
         )
 
     if state["units"] != units or not 0 <= state["depth"] <= len(units):

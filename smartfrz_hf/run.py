@@ -105,7 +105,7 @@ class FreezingRun:
     ):
         self.config = config = config or SmartFRZConfig()
         self.policy = policy or make_policy(config, predictor)
-        self.stack = find_blocks(model, config.blocks)
+        self.stack = find_blocks(model, config.blocks, config.stem)
         check_wrapper(model)
         check_stack(self.stack)
         check_other_run(self.stack.model, FreezingRun.of(self.stack.model))
@@ -113,19 +113,17 @@ class FreezingRun:
         self._steps_per_epoch, self._begun = steps_per_epoch, False
         self._compiled = is_compiled(model) if compiled is None else compiled
         self.should_stop = False
-        self._trainable = [unit.trainable for unit in self.stack.units]
+        self._trainable = [unit.trainable for unit in self.stack]
+        self._deepest = self.stack.deepest_safe_depth()
         self._first_decision = config.steps("first_decision", total_steps)
         self._decide_every = config.steps("decide_every", total_steps)
         self.rates = LearningRates.planned(lr_scheduler, total_steps)
         self._restarts = self.rates.restarts if config.unfreeze_on_restart and self.policy.history_size else []
-        self.ledger = Ledger(
-            units=self.stack.names,
-            max_steps=total_steps,
-            trainable_parameters=sum(p.numel() for p in self.stack.model.parameters() if p.requires_grad),
-        )
         dtype = getattr(torch, config.frozen_dtype) if config.frozen_dtype else None
         self.freezer = Freezer(self.stack, optimizer, dtype)
         self.meter = ComputeMeter(model, self.stack, optimizer)
+        sizes = self.meter.unit_parameters
+        self.ledger = Ledger(self.stack.names, sizes, total_steps, trainable_parameters=sum(sizes.values()))
         self.observer = Observer(
             self.stack,
             self.policy.history_size,
@@ -290,6 +288,14 @@ class FreezingRun:
         return nullcontext() if self.cache is None else self.cache.bypassed()
 
     def _before_optimizer_step(self, *_) -> None:
+        thawed = self.freezer.check()
+        if thawed:
+            if rebuild_reducer(self.model):  # gradients of this step were not exchanged
+                parameters = dict(self.stack.model.named_parameters())
+                for name in thawed:
+                    parameters[name].grad = None
+            if self.cache is not None:
+                self.cache.close()
         with self._beside_training():
             self.meter.count()
         self.observer.before_first_update(self.steps_done)
@@ -321,6 +327,13 @@ class FreezingRun:
         self.ledger.decisions += 1
         depth = decision.depth if self.config.max_depth is None else min(decision.depth, self.config.max_depth)
         depth = self._ranks.broadcast(depth, f"the freezing stage of step {self.steps_done}")
+        if depth > self._deepest:  # else nothing would be left to train
+            depth = self._deepest
+            self.should_stop = self.config.when_all_frozen == "stop"
+        if self.depth:
+            self._ranks.check_equal(
+                self.freezer.checksum(), f"the checksum of the frozen front at step {self.steps_done}"
+            )
         if depth > self.depth:
             new = self._freeze_to(depth)
             self._note(new, decision.reason)
@@ -337,7 +350,7 @@ class FreezingRun:
         new = self.freezer.freeze_to(depth)
         self._graphs.extend()
         self.meter.freeze_to(depth)
-        if self.cache is not None:
+        if self.cache is not None and self.freezer.constant:
             self.cache.freeze_to(depth)
         rebuild_reducer(self.model)
         return new

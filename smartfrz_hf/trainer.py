@@ -94,7 +94,9 @@ class SmartFRZMixin(TrainerHooks):
             # What trains again since this very step has no state yet.
             before = [stage["depth"] for stage in state["ledger"]["stages"] if stage["step"] < state["step"]]
             depth = max([state["depth"], *before[-1:]])
-            units = find_blocks(self.model_wrapped, self.smartfrz.config.blocks).units[:depth]
+            units = find_blocks(self.model_wrapped, self.smartfrz.config.blocks, self.smartfrz.config.stem).units[
+                :depth
+            ]
             parameters = [p for unit in units for p in unit.named_parameters().values() if p.requires_grad]
         try:
             for parameter in parameters:

@@ -133,7 +133,7 @@ def test_a_saved_run_goes_on_exactly(tmp_path, stop):
         with run:
             if saved:
                 run.load_state_dict(load_state(tmp_path))
-            loader = DataLoader(rows, batch_size=4, sampler=range(4 * done, 80))
+            loader = DataLoader(rows, batch_size=4, sampler=range(4 * done, 80), generator=torch.Generator())
             loop(model, optimizer, scheduler, loader, run, until - done)
             if until < STEPS:
                 save_state(run.state_dict(), tmp_path)

@@ -48,7 +48,7 @@ def test_early_stopping(tmp_path, alone):
     stopped, early = make(tmp_path / "early", alone, config, stopping, **changes)
     stopped.train()
     end = stopped.state.global_step
-    assert 0 < early.ledger.depth and stopped.state.best_global_step == end - 2 < 18
+    assert early.ledger.depth > 0 and stopped.state.best_global_step == end - 2 < 18
     assert early.ledger.stages == [stage for stage in callback.ledger.stages if stage.step <= end]
     assert_left_alone(stopped.model)
     assert stopped.evaluate()["eval_loss"] == stopped.state.best_metric

@@ -1,4 +1,4 @@
-"""Rows as the store keeps them: bit for bit, or in a narrower format."""
+"""Rows as the store keeps them: exactly, or in a narrower format."""
 
 import struct
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 FORMATS = ("bfloat16", "exact", "float16", "int8")
-# Depth; dimensions; the row's dtype; the dtype of its values.
-HEADER = struct.Struct("<II16s16s")
+# Front; dimensions; the row's dtype; the dtype of its values.
+HEADER = struct.Struct("<QI16s16s")
 ALIGNMENT = 16
 
 
@@ -17,14 +17,14 @@ class PackedRow:
     One stored row.
 
     Attributes:
-        depth (`int`): what the row was put with.
+        front (`int`): digest of the front that has computed the row.
         dtype (`torch.dtype`): of the row as it was put.
         values (`torch.Tensor`): contiguous, on the CPU, in the stored format.
         scale (`torch.Tensor`, *optional*):
             What `int8` values are multiplied with, one `float32` per vector of the last dimension.
     """
 
-    depth: int
+    front: int
     dtype: torch.dtype
     values: torch.Tensor
     scale: torch.Tensor | None = None
@@ -35,7 +35,7 @@ class PackedRow:
         return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def unpack(self) -> torch.Tensor:
-        """The row in the dtype in which it was put; an exact one shares its memory with `values`."""
+        """The row in the dtype in which it was put. An exact one shares memory with `values`."""
         if self.scale is None:
             return self.values.to(self.dtype)
         return (self.values * self.scale).to(self.dtype)
@@ -52,7 +52,7 @@ def packed_bytes(row: torch.Tensor, dtype: str) -> int:
 
 
 @torch.no_grad()
-def pack(row: torch.Tensor, depth: int, dtype: str) -> PackedRow:
+def pack(row: torch.Tensor, front: int, dtype: str) -> PackedRow:
     """
     Copy a row into the store's format.
 
@@ -61,7 +61,7 @@ def pack(row: torch.Tensor, depth: int, dtype: str) -> PackedRow:
 
     Args:
         row (`torch.Tensor`): on any device, with any strides.
-        depth (`int`): stored with the row.
+        front (`int`): stored with the row.
         dtype (`str`): one of `FORMATS`.
     """
     values, scale = row, None
@@ -72,14 +72,14 @@ def pack(row: torch.Tensor, depth: int, dtype: str) -> PackedRow:
             values, scale = _quantize(row.float()) if dtype == "int8" else (row.to(getattr(torch, dtype)), None)
     # A copy even from the CPU: the row is a view of a batch that is soon gone.
     values = values.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return PackedRow(depth, row.dtype, values, None if scale is None else scale.cpu())
+    return PackedRow(front, row.dtype, values, None if scale is None else scale.cpu())
 
 
 def to_bytes(row: PackedRow, reserve: int = 0) -> bytearray:
     """The row in bytes: `reserve` zeros for the caller, header, shape, scale and values."""
     names = [str(dtype).removeprefix("torch.").encode() for dtype in (row.dtype, row.values.dtype)]
     shape = struct.pack(f"<{row.values.dim()}Q", *row.values.shape)
-    head = bytes(reserve) + HEADER.pack(row.depth, row.values.dim(), *names) + shape
+    head = bytes(reserve) + HEADER.pack(row.front, row.values.dim(), *names) + shape
     parts: list[bytes | memoryview] = [head, bytes(-len(head) % ALIGNMENT)]
     for tensor in (row.scale, row.values):
         if tensor is not None:
@@ -87,15 +87,14 @@ def to_bytes(row: PackedRow, reserve: int = 0) -> bytearray:
     return bytearray().join(parts)
 
 
-def bytes_needed(row: torch.Tensor, dtype: str, reserve: int = 0) -> int:
-    """How long `to_bytes` of a row will be, or less if the format turns out not to hold it."""
-    head = reserve + HEADER.size + 8 * row.dim()
-    return head + -head % ALIGNMENT + packed_bytes(row, dtype)
+def front_of(blob: bytearray | memoryview, reserve: int = 0) -> int:
+    """The front of a row in bytes, without reading the row."""
+    return int(HEADER.unpack_from(blob, reserve)[0])
 
 
 def from_bytes(blob: bytearray, reserve: int = 0) -> PackedRow:
     """What [`to_bytes`] was given, sharing the memory of `blob`."""
-    depth, dimensions, *names = HEADER.unpack_from(blob, reserve)
+    front, dimensions, *names = HEADER.unpack_from(blob, reserve)
     dtype, stored = (getattr(torch, name.rstrip(b"\0").decode()) for name in names)
     start = reserve + HEADER.size
     shape = struct.unpack_from(f"<{dimensions}Q", blob, start)
@@ -105,7 +104,7 @@ def from_bytes(blob: bytearray, reserve: int = 0) -> PackedRow:
     if stored == torch.int8 != dtype:
         vectors = torch.Size((*shape[:-1], 1))
         scale, body = body[: 4 * vectors.numel()].view(torch.float32).view(vectors), body[4 * vectors.numel() :]
-    return PackedRow(depth, dtype, body.view(stored).view(shape), scale)
+    return PackedRow(front, dtype, body.view(stored).view(shape), scale)
 
 
 def _quantize(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from .._compat import forget_failed_pass
+from ..model.forward_patch import LeftBehind
 from ..model.nested import main_input_elements
 from ..model.units import BlockStack
 from ..signals.probe import ROWS, FirstBatch
@@ -28,8 +29,8 @@ class ComputeMeter:
 
     Forward and backward: one forward pass of a few training rows is counted, see [`~smartfrz_hf.cost.trace.count_pass`].
     It shows what each unit costs per element (token, pixel) of the model's main input, and how much of its backward
-    pass is needed at each depth. A hook counts the elements of each training pass; passes in evaluation mode or without
-    gradients do not count. Costs that do not grow with the batch, such as those of DeBERTa's relative positions, are
+    pass is needed at each depth. A hook counts the elements of each pass in training mode; without gradients, as in
+    gradient caching, it has no backward pass. Costs that do not grow with the batch, such as those of DeBERTa's relative positions, are
     scaled like all others. The counted pass itself is left out.
 
     Optimizer: the counter does not see elementwise work, so a convention stands in for it. In each optimizer step, an
@@ -59,16 +60,17 @@ class ComputeMeter:
         self._depth = self._latest = 0
         self._costs: PassCosts | None = None
         self._update: list[float] | None = None  # FLOPs of an optimizer step with nothing frozen, by unit
-        # What has run: elements and optimizer steps by depth, passes, and elements that a cache or a probe accounts for.
+        # What has run: elements and optimizer steps by depth, passes, elements of passes without gradients and of those
+        # beside training, and elements that a cache has left out.
         self._elements: Counter[int] = Counter()
         self._steps: Counter[int] = Counter()
-        self._passes = self._aside = 0
+        self._passes = self._forward_only = self._aside = 0
         self._skipped = [0.0] * len(stack)
         # Sums from a checkpoint of format 1.
         self._earlier = {"spent": Flops(), "full": Flops()}
         self._taken = Flops()
-        self._first_batch = first_batch or FirstBatch(model, ROWS)
-        self._hook = model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
+        self._first_batch = first_batch or FirstBatch(model, ROWS, without=())  # some models need the labels to run
+        self._hook = model.register_forward_pre_hook(LeftBehind(self._before_pass), with_kwargs=True)
 
     @property
     def spent(self) -> Flops:
@@ -161,7 +163,8 @@ class ComputeMeter:
     def state_dict(self) -> dict[str, Any]:
         """
         JSON values: `costs` (`forward` and `backward` of [`PassCosts`]; `None` until counted), `update` (FLOPs of an
-        optimizer step by unit, or `None`), `elements` and `steps` (by depth), `passes`, `probe_elements`,
+        optimizer step by unit, or `None`), `elements` and `steps` (by depth), `passes`, `forward_elements` (of passes
+        without gradients), `probe_elements`,
         `skipped_elements` (by unit), `earlier` (`spent` and `full` of a run whose checkpoint holds only these sums).
         """
         return {
@@ -170,6 +173,7 @@ class ComputeMeter:
             "elements": {str(depth): count for depth, count in self._elements.items()},
             "steps": {str(depth): count for depth, count in self._steps.items()},
             "passes": self._passes,
+            "forward_elements": self._forward_only,
             "probe_elements": self._aside,
             "skipped_elements": self._skipped,
             "earlier": {name: asdict(flops) for name, flops in self._earlier.items()},
@@ -181,7 +185,8 @@ class ComputeMeter:
         self._update = state["update"]
         self._elements = Counter({int(depth): count for depth, count in state["elements"].items()})
         self._steps = Counter({int(depth): count for depth, count in state["steps"].items()})
-        self._passes, self._aside = state["passes"], state["probe_elements"]
+        self._passes = state["passes"]
+        self._forward_only, self._aside = state["forward_elements"], state["probe_elements"]
         self._skipped = list(state["skipped_elements"])
         self._earlier = {name: Flops(**flops) for name, flops in state["earlier"].items()}
         self._taken = self.spent
@@ -189,16 +194,16 @@ class ComputeMeter:
             self._first_batch.close()
 
     def _before_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if module.training and torch.is_grad_enabled():
-            self._latest = main_input_elements(module, (args, kwargs))
+        self._latest = main_input_elements(module, (args, kwargs)) if module.training else 0
+        if torch.is_grad_enabled():
             self._elements[self._depth] += self._latest
-            self._passes += 1
+            self._passes += module.training
         else:
-            self._latest = 0
+            self._forward_only += self._latest
 
     def _spent_by_unit(self) -> list[Flops]:
         skipped = [*self._skipped, 0.0]
-        ran = self._elements.total() + self._aside
+        ran = self._elements.total() + self._forward_only + self._aside
         costs = self._costs or _nothing(len(self._stack) + 1)
         return [
             Flops(
@@ -213,7 +218,11 @@ class ComputeMeter:
         elements, steps = self._elements.total(), self._steps.total()
         costs = self._costs or _nothing(len(self._stack) + 1)
         return [
-            Flops(costs.forward[unit] * elements, costs.backward[unit][0] * elements, update * steps)
+            Flops(
+                costs.forward[unit] * (elements + self._forward_only),
+                costs.backward[unit][0] * elements,
+                update * steps,
+            )
             for unit, update in enumerate(self._updates)
         ]
 
@@ -266,6 +275,7 @@ def upgrade_meter_state(state: Mapping[str, Any]) -> dict[str, Any]:
         "elements": {},
         "steps": {},
         "passes": 0,
+        "forward_elements": 0,
         "probe_elements": 0,
         "skipped_elements": [0.0] * (units - 1),
         "earlier": {"spent": state["spent"], "full": state["full"]},

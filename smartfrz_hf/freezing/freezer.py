@@ -232,7 +232,8 @@ class Freezer:
             return None
         asking = [tensor for tensor in float_tensors((args, kwargs)) if tensor.requires_grad]
         if asking:
-            self._explain(asking)
+            if module.training:
+                self._explain(asking)
             return None
         if not uses_reentrant_checkpointing(module):
             return None

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from versions import checkpoint_activations
 
 from smartfrz_hf import Freezer, find_blocks
-from smartfrz_hf.cost.flops import CPU_ATTENTION
 
 CHECKPOINTED = [name for name in ARCHITECTURES if build(name).supports_gradient_checkpointing]
 
@@ -27,7 +26,7 @@ def count_backward(model, batch):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the counter's module tracker cannot follow recomputed modules
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False) as counter:
             loss = model(**batch).loss
             forward, before = counter.get_total_flops(), by_module()
             loss.backward()
