@@ -140,7 +140,7 @@ class ActivationCache:
     def _why_unused(self) -> str:
         if self._reasons:
             return self._reasons.most_common(1)[0][0]
-        return f"the forward pass of {type(self._state.entry).__name__} was not called, or no row came again"
+        return f"the forward pass of {type(self._front.entry).__name__} was not called, or no row came again"
 
     def _forward(self, *args, **kwargs) -> Any:
         """Stands in for the forward pass of the backbone."""
