@@ -135,6 +135,7 @@ def _load_format_1(content: dict[str, Any], folder: Path, remedy: str) -> dict[s
     state |= {
         "meter": upgrade_meter_state(content["meter"]),
         "policy": {},
+        "learning_rates": None,
         "weight_history": None,
         "probe_history": None,
     }

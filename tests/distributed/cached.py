@@ -47,10 +47,10 @@ class Counting(TrainerCallback):
         if state.global_step == self.killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if state.global_step == self.off_at and args.process_index:
-            self.trainer.smartfrz.run.cache._turn_off("this rank has had enough")
+            self.trainer.smartfrz.run.front.cache._turn_off("this rank has had enough")
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        cache = self.trainer.smartfrz.run.cache
+        cache = self.trainer.smartfrz.run.front.cache
         if cache is not None:
             self.rows.append(cache.savings.rows - self.before[0])
             self.hits.append(cache.savings.hits - self.before[1])
