@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import ParallelismConfig
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -96,6 +97,12 @@ def gathered_modules(module: FSDPModule) -> tuple[nn.Module, ...]:
 
 
 # Accelerate
+
+
+def other_parallel_sizes(config: ParallelismConfig) -> dict[str, int]:
+    """Number of processes in each form of parallelism but sharding. Sequence parallelism came after Accelerate 1.10."""
+    names = ("dp_replicate_size", "tp_size", "cp_size", "sp_size")
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def forward_without_autocast(model: nn.Module, default: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,5 @@
 """The activation cache: what the frozen front returns is computed once per row, and then looked up."""
 
-import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +14,12 @@ from ..cost.ledger import CacheSavings
 from ..freezing.weights import FrozenWeights
 from ..model.units import BlockStack
 from .calls import Call, name_rows, read_call
+from .checks import SpotChecks, WrongActivationError, time_of
 from .front import Front, UnsupportedModelError
 from .monitor import CacheMonitor
 from .padding import PaddingWatch
-from .proof import Verdict, agree, prove, tolerance
+from .proof import Verdict, prove, random_state, set_random_state
+from .rows import Span, assemble, cut, plan
 from .state import FrontState
 from .store import ActivationStore
 
@@ -28,12 +29,6 @@ logger = logging.get_logger(__name__)
 MIN_DEPTH = 2
 # To try whether the front can be left out costs about as much as the front of a few batches.
 MIN_STEPS_LEFT = 8
-# Batches that are computed and compared: the first ones at each depth, then one in so many, in this share of the time.
-FIRST_CHECKS, CHECK_EVERY, CHECK_TIME = 2, 100, 0.01
-
-
-class WrongActivationError(Exception):
-    """What was kept is not what computing it gives."""
 
 
 class ActivationCache:
@@ -78,13 +73,10 @@ class ActivationCache:
         # How long a pass over an iterable dataset is, nobody knows; a quarter of the run is time enough for rows to come again.
         self._monitor = CacheMonitor(total_steps, total_steps / 4 if steps_per_epoch is None else steps_per_epoch)
         self._verdicts: dict[tuple, Verdict | str] = {}
-        self._checks: Counter[tuple] = Counter()
+        self._checks = SpotChecks(self.savings, store.dtype)
         self._reasons: Counter[str] = Counter()
         self._pending: tuple[Call, bytes, torch.Tensor] | None = None
-        self._row_seconds: float | None = None
-        self._served = self._found_in_a_row = self._bypassed = 0
-        self._last_check = perf_counter()
-        self._random = random.Random(0)
+        self._found_in_a_row = self._bypassed = 0
 
     @property
     def depth(self) -> int:
@@ -108,8 +100,7 @@ class ActivationCache:
         self._front.grow(depth)
         self._state.watch(depth, self._front.patches)
         self._verdicts.clear()
-        self._checks.clear()
-        self._row_seconds = None
+        self._checks.start()
         if depth >= MIN_DEPTH:
             self._monitor.start()
 
@@ -140,7 +131,7 @@ class ActivationCache:
     def _why_unused(self) -> str:
         if self._reasons:
             return self._reasons.most_common(1)[0][0]
-        return f"the forward pass of {type(self._front.entry).__name__} was not called, or no row came again"
+        return f"the forward pass of {type(self.stack.backbone).__name__} was not called, or no row came again"
 
     def _forward(self, *args, **kwargs) -> Any:
         """Stands in for the forward pass of the backbone."""
@@ -157,10 +148,10 @@ class ActivationCache:
             return self._stand_aside(call, args, kwargs)
         if self.depth < MIN_DEPTH:
             output = front.plain(*args, **kwargs)
-            if any(_padded_sides(call)):
+            if any(call.padded_sides):
                 self._padding.watch(call, output)
             return output
-        state = _random_state(call.device)
+        state = random_state(call.device)
         try:
             self._look()
             if self._state.obstacle is not None:
@@ -170,7 +161,7 @@ class ActivationCache:
             self._turn_off(f"{type(self.stack.model).__name__} cannot be served, since {error}")
         except WrongActivationError as error:
             self._turn_off(str(error))
-        _set_random_state(state, call.device)  # what runs again draws the same numbers again
+        set_random_state(state, call.device)  # what runs again draws the same numbers again
         return front.plain(*args, **kwargs)
 
     def _stand_aside(self, reason: str, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -184,7 +175,7 @@ class ActivationCache:
         if training and self._monitor.last_epoch and not len(store):
             self._reasons["no training row comes again"] += 1
             return front.plain(**call.arguments())
-        sides = _padded_sides(call)
+        sides = call.padded_sides
         if training and any(sides) and self._padding.unread is None and torch.is_grad_enabled():
             return self._compute_first(call)
         verdict = self._verdict(call, sides, training)
@@ -196,11 +187,11 @@ class ActivationCache:
         keys, spans = self._names(call, verdict)
         depths = [self._state.fronts.get(f, 0) if f is not None else 0 for f in store.fronts(keys)]
         depths = [d if MIN_DEPTH <= d <= self.depth and s != e else 0 for d, (s, e) in zip(depths, spans, strict=True)]
-        groups = self._plan(depths)
+        groups = plan(depths, self.depth)
         found = store.get(keys) if groups is not None else []
         if any(row is None and depth for row, depth in zip(found, depths, strict=False)):  # damaged on disk
             depths = [0 if row is None else depth for row, depth in zip(found, depths, strict=True)]
-            groups = self._plan(depths)
+            groups = plan(depths, self.depth)
         hits = call.rows - depths.count(0)
         self.savings.rows += call.rows
         self.savings.hits += hits
@@ -211,22 +202,23 @@ class ActivationCache:
             return self._compute(call, keys, spans, keep_rows, any(sides), perf_counter() - began)
         at_hand = {row: entry[1] for row, entry in enumerate(found) if entry is not None and depths[row]}
         self.savings.bytes_read += sum(row.nbytes for row in at_hand.values())
-        hidden = self._assemble(call, spans, at_hand, groups)
-        checked = self._check(call, spans, hidden, groups)
+        hidden = assemble(front, call, spans, at_hand, groups)
+        checked = self._checks.check(front, call, spans, hidden, groups)
+        if checked and self.meter is not None and training:
+            self.meter.skip([-1.0] * self.depth)
         if keep:
             self._keep(keys, spans, hidden, [row for rows in groups.values() for row in rows])
-        if self._row_seconds is not None:
-            self._gain(call.rows * self._row_seconds - (perf_counter() - began) + checked, training)
+        if self._checks.row_seconds is not None:
+            self._gain(call.rows * self._checks.row_seconds - (perf_counter() - began) + checked, training)
         self._tell_meter(call, groups)
         output = front.serve(call, hidden)
         if training and any(sides):
             self._padding.watch(call, output)
-        self._served += 1
         self._found_in_a_row = 0 if groups or checked else self._found_in_a_row + call.rows
         self._offload()
         return output
 
-    def _names(self, call: Call, verdict: Verdict) -> tuple[list[bytes], list[tuple[int, int]]]:
+    def _names(self, call: Call, verdict: Verdict) -> tuple[list[bytes], list[Span]]:
         return name_rows(call, self._state.variant, verdict.without_padding, verdict.shifts_freely)
 
     def _verdict(self, call: Call, sides: tuple[bool, bool], training: bool) -> Verdict | str:
@@ -261,13 +253,13 @@ class ActivationCache:
         if pending is None or pending[1] != self._state.variant or self._monitor.last_epoch:
             return
         call, _, hidden = pending
-        kind = call.context, self._state.variant, self._padding.unread, _padded_sides(call)
+        kind = call.context, self._state.variant, self._padding.unread, call.padded_sides
         known = self._verdicts.get(kind)
         if isinstance(known, Verdict) and len(hidden) == call.rows:
             self._keep(*self._names(call, known), hidden, range(call.rows))
 
     def _compute(
-        self, call: Call, keys: list[bytes], spans: list[tuple[int, int]], keep: list[int], padded: bool, lookup: float
+        self, call: Call, keys: list[bytes], spans: list[Span], keep: list[int], padded: bool, lookup: float
     ) -> Any:
         """Run everything for all rows, as without a cache, and keep what crosses the boundary."""
         front, began = self._front, perf_counter()
@@ -277,7 +269,7 @@ class ActivationCache:
         training = front.entry.training
 
         def cross(hidden: torch.Tensor) -> None:
-            self._time_rows(perf_counter_of(hidden) - began, call.rows)
+            self._checks.time_rows(time_of(hidden) - began, call.rows)
             began_keeping = perf_counter()
             try:
                 self._keep(keys, spans, hidden, keep)
@@ -292,93 +284,12 @@ class ActivationCache:
             self._padding.watch(call, output)
         return output
 
-    def _time_rows(self, seconds: float, rows: int) -> None:
-        last, now = self._row_seconds, seconds / rows
-        self._row_seconds = now if last is None else 0.8 * last + 0.2 * now
-
-    def _plan(self, depths: list[int]) -> dict[int, list[int]] | None:
-        """Which rows to compute from which depth, or `None` if all rows have to be computed from the start."""
-        groups: dict[int, list[int]] = {}
-        for row, depth in enumerate(depths):
-            if depth != self.depth:
-                groups.setdefault(depth, []).append(row)
-        cost = sum(len(rows) * (self.depth - start) for start, rows in groups.items())
-        return None if cost >= len(depths) * self.depth else groups
-
-    def _assemble(
-        self,
-        call: Call,
-        spans: list[tuple[int, int]],
-        at_hand: dict[int, torch.Tensor],
-        groups: dict[int, list[int]],
-    ) -> torch.Tensor:
-        """What crosses the boundary: activations at hand, and the others computed from where they were left."""
-        front = self._front
-        assert front is not None
-        parts = {
-            start: front.run(call, rows, start, _batch(call, rows, at_hand, spans) if start else None)
-            for start, rows in groups.items()
-        }
-        moved = {row for rows in groups.values() for row in rows}
-        ready = [row for row in range(call.rows) if row not in moved]
-        if not ready and len(parts) == 1:
-            return next(iter(parts.values()))
-        hidden = _batch(call, range(call.rows), {row: at_hand[row] for row in ready}, spans, parts)
-        for start, computed in parts.items():
-            hidden[groups[start]] = computed.to(hidden.dtype)
-        return hidden
-
-    def _check(
-        self, call: Call, spans: list[tuple[int, int]], hidden: torch.Tensor, groups: dict[int, list[int]]
-    ) -> float:
-        """
-        See that what is about to be served is finite, and from time to time, that it is what computing it gives.
-
-        Returns:
-            `float`: seconds that computing it has taken.
-
-        Raises:
-            WrongActivationError: it is not.
-        """
-        front, began = self._front, perf_counter()
-        assert front is not None
-        inside = [hidden[row, s:e] for row, (s, e) in enumerate(spans) if s != e and e >= 0] if groups else []
-        if not (all(part.isfinite().all() for part in inside) if inside else hidden.isfinite().all()):
-            raise WrongActivationError("an activation was not finite")
-        kind = (call.context, *sorted(groups))
-        first = self._checks[kind] < FIRST_CHECKS
-        if not first and (self._served + 1) % CHECK_EVERY:
-            return 0.0
-        self._checks[kind] += 1
-        count = call.rows
-        if not first and self._row_seconds:
-            affordable = CHECK_TIME * (began - self._last_check) / self._row_seconds
-            count = max(1, min(count, int(affordable)))
-        rows = sorted(self._random.sample(range(call.rows), count))
-        computed = front.run(call, rows)
-        rounding = tolerance(front, call, self.store.dtype)
-        same = agree(computed, hidden[rows], rounding, [spans[row] for row in rows])
-        now = perf_counter()
-        if count == call.rows:
-            self._time_rows(now - began, count)
-        self.savings.checked_rows += count
-        self.savings.check_seconds += now - began
-        self.savings.seconds_saved -= now - began
-        self._last_check = now
-        if self.meter is not None and front.entry.training:
-            self.meter.skip([-count / call.rows] * self.depth)
-        if not same:
-            raise WrongActivationError("an activation that was kept is not what computing it gives")
-        return now - began
-
-    def _keep(
-        self, keys: list[bytes], spans: list[tuple[int, int]], hidden: torch.Tensor, rows: Sequence[int]
-    ) -> None:
+    def _keep(self, keys: list[bytes], spans: list[Span], hidden: torch.Tensor, rows: Sequence[int]) -> None:
         rows = [row for row in rows if spans[row][0] != spans[row][1]]
         if not rows:
             return
         host = hidden.cpu()
-        values = [host[row, slice(*spans[row])] if spans[row][1] >= 0 else host[row] for row in rows]
+        values = cut(host, spans, rows)
         if not all(bool(value.isfinite().all()) for value in values):
             raise WrongActivationError("the frozen front has returned a value that is not finite")
         front = next(front for front, depth in self._state.fronts.items() if depth == self.depth)
@@ -424,47 +335,3 @@ class ActivationCache:
         logger.warning(f"The activation cache is off: {reason}. Training goes on without it.")
         self.savings.off = reason
         self.close()
-
-
-def perf_counter_of(hidden: torch.Tensor) -> float:
-    """The time at which a tensor has been computed."""
-    if hidden.device.type != "cpu":
-        torch.accelerator.synchronize(hidden.device)
-    return perf_counter()
-
-
-def _random_state(device: torch.device) -> torch.Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(state: torch.Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
-
-
-def _padded_sides(call: Call) -> tuple[bool, bool]:
-    """Whether some row has padding in front, and whether some row has padding behind."""
-    if call.mask is None:
-        return False, False
-    first, last = torch.stack([call.mask[:, 0].eq(0).any(), call.mask[:, -1].eq(0).any()]).tolist()
-    return first, last
-
-
-def _batch(
-    call: Call,
-    rows: Sequence[int],
-    at_hand: dict[int, torch.Tensor],
-    spans: list[tuple[int, int]],
-    parts: dict[int, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Rows at hand as one batch on the model's device, with zeros for padding and for rows that are not at hand."""
-    like = next(iter(at_hand.values())) if at_hand else next(iter((parts or {}).values()))[0].cpu()
-    padded = any(end >= 0 for _, end in spans)
-    batch = torch.zeros((len(rows), *((call.length, *like.shape[1:]) if padded else like.shape)), dtype=like.dtype)
-    for place, row in enumerate(rows):
-        if row in at_hand:
-            target = batch[place, slice(*spans[row])] if padded else batch[place]
-            target.copy_(at_hand[row])
-    return batch.to(call.device)

@@ -50,6 +50,14 @@ class Call:
         """What the shapes inside the model depend on, except for the number of rows."""
         return self.context, self.length
 
+    @property
+    def padded_sides(self) -> tuple[bool, bool]:
+        """Whether some row has padding in front, and whether some row has padding behind."""
+        if self.mask is None:
+            return False, False
+        first, last = torch.stack([self.mask[:, 0].eq(0).any(), self.mask[:, -1].eq(0).any()]).tolist()
+        return first, last
+
     def arguments(self, rows: Sequence[int] | None = None) -> dict[str, Any]:
         """Keyword arguments of the call, for all rows or for some of them."""
         if rows is None:

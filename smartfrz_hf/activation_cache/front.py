@@ -69,7 +69,7 @@ class Pass:
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """All tensors in nested tuples, lists and mappings."""
     found: list[torch.Tensor] = []
-    recursively_apply(lambda tensor: found.append(tensor) or tensor, value)
+    recursively_apply(found.append, value)
     return found
 
 
@@ -180,9 +180,7 @@ class Front:
         assert one.hidden is not None
         return one.hidden
 
-    def watch(
-        self, call: Call, on_boundary: Callable[[torch.Tensor], None], marks_gradient: bool = False
-    ) -> Any:
+    def watch(self, call: Call, on_boundary: Callable[[torch.Tensor], None], marks_gradient: bool = False) -> Any:
         """The backbone's output with everything computed; `on_boundary` gets what crosses the boundary."""
         one = Pass(call.layout, call.rows, on_boundary=on_boundary, marks_gradient=marks_gradient)
         return self.try_pass(one, lambda: self.plain(**call.arguments()))
@@ -227,7 +225,7 @@ class Front:
             for rows in ([0], [0, 0]):  # two batches show which tensors have one entry per row
                 one = Pass(call.layout, len(rows), stop=True, learns=True)
                 with torch.no_grad():
-                    self.try_pass(one, lambda rows=rows: self.plain(**call.arguments(rows)))
+                    self.try_pass(one, functools.partial(self.plain, **call.arguments(rows)))
 
     @contextlib.contextmanager
     def _under_way(self, one: Pass) -> Iterator[None]:

@@ -2,16 +2,15 @@
 
 import mmap
 import os
-import struct
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers.utils import logging
 
-from .codec import PackedRow, from_bytes, front_of, to_bytes
+from .codec import CHECKSUM_BYTES, HEADER, PackedRow, from_bytes, to_bytes
 
 try:
     import fcntl
@@ -26,22 +25,11 @@ except ImportError as error:
 
 logger = logging.get_logger(__name__)
 
-# The checksum of all that follows, and the key.
-HEADER = struct.Struct("<Q16s")
-CHECKSUM_BYTES = 8
 PAGE_HEADER = 16
 
 
-@dataclass(frozen=True)
-class Handle:
-    """
-    How another process of the same host opens a tier.
-
-    Attributes:
-        path (`str`): of the file, through the process that has made it.
-        identity (`tuple[int, int]`): its device and inode, so that no other file is taken for it.
-        budget (`int`): most bytes of rows.
-    """
+class Handle(NamedTuple):
+    """How another process of the host opens a tier: path of its file, device and inode, and the budget in bytes."""
 
     path: str
     identity: tuple[int, int]
@@ -63,23 +51,17 @@ class LmdbTier:
         shared (`bool`, *optional*, defaults to `False`): whether other processes open it.
 
     Raises:
-        OSError: the file cannot be used.
+        OSError: the file cannot be used. All methods that read or write raise it, too, where the disk is full or broken.
     """
 
     def __init__(self, file: int, budget: int, shared: bool = False):
         self.budget = budget
         self._file, self._shared, self._owner = file, shared, os.getpid()
         self._close_file = weakref.finalize(self, os.close, file)
+        size = budget + budget // 4 + 2**26
+        options = {"subdir": False, "lock": False, "sync": False, "metasync": False, "meminit": False}
         with _as_os_error():
-            self._database: lmdb.Environment | None = lmdb.open(
-                f"/dev/fd/{file}",
-                map_size=budget + budget // 4 + 2**26,
-                subdir=False,
-                lock=False,
-                sync=False,
-                metasync=False,
-                meminit=False,
-            )
+            self._database: lmdb.Environment | None = lmdb.open(f"/dev/fd/{file}", map_size=size, **options)
 
     @classmethod
     def in_memory(cls, budget: int) -> "LmdbTier":
@@ -94,12 +76,7 @@ class LmdbTier:
 
     @classmethod
     def attach(cls, handle: Handle) -> "LmdbTier":
-        """
-        Open what another process of this host has made.
-
-        Raises:
-            OSError: it cannot be opened from here.
-        """
+        """Open what another process of this host has made."""
         file = os.open(handle.path, os.O_RDWR | os.O_CLOEXEC)
         if _identity(file) != handle.identity:
             os.close(file)
@@ -114,15 +91,11 @@ class LmdbTier:
     @property
     def used(self) -> int:
         """Bytes of rows, in whole pages, by all processes together."""
-        if self._database is None:
-            return 0
-        with self._reading() as transaction:
-            return _pages(transaction) * mmap.PAGESIZE
+        with self._transaction() as transaction:
+            return _used(transaction)
 
     def __len__(self) -> int:
-        if self._database is None:
-            return 0
-        with self._reading() as transaction:
+        with self._transaction() as transaction:
             return int(transaction.stat()["entries"])
 
     def has_room(self, size: int) -> bool:
@@ -131,27 +104,20 @@ class LmdbTier:
 
     def fronts(self, keys: Sequence[bytes]) -> list[int | None]:
         """For each key the front of its row, or `None`, without reading the row."""
-        if self._database is None:
-            return [None] * len(keys)
-        with self._reading() as transaction:
-            views = [transaction.get(key) for key in keys]
-            return [None if view is None else front_of(view, HEADER.size) for view in views]
+        with self._transaction() as transaction:
+            views = map(transaction.get, keys)
+            return [None if view is None else HEADER.unpack_from(view)[2] for view in views]
 
     def put(self, rows: Mapping[bytes, PackedRow]) -> set[bytes]:
         """
-        Store rows, each in place of what its key holds. What is there stays where the new row finds no room.
-
-        Returns:
-            `set[bytes]`: keys of the rows that found room.
-
-        Raises:
-            OSError: the disk is full or broken.
+        Store rows, each in place of what its key holds, which stays where the new row finds no room. Returns the keys of those
+        that found room.
         """
-        blobs = {key: _to_blob(key, row) for key, row in rows.items()}
+        blobs = {key: _checked(to_bytes(row, key)) for key, row in rows.items()}
         kept: set[bytes] = set()
         try:
-            with self._locked(fcntl.LOCK_EX), _as_os_error(), self._open.begin(write=True) as transaction:
-                used = _pages(transaction) * mmap.PAGESIZE
+            with self._transaction(write=True) as transaction:
+                used = _used(transaction)
                 for key, blob in blobs.items():
                     before = transaction.get(key)
                     size = _charge(len(blob)) - (0 if before is None else _charge(len(before)))
@@ -159,68 +125,52 @@ class LmdbTier:
                         transaction.put(key, blob)
                         used += size
                         kept.add(key)
-        except lmdb.MapFullError:
-            # What is free lies in pieces too small. The whole transaction is undone.
+        except lmdb.MapFullError:  # what is free lies in pieces too small; the whole transaction is undone
             return set()
         return kept
 
     def read(self, keys: Sequence[bytes]) -> list[PackedRow | None]:
-        """
-        The rows under `keys`, or `None`. A row that fails its checksum is forgotten, with one warning.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
-        if self._database is None:
-            return [None] * len(keys)
-        with self._reading() as transaction:
+        """The rows under `keys`, or `None`. A row that fails its checksum is forgotten, with one warning."""
+        with self._transaction() as transaction:
             # Copied before they are checked, so that no later change to the file reaches the caller.
-            blobs = [None if view is None else bytearray(view) for view in map(transaction.get, keys)]
-        rows = [None if blob is None else _from_blob(key, blob) for key, blob in zip(keys, blobs, strict=True)]
-        damaged = [key for key, blob, row in zip(keys, blobs, rows, strict=True) if blob is not None and row is None]
+            views = [transaction.get(key) for key in keys]
+            blobs = [None if view is None else bytes(view) for view in views]
+        found = list(zip(keys, blobs, strict=True))
+        damaged = [k for k, b in found if b is not None and (b != _checked(b) or HEADER.unpack_from(b)[1] != k)]
         if damaged:
             logger.warning_once("Activations were damaged on disk; they are dropped and computed anew.")
-            with self._locked(fcntl.LOCK_EX), _as_os_error(), self._open.begin(write=True) as transaction:
+            with self._transaction(write=True) as transaction:
                 for key in damaged:
                     transaction.delete(key)
-        return rows
+        return [None if blob is None or key in damaged else from_bytes(blob) for key, blob in found]
 
     def close(self) -> None:
-        """Give up this process's part; the file goes with the last one. May be called again."""
-        if self._database is not None:
-            # A forked child has inherited the object, but not the file.
-            if os.getpid() == self._owner:
-                self._database.close()
-                self._close_file()
-            self._database = None
+        """Give up this process's part; the file goes with the last one."""
+        # A forked child has inherited the object, but not the file.
+        if self._database is not None and os.getpid() == self._owner:
+            self._database.close()
+            self._close_file()
+        self._database = None
 
-    @property
-    def _open(self) -> "lmdb.Environment":
+    @contextmanager
+    def _transaction(self, write: bool = False) -> "Iterator[lmdb.Transaction]":
         if self._database is None:
             raise OSError("it is closed")
-        return self._database
-
-    @contextmanager
-    def _reading(self) -> "Iterator[lmdb.Transaction]":
-        with self._locked(fcntl.LOCK_SH), _as_os_error(), self._open.begin(buffers=True) as transaction:
-            yield transaction
-
-    @contextmanager
-    def _locked(self, how: int) -> Iterator[None]:
-        if not self._shared:
-            yield
-            return
-        # Not `flock`, which a data loader's worker would inherit and hold on to when this process is killed.
-        fcntl.lockf(self._file, how)
+        if (
+            self._shared
+        ):  # not `flock`, which a data loader's worker would inherit and hold when this process is killed
+            fcntl.lockf(self._file, fcntl.LOCK_EX if write else fcntl.LOCK_SH)
         try:
-            yield
+            with _as_os_error(), self._database.begin(write=write, buffers=True) as transaction:
+                yield transaction
         finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+            if self._shared:
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
 
 
-def _pages(transaction: "lmdb.Transaction") -> int:
+def _used(transaction: "lmdb.Transaction") -> int:
     counts = transaction.stat()
-    return int(counts["overflow_pages"] + counts["leaf_pages"] + counts["branch_pages"])
+    return int(counts["overflow_pages"] + counts["leaf_pages"] + counts["branch_pages"]) * mmap.PAGESIZE
 
 
 def _charge(size: int) -> int:
@@ -233,6 +183,11 @@ def _identity(file: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def _checked(blob: bytes) -> bytes:
+    """The same bytes, with the right checksum in front."""
+    return xxhash.xxh3_64_digest(memoryview(blob)[CHECKSUM_BYTES:]) + blob[CHECKSUM_BYTES:]
+
+
 @contextmanager
 def _as_os_error() -> Iterator[None]:
     """What LMDB calls an error is one of the operating system's to the caller, who need not import LMDB."""
@@ -242,22 +197,3 @@ def _as_os_error() -> Iterator[None]:
         raise
     except lmdb.Error as error:
         raise OSError(str(error)) from error
-
-
-def _to_blob(key: bytes, row: PackedRow) -> bytearray:
-    """The checksum of all that follows, the key and the row."""
-    blob = to_bytes(row, HEADER.size)
-    HEADER.pack_into(blob, 0, 0, key)
-    blob[:CHECKSUM_BYTES] = _checksum(blob)
-    return blob
-
-
-def _from_blob(key: bytes, blob: bytearray) -> PackedRow | None:
-    """The row that was written under `key`, sharing the memory of `blob`, or `None` where a bit of it changed."""
-    if len(blob) < HEADER.size or blob[:CHECKSUM_BYTES] != _checksum(blob) or HEADER.unpack_from(blob)[1] != key:
-        return None
-    return from_bytes(blob, HEADER.size)
-
-
-def _checksum(blob: bytearray) -> bytes:
-    return xxhash.xxh3_64_digest(memoryview(blob)[CHECKSUM_BYTES:])

@@ -8,19 +8,19 @@ class CacheMonitor:
     Judges every half of an epoch whether looking rows up has saved time.
 
     Args:
-        total_steps (`int`): optimizer steps of the run.
+        total_steps (`float`): optimizer steps of the run.
         steps_per_epoch (`float`): optimizer steps in one pass over the data.
     """
 
-    def __init__(self, total_steps: int, steps_per_epoch: float):
+    def __init__(self, total_steps: float, steps_per_epoch: float):
         self.total_steps, self.steps_per_epoch = total_steps, max(1.0, steps_per_epoch)
-        self.step = 0
+        self.step = self.rows = self.hits = 0
         self._losses, self._judge_at = 0, float("inf")
         self._begun = False
         self._open_window()
 
     @property
-    def steps_left(self) -> int:
+    def steps_left(self) -> float:
         """Optimizer steps until the end of the run."""
         return max(0, self.total_steps - self.step)
 

@@ -48,7 +48,11 @@ def tolerance(front: Front, call: Call, kept_as: str = "exact") -> float:
 
 
 def agree(
-    a: torch.Tensor, b: torch.Tensor, rounding: float, spans: Sequence[tuple[int, int]] | None = None, floor: float = 0.0
+    a: torch.Tensor,
+    b: torch.Tensor,
+    rounding: float,
+    spans: Sequence[tuple[int, int]] | None = None,
+    floor: float = 0.0,
 ) -> bool:
     """
     Whether two batches differ by rounding alone, row by row. Never true of NaN.
@@ -104,7 +108,7 @@ def prove(front: Front, call: Call, without_padding: bool) -> Verdict:
 
 
 def _prove(front: Front, call: Call, rows: list[int], without_padding: bool) -> Verdict:
-    rounding, start = tolerance(front, call), _random_states(call.device)
+    rounding, start, state = tolerance(front, call), _random_states(call.device), random_state(call.device)
     states = []
     whole = Pass(call.layout, 2, on_boundary=lambda _: states.append(_random_states(call.device)))
     expected = front.try_pass(whole, front.call_model(rows, call))
@@ -134,7 +138,7 @@ def _prove(front: Front, call: Call, rows: list[int], without_padding: bool) -> 
         hidden = hidden * inside.view(*inside.shape, *[1] * (hidden.ndim - 2))
         spans = [(int(row.int().argmax()), int(row.int().argmax() + row.sum())) for row in inside]
     front.learn_layout(call)
-    _set_random_states(start, call.device)
+    set_random_state(state, call.device)
     served = Pass(call.layout, 2, front.depth, hidden, poison=True)
     given = front.try_pass(served, front.call_model(rows, call))
     pairs = list(zip(tensors_in(expected), tensors_in(given), strict=True))
@@ -165,32 +169,38 @@ def _try_padding(front: Front, call: Call, rows: list[int], hidden: torch.Tensor
     return Verdict(True, start > 0 and same(call.crop(start, call.length), start))
 
 
-def _random_states(device: torch.device) -> list[Any]:
-    numpy_state = np.random.get_state()  # noqa: NPY002
-    states = [torch.random.get_rng_state().tolist(), random.getstate(), [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state]]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device).tolist())
-    return states
+def random_state(device: torch.device) -> torch.Tensor:
+    """State of the generator from which a model on a device draws."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _set_random_states(states: list[Any], device: torch.device) -> None:
-    torch.random.set_rng_state(torch.tensor(states[0], dtype=torch.uint8))
-    random.setstate(states[1])
-    np.random.set_state(tuple(states[2]))  # noqa: NPY002
+def set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    """Set what [`random_state`] returns."""
     if device.type == "cuda":
-        torch.cuda.set_rng_state(torch.tensor(states[3], dtype=torch.uint8), device)
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def _random_states(device: torch.device) -> tuple[Any, ...]:
+    """All generators that a model may draw from, as values to compare."""
+    torch_states = [state.numpy().tobytes() for state in (torch.get_rng_state(), random_state(device))]
+    return *torch_states, random.getstate(), repr(np.random.get_state())
 
 
 @contextlib.contextmanager
 def _left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run without gradients, and leave the generators of random numbers and the model's buffers as they were."""
-    states = _random_states(device)
+    states = torch.get_rng_state(), random_state(device), random.getstate(), np.random.get_state()
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad():
             yield
     finally:
-        _set_random_states(states, device)
+        torch.set_rng_state(states[0])
+        set_random_state(states[1], device)
+        random.setstate(states[2])
+        np.random.set_state(states[3])
         for buffer, before in buffers:
             if not torch.equal(buffer, before):
                 with torch.no_grad():

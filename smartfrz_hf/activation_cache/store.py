@@ -71,14 +71,10 @@ class ActivationStore:
 
     Args:
         memory_bytes (`int`): most bytes of rows in memory.
-        disk_bytes (`int`, *optional*, defaults to `0`):
-            Most bytes of rows on disk, each rounded up to whole pages. The file may grow a quarter and 64 MiB beyond, as
-            replaced rows leave gaps.
-        folder (`str` or `os.PathLike`, *optional*): Where the file is, which has no name. Defaults to the system's folder for
-            temporary files.
+        disk_bytes (`int`, *optional*, defaults to `0`): most bytes of rows on disk, as for [`LmdbTier`].
+        folder (`str` or `os.PathLike`, *optional*): where the file is, which has no name. Defaults to that for temporary files.
         dtype (`str`, *optional*, defaults to `"exact"`):
-            Format in which floating-point rows are kept: `"exact"` (every bit), `"bfloat16"`, `"float16"` or `"int8"`
-            (with one `float32` scale per vector of the last dimension). A row that the format cannot hold is kept exactly.
+            Format in which floating-point rows are kept: `"exact"` (every bit), `"bfloat16"`, `"float16"` or `"int8"`.
         shared (`bool`, *optional*, defaults to `False`): whether other processes of the host open it, through `handles`.
 
     Attributes:
@@ -117,7 +113,8 @@ class ActivationStore:
                 raise ValueError(f"`{name}` is {value}; it must be at least 0.")
         if dtype not in FORMATS:
             raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(map(repr, FORMATS))}.")
-        self.full, self.trouble, self.dtype = False, None, dtype
+        self.full, self.dtype = False, dtype
+        self.trouble: str | None = None
         self._memory: MemoryTier | LmdbTier = MemoryTier(memory_bytes)
         self._disk: LmdbTier | None = None
         if shared or disk_bytes:  # in memory of its own, neither LMDB nor xxhash need be installed
@@ -131,16 +128,7 @@ class ActivationStore:
 
     @classmethod
     def attach(cls, handles: list, dtype: str) -> "ActivationStore":
-        """
-        Open the store that another process of this host has made.
-
-        Args:
-            handles (`list`): what `handles` returns there.
-            dtype (`str`): format of the rows.
-
-        Raises:
-            OSError: it cannot be opened from here.
-        """
+        """Open the store that another process of this host has made, by its `handles`. Raises `OSError` if it cannot."""
         from .lmdb_tier import LmdbTier
 
         store = cls(0, dtype=dtype)
@@ -177,14 +165,8 @@ class ActivationStore:
 
     def get(self, keys: Sequence[bytes]) -> list[tuple[int, torch.Tensor] | None]:
         """
-        Look rows up.
-
-        Args:
-            keys (`Sequence[bytes]`): of 16 bytes each.
-
-        Returns:
-            `list[tuple[int, torch.Tensor] | None]`: for each key the front and the row last put under it, on the CPU in the
-            dtype in which it was put, or `None`. The tensors may be the store's own: do not write to them.
+        For each key the front and the row last put under it, on the CPU in the dtype in which it was put, or `None`. The
+        tensors may be the store's own: do not write to them.
         """
         found: list[PackedRow | None] = [None] * len(keys)
         for tier in self._tiers:
@@ -201,29 +183,27 @@ class ActivationStore:
 
         Args:
             keys (`Sequence[bytes]`): of 16 bytes each.
-            front (`int`): digest of what has computed the rows; `get` returns it. A row that is there with it is left as it is.
-            rows (`Sequence[torch.Tensor]`): one per key, such as a batch; on any device, with any strides.
+            front (`int`): digest of what has computed the rows. A row that is there with the same one is left as it is.
+            rows (`Sequence[torch.Tensor]`): one per key; on any device, with any strides.
 
         Returns:
             `int`: how many rows are there now.
         """
         tiers = [tier for tier in self._tiers if tier is not self._disk or self.trouble is None]
-        fronts = self.fronts(keys)
         # Asked before a row is copied, so that a full store costs next to nothing.
-        room = [any(t.has_room(packed_bytes(row, self.dtype)) for t in tiers) for row in rows[:1]] * len(keys)
+        room = any(tier.has_room(packed_bytes(rows[0], self.dtype)) for tier in tiers) if len(keys) else False
+        known = dict(zip(keys, self.fronts(keys), strict=True))
+        kept = sum(known[key] == front for key in keys)
         wanted = {
             key: pack(row, front, self.dtype)
-            for key, row, known, fits in zip(keys, rows, fronts, room, strict=True)
-            if known != front and (known is not None or fits)
+            for key, row in zip(keys, rows, strict=True)
+            if known[key] != front and (room or known[key] is not None)
         }
-        kept = sum(known == front for known in fronts)
         for tier in tiers:
-            # A row that is replaced stays where it is.
-            here = tier.fronts(list(wanted))
-            elsewhere = dict(zip(keys, fronts, strict=True))
-            mine = {key: row for (key, row), f in zip(wanted.items(), here, strict=True) if f is not None or elsewhere[key] is None}
             with self._giving_up_disk():
-                placed = tier.put(mine) if mine else set()
+                here = zip(list(wanted), tier.fronts(list(wanted)), strict=True)
+                # A row that is replaced stays where it is.
+                placed = tier.put({k: wanted[k] for k, held in here if held is not None or known[k] is None})
                 kept += len(placed)
                 wanted = {key: row for key, row in wanted.items() if key not in placed}
         self.full |= kept < len(keys)

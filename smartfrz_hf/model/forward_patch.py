@@ -49,9 +49,9 @@ class MethodPatch:
     """
 
     def __init__(self, module: nn.Module, name: str, replacement: Callable[..., Any]):
+        functools.update_wrapper(self, getattr(module, name))  # signatures are inspected; first, as it copies attributes
         self.module, self.name, self.replacement = module, name, replacement
         self.original = getattr(module, name)
-        functools.update_wrapper(self, self.original)  # signatures are inspected
         self._previous = module.__dict__.get(name)  # a patch that somebody else has made
         module.__dict__[name] = self
 
