@@ -237,3 +237,22 @@ def forget_failed_pass(model: nn.Module) -> None:
     """Have FSDP2 forget a pass that ended with an exception. Later versions of torch have a public name for it, earlier ones none."""
     if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
         model.reset_iter_state()
+
+
+# torch and Transformers: hooks, for the activation cache
+
+
+def forward_hooks(module: nn.Module) -> list[Callable]:
+    """Forward hooks and pre-hooks of one module, in the order of their registration. torch has no name to list them."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def has_global_forward_hooks() -> bool:
+    """Whether somebody has registered forward hooks or pre-hooks for all modules. torch has no name to list them."""
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+
+
+def records_outputs(hook: Callable) -> bool:
+    """Whether it is the hook by which Transformers collects hidden states and attentions, which does nothing unless asked."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"

@@ -28,7 +28,9 @@ def _import(module: str) -> ModuleType:
     try:
         return import_module(f".predictor_training.{module}", __package__)
     except ModuleNotFoundError as error:
-        typer.echo(f"This command needs the package {error.name}: pip install 'smartfrz_hf[harvest]'", err=True)
+        typer.echo(
+            f"This command needs the package {error.name}: pip install 'smartfrz_hf[predictor-training]'", err=True
+        )
         raise typer.Exit(1) from error
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from .._compat import forget_failed_pass
+from ..model.forward_patch import LeftBehind
 from ..model.nested import main_input_elements
 from ..model.units import BlockStack
 from ..signals.probe import ROWS, FirstBatch
@@ -68,8 +69,8 @@ class ComputeMeter:
         # Sums from a checkpoint of format 1.
         self._earlier = {"spent": Flops(), "full": Flops()}
         self._taken = Flops()
-        self._first_batch = first_batch or FirstBatch(model, ROWS)
-        self._hook = model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
+        self._first_batch = first_batch or FirstBatch(model, ROWS, without=())  # some models need the labels to run
+        self._hook = model.register_forward_pre_hook(LeftBehind(self._before_pass), with_kwargs=True)
 
     @property
     def spent(self) -> Flops:

@@ -235,7 +235,7 @@ class Freezer:
         if not torch.is_grad_enabled() or uses_reentrant_checkpointing(module):
             return
         asking = [tensor for tensor in float_tensors((args, kwargs)) if tensor.requires_grad]
-        if asking:
+        if asking and module.training:
             self._explain(asking)
 
     def _explain(self, asking: list[torch.Tensor]) -> None:

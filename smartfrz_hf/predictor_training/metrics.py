@@ -10,7 +10,7 @@ from .cross_validation import PREDICTOR, HeldOut
 from .labels import rewind_shifts
 
 # Mean cost of freezing that each operating point allows, by the rewind test: the share of the run's change of the logits.
-# In `benchmarks/method_card.md`, freezes of at most 1 % lost no accuracy, and those of 1 to 3 % lost 0.9 points.
+# In `benchmarks/predictor/method_card.md`, freezes of at most 1 % lost no accuracy, and those of 1 to 3 % lost 0.9 points.
 COSTS = {"conservative": 0.003, "balanced": 0.01, "aggressive": 0.03}
 FROZEN_AT = 0.03
 

@@ -167,6 +167,15 @@ def test_adapters_under_activation_checkpointing(depth, reentrant):
     assert_as_torch_counts(Bench(bench.model, bench.batch), depth, tolerance=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_a_weight_that_freezing_leaves_alone_needs_the_whole_way_back(depth):
+    bench = with_adapters("llama", modules_to_save=["embed_tokens"], **ADAPTERS["llama"])
+    assert_as_torch_counts(bench, depth)
+    table = bench.model.get_input_embeddings().weight
+    assert bench.meter.unit_parameters["stem"] == 0 and bench.meter.unit_parameters["head"] >= table.numel()
+
+
 def test_a_layer_that_runs_four_times_costs_four_layers():
     bench = Bench.of("albert")
     bench.step()

@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES, build
-from counting import FORMULAS
 from torch.utils.flop_counter import FlopCounterMode
 from versions import checkpoint_activations
 
@@ -27,7 +26,7 @@ def count_backward(model, batch):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the counter's module tracker cannot follow recomputed modules
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        with FlopCounterMode(display=False) as counter:
             loss = model(**batch).loss
             forward, before = counter.get_total_flops(), by_module()
             loss.backward()

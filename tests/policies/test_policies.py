@@ -1,13 +1,7 @@
 """Each policy answers as its rule says."""
 
-import math
-
 import pytest
-import torch
-from torch.optim import SGD
-from torch.optim.lr_scheduler import StepLR
 from training import predictor_that_says
-from transformers import get_linear_schedule_with_warmup
 
 from smartfrz_hf import SmartFRZConfig
 from smartfrz_hf.policies import LinearPolicy, NeverPolicy, Observation, SmartFRZPolicy, StaticPolicy, make_policy
@@ -95,28 +89,3 @@ def test_make_policy():
     assert isinstance(make_policy(SmartFRZConfig(policy="static")), StaticPolicy)
     assert isinstance(make_policy(SmartFRZConfig(policy="linear")), LinearPolicy)
     assert isinstance(make_policy(SmartFRZConfig(policy="never")), NeverPolicy)
-
-
-def test_learning_rates():
-    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    rates = LearningRates.planned(get_linear_schedule_with_warmup(optimizer, 2, 10), 10)
-    assert rates.relative[:4].tolist() == [0.0, 0.5, 1.0, 0.875] and rates.relative[-1] == 0
-    assert rates.spent[:3].tolist() == pytest.approx([0, 0, 0.1]) and rates.spent[-1] == 1
-    constant = LearningRates.planned(StepLR(optimizer, 3), 4)
-    assert constant.relative.tolist() == [1.0] * 5 and constant.spent.tolist() == pytest.approx(
-        [0, 0.2, 0.4, 0.6, 0.8]
-    )
-    nothing = LearningRates([0.0, 0.0])
-    assert nothing.relative.tolist() == nothing.spent.tolist() == [0, 0]
-
-
-def test_restarts_of_a_schedule():
-    def cosine(steps):
-        return [0.5 + 0.5 * math.cos(math.pi * step / steps) for step in range(steps)]
-
-    warm = [step / 10 for step in range(10)]
-    assert LearningRates(warm + cosine(40) + cosine(40) + cosine(40)).restarts == [50, 90]
-    # Rises more slowly, and only some of the way.
-    assert LearningRates([1.0, 0.5, 0.2, 0.1, 0.15, 0.2, 0.3, 0.2]).restarts == [5]
-    for rates in (warm + cosine(40), [1.0] * 20, warm + [1.0] * 9, [1.0, 0.6, 0.9, 0.6], [1.0, 0.01, 0.05, 0.0]):
-        assert LearningRates(rates).restarts == []
