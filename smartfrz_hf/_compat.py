@@ -136,6 +136,21 @@ def uses_reentrant_checkpointing(block: nn.Module) -> bool:
     )
 
 
+class _CheckpointWithGrads(partial):
+    """A checkpointing function with its options, which makes inputs require a gradient. Copies and pickles are without that."""
+
+    def __call__(self, function: Callable[..., Any], /, *args: Any) -> Any:
+        if torch.is_grad_enabled() and not any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+            args = tuple(
+                arg.detach().requires_grad_() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
+                for arg in args
+            )
+        return super().__call__(function, *args)
+
+    def __reduce__(self) -> tuple:
+        return partial, (self.func,), (self.func, self.args, self.keywords, {})
+
+
 def require_checkpoint_grads(block: nn.Module) -> Callable[[], None]:
     """
     Have a block under reentrant activation checkpointing compute its gradients although none of its inputs requires one.
@@ -148,21 +163,13 @@ def require_checkpoint_grads(block: nn.Module) -> Callable[[], None]:
     """
     if not uses_reentrant_checkpointing(block):
         return lambda: None
-    checkpoint: Any = block._gradient_checkpointing_func
-
-    def checkpoint_with_grads(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        if torch.is_grad_enabled() and not any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
-            args = tuple(
-                arg.detach().requires_grad_() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
-                for arg in args
-            )
-        return checkpoint(function, *args, **options)
+    before: Any = block._gradient_checkpointing_func
+    patch: Any = _CheckpointWithGrads(before.func, *before.args, **before.keywords)
 
     def undo() -> None:
         if block._gradient_checkpointing_func is patch:
-            block._gradient_checkpointing_func = checkpoint
+            block._gradient_checkpointing_func = before
 
-    patch: Any = partial(checkpoint_with_grads, **checkpoint.keywords)
     block._gradient_checkpointing_func = patch
     return undo
 

@@ -1,6 +1,6 @@
 """Configuration of the predictor."""
 
-from dataclasses import field
+from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -62,24 +62,33 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
 
     model_type = "smartfrz_predictor"
 
-    form: str = "dynamics"
-    window: int = 20
-    weights_per_unit: int = 1024
-    encoder_size: int = 16
-    attention_size: int = 8
-    unit_size: int = 16
-    unit_attention: bool = True
-    front_sum: bool = True
-    front_probe: bool = False
-    head_size: int = 16
-    operating_points: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_POINTS))
-
-    def __post_init__(self, **kwargs):
+    def __init__(
+        self,
+        form: str = "dynamics",
+        window: int = 20,
+        weights_per_unit: int = 1024,
+        encoder_size: int = 16,
+        attention_size: int = 8,
+        unit_size: int = 16,
+        unit_attention: bool = True,
+        front_sum: bool = True,
+        front_probe: bool = False,
+        head_size: int = 16,
+        operating_points: dict[str, float] | None = None,
+        **kwargs: Any,
+    ):
+        # Written out: Transformers makes no arguments of annotated fields before version 5.4.
+        self.form, self.window, self.weights_per_unit = form, window, weights_per_unit
+        self.encoder_size, self.attention_size, self.unit_size = encoder_size, attention_size, unit_size
+        self.unit_attention, self.front_sum, self.front_probe = unit_attention, front_sum, front_probe
+        self.head_size = head_size
+        self.operating_points = dict(DEFAULT_POINTS if operating_points is None else operating_points)
         for old, new in RENAMED.items():
             if old in kwargs:
                 setattr(self, new, kwargs.pop(old))
-        known = {*dir(self), "use_cache"}  # the Trainer writes `use_cache` into any configuration
-        super().__post_init__(**kwargs)
+        # Keys that any configuration has, or that `from_pretrained` adds. The Trainer writes `use_cache` into any.
+        known = {*dir(PreTrainedConfig()), "attn_implementation", "experts_implementation", "use_cache"}
+        super().__init__(**kwargs)
         unknown = sorted(name for name in kwargs if name not in known and not name.startswith("_"))
         if unknown:
             logger.warning(
