@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from architectures import TEXT, build
 from safetensors.torch import save_file
+from smartfrz_hf.activation_cache.worth import CacheMonitor
 from training import Rows, arguments
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer
 from smartfrz_hf.activation_cache import sharing
-from smartfrz_hf.activation_cache.worth import CacheMonitor
 from smartfrz_hf.policies import Decision
 
 

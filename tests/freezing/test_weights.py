@@ -6,11 +6,11 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, build
 from safetensors.torch import load_file
+from smartfrz_hf.activation_cache.worth import CacheMonitor
 from training import Rows, train
 
 from smartfrz_hf import Freezer, SmartFRZConfig, SmartFRZTrainer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
-from smartfrz_hf.activation_cache.worth import CacheMonitor
 
 
 def go(folder, smartfrz=None, **changes):
