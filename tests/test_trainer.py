@@ -35,7 +35,9 @@ def test_logs_reach_history_and_trackers(tmp_path, monkeypatch):
     assert [log["freeze/depth"] for log in logs] == [2, 2, 2, 2, 2]  # step 5 is logged after its freezing stage
     saved = [log["freeze/compute_saved"] for log in logs]
     assert saved[0] == 0 and saved == sorted(saved) and saved[-1] > 0
-    inside = sum(p.numel() for unit in (0, 1) for p in trainer.smartfrz.run.stack.units[unit].named_parameters().values())
+    inside = sum(
+        p.numel() for unit in (0, 1) for p in trainer.smartfrz.run.stack.units[unit].named_parameters().values()
+    )
     share = inside / sum(p.numel() for p in trainer.model.parameters())
     assert logs[-1]["freeze/frozen_fraction"] == pytest.approx(share)
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
