@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import nn
 
+from .._compat import forward_without_autocast
 from ..model.forward_patch import ForwardPatch
 from ..model.units import BlockStack
 from .calls import Call, bind
@@ -215,7 +216,7 @@ class Front:
         if "use_cache" in self._model_signature.parameters:
             arguments["use_cache"] = False
         # Accelerate enters one and the same autocast object in the forward pass; entered twice, it would never end.
-        forward = getattr(self.stack.model, "_original_forward", patch.original)
+        forward = forward_without_autocast(self.stack.model, patch.original)
         return lambda: forward(**arguments)
 
     def learn_layout(self, call: Call) -> None:
