@@ -36,18 +36,13 @@ class FreezingRun:
     Args:
         model (`torch.nn.Module`):
             The model that the loop calls: plain, or wrapped by DDP, FSDP2, `torch.compile` or PEFT.
-        optimizer (`torch.optim.Optimizer`):
-            Its optimizer, plain or prepared by Accelerate.
-        total_steps (`int`):
-            Optimizer steps of the whole run.
-        config ([`SmartFRZConfig`], *optional*):
-            All options.
+        optimizer (`torch.optim.Optimizer`): its optimizer, plain or prepared by Accelerate.
+        total_steps (`int`): optimizer steps of the whole run.
+        config ([`SmartFRZConfig`], *optional*): all options.
         lr_scheduler (`torch.optim.lr_scheduler.LRScheduler`, *optional*):
             Learning rate schedule of the run. Without it, the rate is taken as constant.
-        predictor ([`SmartFRZPredictor`], *optional*):
-            Used in place of the one that the configuration names.
-        policy ([`Policy`], *optional*):
-            Used in place of the one that the configuration names.
+        predictor ([`SmartFRZPredictor`], *optional*): used in place of the one that the configuration names.
+        policy ([`Policy`], *optional*): used in place of the one that the configuration names.
         steps_per_epoch (`float`, *optional*):
             Optimizer steps in one pass over the data. The activation cache uses it to see whether it pays.
         examples_per_step (`int`, *optional*):
@@ -110,12 +105,12 @@ class FreezingRun:
         self._first_decision = config.steps("first_decision", total_steps)
         self._decide_every = config.steps("decide_every", total_steps)
         self.rates = LearningRates.planned(lr_scheduler, total_steps)
-        self._ranks = Ranks(timeout)
+        self.ranks = Ranks(timeout)
         compiled = is_compiled(model) if compiled is None else compiled
-        self.front = Front(model, self.stack, optimizer, config, self._ranks, total_steps, steps_per_epoch, compiled)
+        self.front = Front(model, self.stack, optimizer, config, self.ranks, total_steps, steps_per_epoch, compiled)
         sizes = self.front.meter.unit_parameters
         self.ledger = Ledger(self.stack.names, sizes, total_steps, trainable_parameters=sum(sizes.values()))
-        self._link_cache()
+        self._update_ledger()
         self.observer = Observer(
             self.stack,
             self.policy.history_size,
@@ -190,7 +185,6 @@ class FreezingRun:
         rises = self.rates.observe(steps_done, self._optimizer.param_groups[0]["lr"])
         if rises and self.depth and self.config.unfreeze_on_restart and self.policy.history_size:
             units = self.front.unfreeze()
-            self._link_cache()
             self.observer.restart(steps_done)
             self._note(units, "the learning rate rises again")
         since_first = steps_done - self._first_decision
@@ -206,26 +200,15 @@ class FreezingRun:
             hook.remove()
         self.front.close()
         self.observer.close()
-        self._ranks.close()
-
-    def check_same(self, value: int, about: str) -> None:
-        """
-        See that all processes have the same value. To be called on all of them.
-
-        Raises:
-            ValueError: this process has another value than the first one.
-        """
-        first = self._ranks.broadcast(value, about)
-        if first != value:
-            raise ValueError(f"This process has {value} for {about}, but process 0 has {first}: all must agree.")
+        self.ranks.close()
 
     def state_dict(self) -> dict[str, Any]:
         """
         What a checkpoint has to keep, so that a run can go on as if it had never stopped.
 
         Returns:
-            `dict`: nested dictionaries and lists of plain JSON values and tensors: `step`, `units` (names), `depth`,
-            `config`, `ledger`, `meter`, `policy`, `learning_rates`, `weight_history` and `probe_history` (or `None`). Save it with
+            `dict` of nested JSON values and tensors: `step`, `units` (names), `depth`, `config`, `ledger`, `meter`,
+            `policy`, `learning_rates`, `weight_history` and `probe_history` (or `None`). Save it with
             [`~smartfrz_hf.checkpoint.save_state`], or beside the state of your own loop.
         """
         return {
@@ -272,16 +255,12 @@ class FreezingRun:
         self.front.meter.end_of_step()
         self._update_ledger()
 
-    def _link_cache(self) -> None:
-        self.ledger.cache = None if self.front.cache is None else self.front.cache.savings
-
     def _update_ledger(self) -> None:
-        self.ledger.spent, self.ledger.full = self.front.meter.spent, self.front.meter.full
-        self.ledger.unit_flops, self.ledger.full_unit_flops = (
-            self.front.meter.unit_flops,
-            self.front.meter.full_unit_flops,
-        )
-        self.ledger.frozen_parameters = self.front.freezer.frozen_parameters
+        ledger, meter, cache = self.ledger, self.front.meter, self.front.cache
+        ledger.spent, ledger.full = meter.spent, meter.full
+        ledger.unit_flops, ledger.full_unit_flops = meter.unit_flops, meter.full_unit_flops
+        ledger.frozen_parameters = self.front.freezer.frozen_parameters
+        ledger.cache = None if cache is None else cache.savings
 
     def _decide(self) -> None:
         """Hold a freezing stage."""
@@ -299,7 +278,7 @@ class FreezingRun:
         decision = self.policy.decide(observation)
         self.ledger.decisions += 1
         depth = decision.depth if self.config.max_depth is None else min(decision.depth, self.config.max_depth)
-        depth = self._ranks.broadcast(depth, f"the freezing stage of step {self.steps_done}")
+        depth = self.ranks.broadcast(depth, f"the freezing stage of step {self.steps_done}")
         if depth > self._deepest:  # else nothing would be left to train
             depth = self._deepest
             self.should_stop = self.config.when_all_frozen == "stop"
@@ -311,10 +290,6 @@ class FreezingRun:
         """Enter a change of depth into the ledger and the log."""
         names = [unit.name for unit in units]
         self.ledger.stages.append(Stage(self.steps_done, self.depth, names, reason))
-        self.ledger.frozen_parameters = self.front.freezer.frozen_parameters
-        what = (
-            f"froze {', '.join(names)}, {self.depth} of {len(self.stack)} units in all"
-            if self.depth
-            else "unfroze all units"
-        )
-        logger.info(f"Step {self.steps_done}: {what} ({reason}).")
+        self._update_ledger()
+        what = f"froze {', '.join(names)}; {self.depth} of {len(self.stack)} units are frozen now"
+        logger.info(f"Step {self.steps_done}: {what if self.depth else 'all units train again'} ({reason}).")
