@@ -98,7 +98,7 @@ class _Tracer(TorchFunctionMode):
         super().__init__()
         units = weights.head + 1
         self.forward = [0.0] * units
-        # By unit, and by the last unit that has to be trainable for it: what is needed while the depth is at most that.
+        # By unit, and by the last unit that has to be trainable: what is needed while the depth is at most that.
         self.backward = [[0.0] * units for _ in range(units)]
         self.counter = FlopCounterMode(display=False)
         self.counter.mod_tracker = _NoModules()  # type: ignore[assignment]
