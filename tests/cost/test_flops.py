@@ -492,6 +492,7 @@ def test_ledger_of_a_run(tmp_path):
     assert plain["freeze/compute_saved"] == ledger.compute_saved > 0
 
 
+@pytest.mark.slow
 def test_compiled_runs_are_counted_like_others(tmp_path):
     def spent(**settings):
         callback = SmartFRZCallback(SmartFRZConfig(policy="static", static_depth=2))
