@@ -17,7 +17,7 @@ from ..model.forward_patch import LeftBehind, MethodPatch
 from ..model.nested import float_tensors
 from ..model.tracing import leaves
 from ..model.units import BlockStack, Unit
-from .kept import adapter_parameters, kept_parameters
+from .kept import adapter_parameters, idle_features, kept_parameters
 from .weights import FrozenWeights
 
 logger = logging.get_logger(__name__)
@@ -119,6 +119,11 @@ class Freezer:
             self._warn_of_tied(new)
             if kept:
                 self._warn_of_kept(kept, "stays trainable, as it was picked to be trained")
+            for unit in new:
+                for feature in idle_features(unit):
+                    logger.warning(
+                        f"{feature} has no effect any more, as {unit.name} is frozen and in evaluation mode."
+                    )
         return new
 
     def unfreeze_to(self, depth: int = 0) -> list[Unit]:

@@ -1,4 +1,4 @@
-"""Parameters that go on training in frozen units, and adapters that only look thawed."""
+"""What somebody else does with the parameters of a unit that freezes."""
 
 from collections.abc import Iterator
 
@@ -46,3 +46,9 @@ def adapter_parameters(unit: Unit) -> Iterator[nn.Parameter]:
                 part = getattr(layer, name, None)
                 if isinstance(part, nn.Module | nn.ParameterDict):
                     yield from part.parameters()
+
+
+def idle_features(unit: Unit) -> list[str]:
+    """Names of what the Trainer does to the modules of a unit in training mode only, and which ends when the unit freezes."""
+    noisy = any(hasattr(m, "neftune_noise_alpha") for module in unit.modules.values() for m in module.modules())
+    return ["NEFTune (`neftune_noise_alpha`)"] if noisy else []

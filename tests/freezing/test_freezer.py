@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES, build
+from odd_models import ODD_MODELS
 from torch.utils.flop_counter import FlopCounterMode
 from versions import checkpoint_activations
 
@@ -238,3 +239,51 @@ def test_depth_out_of_range_is_refused():
     freezer.freeze_to(2)
     with pytest.raises(ValueError, match="unfreeze_to"):
         freezer.freeze_to(1)
+
+
+def loss_of(output):
+    return output["loss"] if output.get("loss") is not None else output["logits"].sum() + output["exits"].sum()
+
+
+@pytest.mark.parametrize("name", ODD_MODELS)
+def test_everything_that_is_not_frozen_gets_the_gradient_of_full_training(name):
+    """Norms behind the last block, decoders, other towers, and heads that run early."""
+    make, blocks, batch = ODD_MODELS[name]
+    model = make().eval()
+    loss_of(model(**batch)).backward()
+    full = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    never = {key for key, p in model.named_parameters() if not p.requires_grad}
+    stack = find_blocks(model, blocks)
+    freezer = Freezer(stack)
+    for depth in range(1, stack.deepest_safe_depth() + 1):
+        freezer.freeze_to(depth)
+        model.zero_grad()
+        loss_of(model(**batch)).backward()
+        frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
+        found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        assert found.keys() == full.keys() - frozen
+        for key, gradient in found.items():
+            torch.testing.assert_close(gradient, full[key], msg=key)
+        inside = {p for unit in stack[:depth] for p in unit.named_parameters().values()}
+        assert frozen == never | {key for key, p in model.named_parameters() if p in inside}
+
+
+def test_as_many_units_freeze_as_a_loss_allows():
+    """A sentence encoder: its loss reads the last hidden states, and nobody reads the pooler."""
+    model = build("bert").bert
+    batch = {key: value for key, value in ARCHITECTURES["bert"].batch(model).items() if key != "labels"}
+    stack = find_blocks(model)
+    Freezer(stack).freeze_to(stack.deepest_safe_depth())
+    model(**batch).last_hidden_state.mean().backward()
+    assert all(p.grad is not None for p in stack[-1].named_parameters().values())
+
+
+def test_noise_on_embeddings_that_do_not_train_is_told(caplog):
+    import transformers
+
+    model = build("bert")
+    model.get_input_embeddings().neftune_noise_alpha = 5.0
+    transformers.utils.logging.enable_propagation()
+    Freezer(find_blocks(model)).freeze_to(3)
+    transformers.utils.logging.disable_propagation()
+    assert sum("NEFTune" in record.message for record in caplog.records) == 1

@@ -3,30 +3,10 @@
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES, IMAGE, TEXT, build
+from architectures import ARCHITECTURES, TEXT, build
+from odd_models import ClassifierFirst, OddOrder, bart, clip, dual_encoder, llava, t5, wav2vec2, whisper
 from torch import nn
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    VisionTextDualEncoderModel,
-    Wav2Vec2Config,
-    Wav2Vec2ForSequenceClassification,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
-)
+from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaModel
 
 from smartfrz_hf import find_blocks
 from smartfrz_hf.model.units import unwrap_model
@@ -137,14 +117,10 @@ def test_blocks_by_hand():
 
 
 def test_models_without_an_order_are_refused():
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4))
     with pytest.raises(ValueError, match=r"T5ForConditionalGeneration is an encoder-decoder.*blocks="):
-        find_blocks(t5)
-    towers = VisionTextDualEncoderModel(
-        vision_model=build("vit").base_model, text_model=BertModel(build("bert").config)
-    )
+        find_blocks(t5())
     with pytest.raises(ValueError, match=r"VisionTextDualEncoderModel has 2 separate stacks.*blocks="):
-        find_blocks(towers)
+        find_blocks(dual_encoder())
     with pytest.raises(ValueError, match=r"Linear has no repeated blocks.*blocks="):
         find_blocks(nn.Linear(2, 2))
 
@@ -157,65 +133,14 @@ def test_stack_is_of_the_model_it_was_given():
     assert stack.blocks == list(model.encoder.layer)
 
 
-T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
-SEQ2SEQ = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 37,
-    "decoder_ffn_dim": 37,
-}
-
-
-def whisper():
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
-    sizes = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 24}
-    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=99, **SEQ2SEQ, **sizes, **tokens))
-
-
-def clip():
-    text = TEXT | {"bos_token_id": 1, "eos_token_id": 2}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=IMAGE, projection_dim=16))
-
-
-def wav2vec2():
-    convolutions = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4)}
-    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
-    config = Wav2Vec2Config(**sizes, **convolutions, **positions, vocab_size=20, do_stable_layer_norm=True)
-    return Wav2Vec2ForSequenceClassification(config)
-
-
-def dual_encoder():
-    return VisionTextDualEncoderModel(vision_model=build("vit").base_model, text_model=BertModel(build("bert").config))
-
-
-def llava():
-    vision = CLIPVisionConfig(**IMAGE)
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=98)
-    return LlavaForConditionalGeneration(config)
-
-
-class ClassifierFirst(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.classifier = nn.Linear(32, 2)
-        self.encoder = BertModel(BertConfig(**TEXT))
-
-    def forward(self, input_ids, attention_mask=None):
-        return self.classifier(self.encoder(input_ids, attention_mask).pooler_output)
-
-
 BESIDE = {
     "T5's decoder": (
-        lambda: T5ForConditionalGeneration(T5Config(**T5)),
+        t5,
         ["encoder.block.*"],
         {"encoder.embed_tokens", "encoder.dropout"},
     ),
     "BART's decoder": (
-        lambda: BartForConditionalGeneration(BartConfig(vocab_size=99, max_position_embeddings=64, **SEQ2SEQ)),
+        bart,
         ["model.encoder.layers.*"],
         {f"model.encoder.{part}" for part in ("embed_tokens", "embed_positions", "layernorm_embedding")},
     ),
@@ -261,38 +186,6 @@ def test_the_stem_holds_only_what_the_first_block_reads(beside):
     stack = find_blocks(make(), blocks)
     assert set(stack.stem.modules) == stem
     assert set(stack.stem.own) <= {"wav2vec2.masked_spec_embed"}
-
-
-class OddOrder(PreTrainedModel):
-    """Everything that can go wrong with an order of registration, in one model."""
-
-    config_class = BertConfig
-
-    def __init__(self, config, runs=True):
-        super().__init__(config)
-        self.runs = runs
-        self.classifier = nn.Linear(32, 2)
-        self.temperature = nn.Parameter(torch.ones(()))
-        self.embed = nn.Embedding(99, 32)
-        self.positions = nn.Parameter(torch.zeros(5, 32))
-        self.skip = nn.Linear(32, 32)  # runs in front of the blocks, and only the head reads it
-        self.extras = nn.ModuleDict({"norm": nn.LayerNorm(32), "exit": nn.Linear(32, 2)})
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(32, 4, 37) for _ in range(3))
-        self.between = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
-        self.early_exits = nn.ModuleList(nn.Linear(32, 2) for _ in range(3))
-        self.post_init()
-
-    def forward(self, input_ids, **kwargs):
-        if not self.runs:
-            raise RuntimeError("this model does not run")
-        hidden = self.extras["norm"](self.embed(input_ids) + self.positions[: input_ids.shape[1]])
-        skipped, exits = self.skip(hidden), []
-        for block, between, early_exit in zip(self.blocks, self.between, self.early_exits, strict=True):
-            hidden = block(hidden)
-            exits.append(early_exit(hidden))
-            hidden = between(hidden)
-        logits = self.classifier(hidden + skipped)
-        return {"logits": logits, "exits": (sum(exits) + self.extras["exit"](hidden)) * self.temperature}
 
 
 def test_what_runs_early_and_is_read_late_is_head():

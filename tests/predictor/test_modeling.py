@@ -1,4 +1,4 @@
-"""The predictor equals its reference in plain loops, does not depend on scale or order, and is refused when damaged."""
+"""The predictor equals its reference in plain loops, and does not depend on scale or order."""
 
 import json
 import subprocess
