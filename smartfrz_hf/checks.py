@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ._compat import checkpoints_activations
+from ._compat import checkpoints_activations, other_parallel_sizes
 from .config import SmartFRZConfig
 from .model.units import BlockStack
 
@@ -167,8 +167,7 @@ def _check_fsdp(args: TrainingArguments, config: SmartFRZConfig, with_mixin: boo
         )
     parallel = state.parallelism_config
     if parallel is not None and parallel.total_size > parallel.dp_shard_size:
-        sizes = {name: getattr(parallel, name) for name in ("dp_replicate_size", "tp_size", "cp_size", "sp_size")}
-        others = ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+        others = ", ".join(f"{name}={size}" for name, size in other_parallel_sizes(parallel).items() if size > 1)
         raise ValueError(
             f"Under FSDP2, SmartFRZ works with sharding over all processes only, not {others}. Set `dp_shard_size` alone "
             "above 1."

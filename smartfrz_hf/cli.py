@@ -1,6 +1,6 @@
 """
-The command line: `smartfrz harvest` records training runs, `evaluate` and `fit` train a predictor on them, `card` writes its
-model card, and `push` uploads it.
+The command line: `smartfrz harvest` records training runs, `evaluate` and `fit` train a predictor on them, `card`
+writes its model card, and `push` uploads it.
 """
 
 import json
@@ -28,7 +28,9 @@ def _import(module: str) -> ModuleType:
     try:
         return import_module(f".predictor_training.{module}", __package__)
     except ModuleNotFoundError as error:
-        typer.echo(f"This command needs the package {error.name}: pip install 'smartfrz_hf[harvest]'", err=True)
+        typer.echo(
+            f"This command needs the package {error.name}: pip install 'smartfrz_hf[predictor-training]'", err=True
+        )
         raise typer.Exit(1) from error
 
 
@@ -43,7 +45,7 @@ def harvest(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Number of runs at a time; they share the CPU cores.")] = 1,
 ) -> None:
-    """Record full training runs: weight snapshots, learning rates, and how similar each unit's output is to its final one."""
+    """Record full training runs: weight snapshots, learning rates, and the similarity of outputs to the final ones."""
     try:
         failures = _import("harvest").harvest(_import("specs").read_specs(runs), out, data_dir, processes)
     except ValueError as error:
@@ -65,8 +67,8 @@ def evaluate(
     target: Annotated[
         str,
         typer.Option(
-            help="What the predictor learns. label: whether the unit has converged. kept: by the rewind test, the share of "
-            "the run's change that is kept if the front freezes, so that expensive mistakes count for more."
+            help="What the predictor learns. label: whether the unit has converged. kept: by the rewind test, the "
+            "share of the run's change that is kept if the front freezes, so that expensive mistakes count for more."
         ),
     ] = DEFAULT_TARGET,
     form: Annotated[str, typer.Option(help="Input of the predictor: dynamics or weights.")] = "dynamics",
@@ -75,7 +77,7 @@ def evaluate(
     front_probe: Annotated[
         bool | None,
         typer.Option(
-            help="Whether the inputs include how the outputs on the front probe change. Default: yes for the form dynamics."
+            help="Whether the inputs include how the outputs on the front probe change. Default: with dynamics."
         ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Number of epochs over the freezing stages.")] = 20,

@@ -105,8 +105,6 @@ class SmartFRZConfig(PushToHubMixin):
             Folder for the part on disk, which is removed at the end. Defaults to the one for temporary files.
         cache_dtype (`str`, *optional*, defaults to `"exact"`):
             Format of the kept outputs: `"exact"`, or smaller and rounded `"float16"`, `"bfloat16"`, `"int8"`.
-        cache_exact (`bool`, *optional*, defaults to `True`):
-            Whether an output is used again only where computing it would give the same bits.
 
     Parameters that control the frozen front:
         frozen_dtype (`str`, *optional*):
@@ -163,7 +161,6 @@ class SmartFRZConfig(PushToHubMixin):
     cache_dtype: str = _option(
         "exact", "Format of the kept outputs; all but `exact` round.", choices=list(CACHE_DTYPES)
     )
-    cache_exact: bool = _option(True, "Use an output again only where computing it would give the same bits.")
     frozen_dtype: str | None = _option(
         None, "Precision in which frozen blocks compute. Default: the model's.", choices=list(FROZEN_DTYPES)
     )

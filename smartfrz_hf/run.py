@@ -1,24 +1,18 @@
 """One run: what is observed, decided, frozen and accounted for, whatever loop trains the model."""
 
 import weakref
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .activation_cache import make_cache
 from .checks import check_other_run, check_stack, check_state, check_wrapper
 from .config import SmartFRZConfig
-from .cost.flops import ComputeMeter
 from .cost.ledger import Ledger, Stage
 from .distributed.consensus import Ranks
-from .distributed.ddp import rebuild_reducer
-from .distributed.fsdp import reshard
-from .freezing.compile import GraphLimits, is_compiled
-from .freezing.freezer import Freezer
+from .freezing.compile import is_compiled
+from .front import Front
 from .model.units import Unit, find_blocks
 from .policies import Observation, Policy, make_policy
 from .predictor import SmartFRZPredictor
@@ -42,18 +36,13 @@ class FreezingRun:
     Args:
         model (`torch.nn.Module`):
             The model that the loop calls: plain, or wrapped by DDP, FSDP2, `torch.compile` or PEFT.
-        optimizer (`torch.optim.Optimizer`):
-            Its optimizer, plain or prepared by Accelerate.
-        total_steps (`int`):
-            Optimizer steps of the whole run.
-        config ([`SmartFRZConfig`], *optional*):
-            All options.
+        optimizer (`torch.optim.Optimizer`): its optimizer, plain or prepared by Accelerate.
+        total_steps (`int`): optimizer steps of the whole run.
+        config ([`SmartFRZConfig`], *optional*): all options.
         lr_scheduler (`torch.optim.lr_scheduler.LRScheduler`, *optional*):
             Learning rate schedule of the run. Without it, the rate is taken as constant.
-        predictor ([`SmartFRZPredictor`], *optional*):
-            Used in place of the one that the configuration names.
-        policy ([`Policy`], *optional*):
-            Used in place of the one that the configuration names.
+        predictor ([`SmartFRZPredictor`], *optional*): used in place of the one that the configuration names.
+        policy ([`Policy`], *optional*): used in place of the one that the configuration names.
         steps_per_epoch (`float`, *optional*):
             Optimizer steps in one pass over the data. The activation cache uses it to see whether it pays.
         examples_per_step (`int`, *optional*):
@@ -109,21 +98,19 @@ class FreezingRun:
         check_wrapper(model)
         check_stack(self.stack)
         check_other_run(self.stack.model, FreezingRun.of(self.stack.model))
-        self.model, self.total_steps, self.steps_done = model, total_steps, 0
-        self._steps_per_epoch, self._begun = steps_per_epoch, False
-        self._compiled = is_compiled(model) if compiled is None else compiled
-        self.should_stop = False
+        self.total_steps, self.steps_done = total_steps, 0
+        self._begun = self.should_stop = False
         self._trainable = [unit.trainable for unit in self.stack]
         self._deepest = self.stack.deepest_safe_depth()
         self._first_decision = config.steps("first_decision", total_steps)
         self._decide_every = config.steps("decide_every", total_steps)
         self.rates = LearningRates.planned(lr_scheduler, total_steps)
-        self._restarts = self.rates.restarts if config.unfreeze_on_restart and self.policy.history_size else []
-        dtype = getattr(torch, config.frozen_dtype) if config.frozen_dtype else None
-        self.freezer = Freezer(self.stack, optimizer, dtype)
-        self.meter = ComputeMeter(model, self.stack, optimizer)
-        sizes = self.meter.unit_parameters
+        self.ranks = Ranks(timeout)
+        compiled = is_compiled(model) if compiled is None else compiled
+        self.front = Front(model, self.stack, optimizer, config, self.ranks, total_steps, steps_per_epoch, compiled)
+        sizes = self.front.meter.unit_parameters
         self.ledger = Ledger(self.stack.names, sizes, total_steps, trainable_parameters=sum(sizes.values()))
+        self._update_ledger()
         self.observer = Observer(
             self.stack,
             self.policy.history_size,
@@ -131,17 +118,14 @@ class FreezingRun:
             config.sampling_seed,
             config.probe_examples if self.policy.front_probe else 0,
             lambda batch: self._decide_every * (examples_per_step or batch),
-            self._beside_training,
-            self.meter.add_forward,
+            self.front.beside_training,
+            self.front.meter.add_forward,
         )
-        self._graphs = GraphLimits(self._compiled)
-        self._ranks = Ranks(timeout)
-        self.cache = self._make_cache()
-        inner: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
+        self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
         self._optimizer_stepped = False
         self._hooks = [
-            inner.register_step_pre_hook(self._before_optimizer_step),
-            inner.register_step_post_hook(self._after_optimizer_step),
+            self._optimizer.register_step_pre_hook(self._before_optimizer_step),
+            self._optimizer.register_step_post_hook(self._after_optimizer_step),
         ]
         self.active = True
         _active[self.stack.model] = weakref.ref(self)
@@ -156,7 +140,7 @@ class FreezingRun:
     @property
     def depth(self) -> int:
         """Frozen units now, counted from the front."""
-        return self.freezer.depth
+        return self.front.depth
 
     def __enter__(self) -> "FreezingRun":
         if not self._begun:
@@ -195,11 +179,14 @@ class FreezingRun:
             steps_done = self.steps_done + 1
         self._optimizer_stepped = False
         self.steps_done = steps_done
-        if self.cache is not None:
-            self.cache.end_of_step(steps_done)
+        if self.front.cache is not None:
+            self.front.cache.end_of_step(steps_done)
         self.observer.end_of_step(steps_done, self.depth)
-        if steps_done in self._restarts and self.depth:
-            self._unfreeze("the learning rate rises again")
+        rises = self.rates.observe(steps_done, self._optimizer.param_groups[0]["lr"])
+        if rises and self.depth and self.config.unfreeze_on_restart and self.policy.history_size:
+            units = self.front.unfreeze()
+            self.observer.restart(steps_done)
+            self._note(units, "the learning rate rises again")
         since_first = steps_done - self._first_decision
         if since_first >= 0 and since_first % self._decide_every == 0 and steps_done < self.total_steps:
             self._decide()
@@ -211,34 +198,17 @@ class FreezingRun:
         self.active = False
         for hook in self._hooks:
             hook.remove()
-        if self.cache is not None:
-            self.cache.close()
-        reshard(self.model)
-        if self.freezer.unfreeze_to(0):
-            rebuild_reducer(self.model)
-        self._graphs.restore()
+        self.front.close()
         self.observer.close()
-        self.meter.close()
-        self._ranks.close()
-
-    def check_same(self, value: int, about: str) -> None:
-        """
-        See that all processes have the same value. To be called on all of them.
-
-        Raises:
-            ValueError: this process has another value than the first one.
-        """
-        first = self._ranks.broadcast(value, about)
-        if first != value:
-            raise ValueError(f"This process has {value} for {about}, but process 0 has {first}: all must agree.")
+        self.ranks.close()
 
     def state_dict(self) -> dict[str, Any]:
         """
         What a checkpoint has to keep, so that a run can go on as if it had never stopped.
 
         Returns:
-            `dict`: nested dictionaries and lists of plain JSON values and tensors: `step`, `units` (names), `depth`,
-            `config`, `ledger`, `meter`, `policy`, `weight_history` and `probe_history` (or `None`). Save it with
+            `dict` of nested JSON values and tensors: `step`, `units` (names), `depth`, `config`, `ledger`, `meter`,
+            `policy`, `learning_rates`, `weight_history` and `probe_history` (or `None`). Save it with
             [`~smartfrz_hf.checkpoint.save_state`], or beside the state of your own loop.
         """
         return {
@@ -247,8 +217,9 @@ class FreezingRun:
             "depth": self.depth,
             "config": self.config.to_dict(),
             "ledger": self.ledger.state_dict(),
-            "meter": self.meter.state_dict(),
+            "meter": self.front.meter.state_dict(),
             "policy": self.policy.state_dict(),
+            "learning_rates": self.rates.state_dict(),
             **self.observer.state_dict(),
         }
 
@@ -264,51 +235,32 @@ class FreezingRun:
         """
         check_state(state, self.stack.names, self.observer.history_shape, self.config.to_dict())
         self._begun, self.steps_done = True, state["step"]
-        if self.freezer.unfreeze_to(0):
-            rebuild_reducer(self.model)
+        self.front.unfreeze()
         self.ledger.load_state_dict(state["ledger"])
-        self.meter.load_state_dict(state["meter"])
+        self.front.meter.load_state_dict(state["meter"])
         self.policy.load_state_dict(state["policy"])
+        if state["learning_rates"] is not None:
+            self.rates.load_state_dict(state["learning_rates"])
         self.observer.load_state_dict(state)
         self._update_ledger()
         if state["depth"]:
-            self._freeze_to(state["depth"])
-
-    def _make_cache(self) -> Any:
-        """To be called on all ranks."""
-        cache = make_cache(
-            self.config, self.freezer, self.meter, self._ranks, self.total_steps, self._steps_per_epoch, self._compiled
-        )
-        if cache is not None:
-            self.ledger.cache = cache.savings
-        return cache
-
-    def _beside_training(self) -> AbstractContextManager:
-        """For passes that the cache must neither serve nor learn from."""
-        return nullcontext() if self.cache is None else self.cache.bypassed()
+            self.front.freeze_to(state["depth"])
 
     def _before_optimizer_step(self, *_) -> None:
-        thawed = self.freezer.check()
-        if thawed:
-            if rebuild_reducer(self.model):  # gradients of this step were not exchanged
-                parameters = dict(self.stack.model.named_parameters())
-                for name in thawed:
-                    parameters[name].grad = None
-            if self.cache is not None:
-                self.cache.close()
-        with self._beside_training():
-            self.meter.count()
+        self.front.before_update()
         self.observer.before_first_update(self.steps_done)
 
     def _after_optimizer_step(self, *_) -> None:
         self._optimizer_stepped = True
-        self.meter.end_of_step()
+        self.front.meter.end_of_step()
         self._update_ledger()
 
     def _update_ledger(self) -> None:
-        self.ledger.spent, self.ledger.full = self.meter.spent, self.meter.full
-        self.ledger.unit_flops, self.ledger.full_unit_flops = self.meter.unit_flops, self.meter.full_unit_flops
-        self.ledger.frozen_parameters = self.freezer.frozen_parameters
+        ledger, meter, cache = self.ledger, self.front.meter, self.front.cache
+        ledger.spent, ledger.full = meter.spent, meter.full
+        ledger.unit_flops, ledger.full_unit_flops = meter.unit_flops, meter.full_unit_flops
+        ledger.frozen_parameters = self.front.freezer.frozen_parameters
+        ledger.cache = None if cache is None else cache.savings
 
     def _decide(self) -> None:
         """Hold a freezing stage."""
@@ -326,49 +278,18 @@ class FreezingRun:
         decision = self.policy.decide(observation)
         self.ledger.decisions += 1
         depth = decision.depth if self.config.max_depth is None else min(decision.depth, self.config.max_depth)
-        depth = self._ranks.broadcast(depth, f"the freezing stage of step {self.steps_done}")
+        depth = self.ranks.broadcast(depth, f"the freezing stage of step {self.steps_done}")
         if depth > self._deepest:  # else nothing would be left to train
             depth = self._deepest
             self.should_stop = self.config.when_all_frozen == "stop"
-        if self.depth:
-            self._ranks.check_equal(
-                self.freezer.checksum(), f"the checksum of the frozen front at step {self.steps_done}"
-            )
+        self.front.check_consistency(self.steps_done)
         if depth > self.depth:
-            new = self._freeze_to(depth)
-            self._note(new, decision.reason)
-            logger.info(
-                f"Step {self.steps_done}: froze {', '.join(unit.name for unit in new)}, {depth} of {len(self.stack)} "
-                f"units in all ({decision.reason})."
-            )
+            self._note(self.front.freeze_to(depth), decision.reason)
 
     def _note(self, units: list[Unit], reason: str) -> None:
-        self.ledger.stages.append(Stage(self.steps_done, self.depth, [unit.name for unit in units], reason))
-        self.ledger.frozen_parameters = self.freezer.frozen_parameters
-
-    def _freeze_to(self, depth: int) -> list[Unit]:
-        new = self.freezer.freeze_to(depth)
-        self._graphs.extend()
-        self.meter.freeze_to(depth)
-        if self.cache is not None and self.freezer.constant:
-            self.cache.freeze_to(depth)
-        rebuild_reducer(self.model)
-        return new
-
-    def _unfreeze(self, reason: str) -> None:
-        """Train everything again."""
-        if self.cache is not None:
-            savings = self.cache.savings
-            self.cache.close()
-            self.cache = self._make_cache()
-            if self.cache is not None:
-                if savings.off is not None:
-                    self.cache.close()
-                self.cache.savings = self.ledger.cache = savings
-        units = self.freezer.unfreeze_to(0)
-        self._graphs.extend()
-        self.meter.freeze_to(0)
-        rebuild_reducer(self.model)
-        self.observer.restart(self.steps_done)
-        self._note(units, reason)
-        logger.info(f"Step {self.steps_done}: all {len(self.stack)} units train again, because {reason}.")
+        """Enter a change of depth into the ledger and the log."""
+        names = [unit.name for unit in units]
+        self.ledger.stages.append(Stage(self.steps_done, self.depth, names, reason))
+        self._update_ledger()
+        what = f"froze {', '.join(names)}; {self.depth} of {len(self.stack)} units are frozen now"
+        logger.info(f"Step {self.steps_done}: {what if self.depth else 'all units train again'} ({reason}).")

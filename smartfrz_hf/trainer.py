@@ -118,7 +118,7 @@ class SmartFRZMixin(TrainerHooks):
         frozen. `total_flos` is their sum; the base class counts six per weight and token whatever is frozen.
         """
         run = self.smartfrz.run
-        return 0 if run is None else round(run.meter.take().total)
+        return 0 if run is None else round(run.front.meter.take().total)
 
 
 class SmartFRZTrainer(SmartFRZMixin, Trainer):

@@ -11,10 +11,10 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from architectures import ARCHITECTURES, build
 from torch import nn
-from training import Rows, Watcher, assert_same_run, predictor_that_says, smartfrz, train
-from transformers import TrainerCallback
+from training import Rows, Watcher, arguments, assert_same_run, smartfrz, train
+from transformers import Trainer, TrainerCallback
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer, find_blocks
 
 
 @pytest.mark.parametrize("name", ["bert", "resnet", "gpt2"])
@@ -205,22 +205,18 @@ def test_bad_input_is_refused_before_training(tmp_path):
 
     refused("NoBlocks has no repeated blocks", smartfrz(), NoBlocks())
     refused("encoder.blocks", smartfrz(blocks=["encoder.blocks.*"]))
-    refused("All of 5 units .* are frozen already", smartfrz(), build("bert").requires_grad_(False))
+    refused("All 5 units .* are frozen already", smartfrz(), build("bert").requires_grad_(False))
     refused("must be at most 5", SmartFRZCallback(SmartFRZConfig(policy="static", static_depth=6)))
 
 
 def test_deepspeed_is_refused(tmp_path, monkeypatch):
-    from training import arguments
-
     args = arguments(tmp_path)
     args.deepspeed = {"zero_optimization": {"stage": 2}}
-    with pytest.raises(ValueError, match="DeepSpeed ZeRO.*use DDP or"):
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO.*Use DDP, FSDP2 or"):
         smartfrz().on_init_end(args, None, None, model=build("bert"))
 
 
 def test_what_is_distributed_in_another_way_is_refused(tmp_path, monkeypatch):
-    from training import arguments
-
     args = arguments(tmp_path)
     monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="2 devices in one process .*accelerate launch"):
@@ -235,16 +231,14 @@ def test_what_is_distributed_in_another_way_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("plugin", "changes", "config", "why"),
     [
-        ({"fsdp_version": 1}, {}, {}, "cannot freeze under FSDP1.*use FSDP2"),
-        ({"activation_checkpointing": True}, {}, {}, "use `TrainingArguments.activation_checkpointing=True"),
+        ({"fsdp_version": 1}, {}, {}, "cannot freeze under FSDP1.*Use FSDP2"),
+        ({"activation_checkpointing": True}, {}, {}, "Use `TrainingArguments.activation_checkpointing=True"),
         ({}, {}, {"frozen_dtype": "bfloat16"}, "`frozen_dtype` and `offload_frozen` do not work under FSDP2"),
         ({}, {"torch_compile": True}, {}, "does not work with `torch_compile`"),
         ({}, {"save_strategy": "steps"}, {}, "A plain Trainer cannot load .* Use `SmartFRZTrainer`"),
     ],
 )
 def test_what_fsdp_cannot_serve_is_refused(tmp_path, monkeypatch, plugin, changes, config, why):
-    from training import arguments
-
     args = arguments(tmp_path, **changes)
     plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2} | plugin)
     state = SimpleNamespace(fsdp_plugin=plugin, parallelism_config=None)
@@ -257,30 +251,74 @@ def test_what_fsdp_cannot_serve_is_refused(tmp_path, monkeypatch, plugin, change
 @pytest.mark.parametrize("sizes", [{"dp_replicate_size": 2}, {"tp_size": 2}, {"cp_size": 2}])
 def test_sharding_in_more_than_one_way_is_refused(tmp_path, monkeypatch, sizes):
     """HSDP, tensor and context parallelism."""
-    from training import arguments
-
     args = arguments(tmp_path)
     parallel = ParallelismConfig(dp_shard_size=2, **sizes)
     state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2), parallelism_config=parallel)
     monkeypatch.setattr("smartfrz_hf.checks.AcceleratorState", lambda: state)
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
     ((name, _),) = sizes.items()
-    with pytest.raises(ValueError, match=f"over all processes only, not {name}=2; set `dp_shard_size` alone above 1"):
+    with pytest.raises(ValueError, match=f"over all processes only, not {name}=2. Set `dp_shard_size` alone above 1"):
         smartfrz().on_init_end(args, None, None, model=build("bert"))
 
 
 def test_a_model_sharded_while_loading_is_refused(tmp_path, monkeypatch):
-    from training import arguments
-
     model = build("bert")
-    monkeypatch.setattr(type(model), "is_distributed_loading_by_transformers", True)
-    with pytest.raises(ValueError, match="load it whole"):
+    monkeypatch.setattr(type(model), "is_distributed_loading_by_transformers", True, raising=False)
+    with pytest.raises(ValueError, match="Load it whole"):
         smartfrz().on_init_end(arguments(tmp_path), None, None, model=model)
 
 
 def test_predictor_that_does_not_fit_is_refused(tmp_path):
-    for field in ("window", "weights_per_unit"):
-        with pytest.raises(ValueError, match=f"`{field}` is 7, but the predictor was made for"):
-            SmartFRZCallback(SmartFRZConfig(**{field: 7}), predictor_that_says(0.5))
     with pytest.raises(OSError, match="lacks config.json"):
         SmartFRZCallback(SmartFRZConfig(predictor=str(tmp_path)))
+
+
+class TwoCallbacks:
+    """Both ways to have two, which would leave parameters frozen at the end."""
+
+    in_one_trainer = (Trainer, lambda: [SmartFRZCallback(policy="never"), SmartFRZCallback(policy="never")])
+    beside_the_mixin = (SmartFRZTrainer, lambda: [SmartFRZCallback(policy="never")])
+
+
+@pytest.mark.parametrize("case", ["in_one_trainer", "beside_the_mixin"])
+def test_two_callbacks_are_refused(tmp_path, case):
+    trainer_class, callbacks = getattr(TwoCallbacks, case)
+    with pytest.raises(ValueError, match="two `SmartFRZCallback`s"):
+        trainer_class(build("bert"), arguments(tmp_path), train_dataset=Rows(), callbacks=callbacks())
+
+
+def test_a_second_callback_that_comes_later_is_refused(tmp_path):
+    trainer = Trainer(build("bert"), arguments(tmp_path), train_dataset=Rows(), callbacks=[SmartFRZCallback()])
+    trainer.add_callback(SmartFRZCallback())
+    with pytest.raises(ValueError, match="two `SmartFRZCallback`s"):
+        trainer.train()
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+class Interrupt(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_leaves_nothing_frozen_to_the_next_trainer(tmp_path):
+    model, callback = build("bert"), SmartFRZCallback(policy="static")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, [callback, Interrupt()], model)
+    assert not all(parameter.requires_grad for parameter in model.parameters()), "nobody told the callback"
+    other = SmartFRZCallback(policy="never")
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=Rows(), callbacks=[other])
+    assert_left_alone_but_for(model, other)
+    trainer.train()
+    assert all(parameter in trainer.optimizer.state for parameter in model.parameters())
+
+
+def assert_left_alone_but_for(model, callback):
+    assert callback.run is None and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_one_callback_serves_one_trainer_after_the_other(tmp_path):
+    callback = SmartFRZCallback(policy="static", static_depth=2)
+    for name in ("bert", "roberta"):
+        train(tmp_path, [callback], build(name))
+        assert callback.ledger.depth == 2 and callback.ledger.units[1].startswith(name)

@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 
 def test_another_threshold_is_said_and_taken(tmp_path, warnings_of_library):
-    run(tmp_path, max_steps=6)
+    run(tmp_path)
     _, callback = run(tmp_path, resume=str(tmp_path / "checkpoint-6"), config={"freeze_threshold": 1.0})
     assert "`freeze_threshold` was 0.5 and is 1.0" in warnings_of_library.text
     assert all(stage.step <= 6 for stage in callback.ledger.stages)

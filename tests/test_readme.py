@@ -57,7 +57,9 @@ def test_model_card_is_that_of_the_results_file():
     from smartfrz_hf.predictor_training.card import make_card
 
     card = (ROOT / "predictor_weights" / "smartfrz-base" / "README.md").read_text()
-    assert make_card("smartfrz-base", results_of("predictor/results/predictor")) == card, "make it again with `smartfrz card`"
+    assert make_card("smartfrz-base", results_of("predictor/results/predictor")) == card, (
+        "make it again with `smartfrz card`"
+    )
 
 
 def test_tables_are_those_of_the_results_files():

@@ -27,7 +27,7 @@ class Promises(TrainerCallback):
         self.counts = {"froze": 0, "unfroze": 0, "resumed": 0, "steps": 0}
 
     def inside(self):
-        return [unit for unit in self.smartfrz.run.stack.units[: self.smartfrz.run.freezer.depth]]
+        return [unit for unit in self.smartfrz.run.stack.units[: self.smartfrz.run.front.freezer.depth]]
 
     def parameters_inside(self):
         return {key: p for unit in self.inside() for key, p in unit.named_parameters().items()}
@@ -43,7 +43,7 @@ class Promises(TrainerCallback):
                 if p in optimizer.state
             },
             "history": {str(smartfrz.run.observer.history.steps): smartfrz.run.observer.history.snapshots().clone()},
-            "depth": {"": torch.tensor(smartfrz.run.freezer.depth)},
+            "depth": {"": torch.tensor(smartfrz.run.front.freezer.depth)},
             "stages": {str(smartfrz.ledger.stages): torch.tensor(0)},
         }
 
@@ -60,8 +60,9 @@ class Promises(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         # A restart of the learning rate, as far as the callback can tell.
-        self.smartfrz.run._restarts = [state.global_step + 1] if self.chance.random() < 0.2 else []
-        self.depth = self.smartfrz.run.freezer.depth
+        rises = self.chance.random() < 0.2
+        self.smartfrz.run.rates.observe = lambda step, rate: rises
+        self.depth = self.smartfrz.run.front.freezer.depth
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         inside = self.parameters_inside()
@@ -73,7 +74,7 @@ class Promises(TrainerCallback):
             assert not any(child.training for module in unit.modules.values() for child in module.modules())
         self.frozen = {key: self.frozen.get(key, p.detach().clone()) for key, p in inside.items()}
         self.counts["steps"] += 1
-        self.counts["froze"] += self.smartfrz.run.freezer.depth > self.depth
+        self.counts["froze"] += self.smartfrz.run.front.freezer.depth > self.depth
         self.counts["unfroze"] += any(s.step == state.global_step and not s.depth for s in self.smartfrz.ledger.stages)
 
     def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):

@@ -48,7 +48,7 @@ def test_early_stopping(tmp_path, alone):
     stopped, early = make(tmp_path / "early", alone, config, stopping, **changes)
     stopped.train()
     end = stopped.state.global_step
-    assert 0 < early.ledger.depth and stopped.state.best_global_step == end - 2 < 18
+    assert early.ledger.depth > 0 and stopped.state.best_global_step == end - 2 < 18
     assert early.ledger.stages == [stage for stage in callback.ledger.stages if stage.step <= end]
     assert_left_alone(stopped.model)
     assert stopped.evaluate()["eval_loss"] == stopped.state.best_metric
@@ -92,7 +92,7 @@ def test_a_smaller_batch_starts_anew(tmp_path, alone, step):
     memory = OutOfMemory(step)
     trainer, callback = make(tmp_path, alone, {"max_depth": 3}, [memory], auto_find_batch_size=True)
     trainer.train()
-    assert memory.begins == [(4, True), (3, True if not alone or step < 5 else False)]
+    assert memory.begins == [(4, True), (3, bool(not alone or step < 5))]
     assert [(stage.step, stage.depth) for stage in callback.ledger.stages] == [(5, 3)]
     assert trainer.state.global_step == 20 and 0 < callback.ledger.compute_saved < 1
     assert_left_alone(trainer.model)

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 from scipy.special import expit
-from smartfrz_hf.predictor_training.evaluate import COSTS, path_cost, ranking
-from smartfrz_hf.predictor_training.held_out import PREDICTOR, HeldOut, logits
-from smartfrz_hf.predictor_training.runs import harvest
 
 from benchmarks.utils import ROOT, markdown_table, provenance, spread, write_json
 from smartfrz_hf.predictor import SmartFRZPredictor
+from smartfrz_hf.predictor_training.cross_validation import PREDICTOR, HeldOut, logits
 from smartfrz_hf.predictor_training.dataset import FreezingStages
+from smartfrz_hf.predictor_training.harvest import harvest
+from smartfrz_hf.predictor_training.metrics import COSTS, path_cost, ranking
 from smartfrz_hf.predictor_training.specs import read_specs
 from smartfrz_hf.predictor_training.table import read_runs
 

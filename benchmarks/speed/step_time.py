@@ -25,15 +25,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from benchmarks.utils import ROOT, example, markdown_table, provenance, read_json, write_json
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks
+from smartfrz_hf import FreezingRun, SmartFRZConfig, find_blocks
 from smartfrz_hf.activation_cache import ActivationStore
 from smartfrz_hf.activation_cache.calls import fingerprints, read_call
 
@@ -108,37 +105,33 @@ class ByHand(Method):
 
 
 class Ours(Method):
-    """The callback, with its events called as the Trainer calls them."""
+    """SmartFRZ, in a loop without a Trainer."""
 
-    def __init__(self, model: PreTrainedModel, depth: int, **config):
+    def __init__(self, model: PreTrainedModel, depth: int, first_step: int = 0, **config):
         super().__init__(model)
         config = {"policy": "static", "static_depth": depth, "first_decision": 1, "activation_cache": False} | config
-        self.callback = SmartFRZCallback(SmartFRZConfig(**config))
-        self.args = TrainingArguments("unused", use_cpu=True, per_device_train_batch_size=BATCH)
-        self.state = TrainerState(max_steps=PLANNED_STEPS, num_train_epochs=PLANNED_STEPS * BATCH // ROWS, epoch=0)
-        self.control = TrainerControl()
+        self.config = SmartFRZConfig(**config)
         scheduler = LambdaLR(self.optimizer, lambda step: 1 - step / PLANNED_STEPS)
-        self.tell("on_train_begin", model=model, optimizer=self.optimizer, lr_scheduler=scheduler)
+        self.run = FreezingRun(
+            model,
+            self.optimizer,
+            PLANNED_STEPS,
+            self.config,
+            lr_scheduler=scheduler,
+            steps_per_epoch=ROWS // BATCH,
+            examples_per_step=BATCH,
+        )
+        self.run.begin(first_step)
         self.ends: list[tuple[int, float]] = []
 
-    def tell(self, event: str, **kwargs) -> None:
-        getattr(self.callback, event)(self.args, self.state, self.control, **kwargs)
-
     def __call__(self, batch: Rows, rows: torch.Tensor) -> None:
-        self.tell("on_step_begin")
-        self.model(**batch).loss.backward()
-        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 1.0)
-        self.tell("on_pre_optimizer_step")
-        self.optimizer.step()
-        self.tell("on_optimizer_step")
-        self.optimizer.zero_grad()
-        self.state.global_step += 1
+        super().__call__(batch, rows)
         began = time.perf_counter()
-        self.tell("on_step_end")
-        self.ends.append((self.state.global_step, time.perf_counter() - began))
+        self.run.step()
+        self.ends.append((self.run.steps_done, time.perf_counter() - began))
 
     def close(self) -> None:
-        self.tell("on_train_end")
+        self.run.close()
 
 
 class Limit(Method):
@@ -217,7 +210,7 @@ def ratio(times: dict[str, list[float]], one: str, other: str) -> float:
 def measure_depth(model: PreTrainedModel, data: Rows, depth: int, steps: int, progress: tqdm) -> dict:
     methods = make_methods(model, depth, data)
     times = interleave(methods, data, steps, progress)
-    cache = methods["ours_cached"].callback.ledger.cache
+    cache = methods["ours_cached"].run.ledger.cache
     if depth > 1 and (cache.off or not cache.hits):
         raise RuntimeError(f"The cache served no rows at depth {depth}: {cache}")
     return {
@@ -253,15 +246,15 @@ def errors(model: PreTrainedModel, data: Rows, depth: int) -> dict:
 
 
 def measure_idle(model: PreTrainedModel, data: Rows, steps: int, progress: tqdm) -> dict:
-    """Cost of the callback while nothing is frozen: hooks in each step, and snapshots and decisions when they are due."""
+    """Cost of SmartFRZ while nothing is frozen: hooks in each step, and snapshots and decisions when they are due."""
     config = {"policy": "smartfrz", "freeze_threshold": 1.0, "first_decision": 0.05, "decide_every": 0.025}
-    watched = Ours(copy.deepcopy(model), 0, activation_cache=True, cache_memory=2.0**32, **config)
     # Earlier, the learning rate is near its peak and the predictor is not asked.
-    watched.state.global_step = PLANNED_STEPS // 4
+    first_step = PLANNED_STEPS // 4
+    watched = Ours(copy.deepcopy(model), 0, first_step, activation_cache=True, cache_memory=2.0**32, **config)
     times = interleave({"full": Method(copy.deepcopy(model)), "idle": watched}, data, steps, progress)
     full = median(times["full"])
-    every = watched.callback.run.decide_every
-    snapshot = watched.callback._record_every
+    every = watched.config.steps("decide_every", PLANNED_STEPS)
+    snapshot = watched.config.steps("record_every", PLANNED_STEPS)
     decide = [seconds for step, seconds in watched.ends if step % every == 0]
     record = [seconds for step, seconds in watched.ends if step % snapshot == 0 and step % every]
     rest = [seconds for step, seconds in watched.ends if step % snapshot]

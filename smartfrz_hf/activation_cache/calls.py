@@ -1,17 +1,17 @@
-"""Taking a call of the backbone apart, row by row, and naming each row by its content."""
+"""One call of the model's backbone: its arguments by row, and a name for each row by its content."""
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-# They reach the head or only say what to give back.
+# The frozen front does not read them: they reach the head, or only choose the form of the output.
 NOT_READ = ("labels", "num_items_in_batch", "return_dict", "return_loss")
-# What they ask for lies inside the front, so it has to run.
+# What they ask for comes from inside the front, so the front has to run.
 NEEDS_FULL_FORWARD = ("output_attentions", "output_hidden_states", "output_router_logits", "use_cache")
 
 
@@ -24,9 +24,9 @@ class Call:
         tensors (`dict[str, torch.Tensor]`): arguments with one entry per row, `(rows, ...)`.
         others (`dict[str, Any]`): plain values, and what the front does not read.
         rows (`int`): rows of the batch.
-        mask (`torch.Tensor`, *optional*): attention mask of shape `(rows, length)`, `0` where there is padding.
-        context (`tuple`): what is the same for all rows of many batches: the arguments' names, types and shapes but
-            for a padded length, the plain values, and autocast.
+        mask (`torch.Tensor`, *optional*): attention mask of shape `(rows, length)`, `0` at padding.
+        context (`tuple`): what all rows of many batches have in common: names, types and shapes of the arguments except for
+            rows and padded length, the plain values, and the autocast dtype.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -37,62 +37,61 @@ class Call:
 
     @property
     def length(self) -> int | None:
-        """Padded length of the rows, where there is a mask."""
+        """Padded length of the rows, if there is a mask."""
         return None if self.mask is None else self.mask.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """Device of the inputs."""
         return next(iter(self.tensors.values())).device
 
     @property
     def layout(self) -> tuple:
-        """What the shapes inside the model depend on, but for the number of rows."""
+        """What the shapes inside the model depend on, except for the number of rows."""
         return self.context, self.length
 
+    @property
+    def padded_sides(self) -> tuple[bool, bool]:
+        """Whether some row has padding in front, and whether some row has padding behind."""
+        if self.mask is None:
+            return False, False
+        first, last = torch.stack([self.mask[:, 0].eq(0).any(), self.mask[:, -1].eq(0).any()]).tolist()
+        return first, last
+
     def arguments(self, rows: Sequence[int] | None = None) -> dict[str, Any]:
-        """Keyword arguments of the call on some of the rows."""
+        """Keyword arguments of the call, for all rows or for some of them."""
         if rows is None:
             return self.tensors | self.others
-        return take_rows(self.tensors | self.others, rows, self.rows)
+        index = torch.tensor(list(rows), device=self.device)
+        others = {name: value[index] if self._is_by_row(value) else value for name, value in self.others.items()}
+        return {name: value[index] for name, value in self.tensors.items()} | others
 
-    def cut(self, length: int, content: int | None = None) -> "Call":
-        """
-        The first positions of the rows, where there is a mask.
+    def is_aligned(self, name: str, value: torch.Tensor) -> bool:
+        """Whether an argument has one entry per position of the mask."""
+        return self.mask is not None and value.shape[:2] == self.mask.shape and not name.startswith("decoder_")
 
-        Args:
-            length (`int`): how many; at most those there are, as more may be more than the model has positions for.
-            content (`int`, *optional*): from which one on there is padding, whatever was there.
+    def crop(self, start: int, end: int) -> "Call":
+        """The call with the positions from `start` to `end` only."""
+        assert self.mask is not None
+        tensors = {n: v[:, start:end] if self.is_aligned(n, v) else v for n, v in self.tensors.items()}
+        return replace(self, tensors=tensors, mask=self.mask[:, start:end])
 
-        Returns:
-            [`Call`]: padding in it holds what the first position holds.
-        """
-        if self.mask is None:
-            return self
-        mask = self.mask[:, :length].clone()
-        mask[:, content if content is not None else length :] = 0
-        inside = unpadded(mask)
+    def refill(self, row: int) -> "Call":
+        """The call with other content in the padding of one row: that of its first position which is not padding."""
+        assert self.mask is not None
+        padding = ~content(self.mask)
+        padding[:row] = padding[row + 1 :] = False
+        first = int(self.mask[row].ne(0).int().argmax())
         tensors = dict(self.tensors)
         for name, value in tensors.items():
-            if value is self.mask:
-                tensors[name] = mask
-            elif self.is_aligned(value):
-                value = value[:, :length]
-                here = inside.view(*inside.shape, *[1] * (value.ndim - 2))
-                tensors[name] = torch.where(here, value, value[:, :1])
-        return replace(self, tensors=tensors, mask=mask)
+            if value is not self.mask and self.is_aligned(name, value):
+                tensors[name] = torch.where(
+                    padding.view(*padding.shape, *[1] * (value.ndim - 2)), value[:, first : first + 1], value
+                )
+        return replace(self, tensors=tensors)
 
-    def is_aligned(self, value: torch.Tensor) -> bool:
-        """Whether a tensor has one entry per position of the mask."""
-        return self.mask is not None and value.shape[:2] == self.mask.shape
-
-
-def take_rows(arguments: Mapping[str, Any], rows: Sequence[int], of: int) -> dict[str, Any]:
-    """Some rows of all tensors among the arguments that have `of` of them."""
-    return {
-        name: value[list(rows)] if isinstance(value, torch.Tensor) and value.ndim and len(value) == of else value
-        for name, value in arguments.items()
-    }
+    def _is_by_row(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == self.rows
 
 
 def bind(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -106,61 +105,66 @@ def bind(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> d
     return bound
 
 
-def read_call(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any], config: Any) -> Call | None:
+def read_call(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any], config: Any) -> Call | str:
     """
-    Take a call of the backbone apart.
+    Read the arguments of a call of the backbone.
 
     Args:
         signature (`inspect.Signature`): of the backbone's forward pass.
-        args (`tuple`): what it is called with.
-        kwargs (`dict[str, Any]`): what it is called with by keyword.
+        args (`tuple`): positional arguments.
+        kwargs (`dict[str, Any]`): keyword arguments.
         config (`PreTrainedConfig`): of the backbone; may ask for hidden states or attentions.
 
     Returns:
-        [`Call`] or `None`: the latter if the batch has to be computed, because the call asks for something inside the
-        front, hands in or asks for past keys and values, or has an argument that is neither plain nor given by row.
+        [`Call`], or the reason why the cache cannot serve the call: it asks for something from inside the front, gives or
+        asks for past keys and values, or has an argument that is neither a plain value nor a tensor with one entry per row.
     """
     bound = bind(signature, args, kwargs)
-    if bound is None or any(bound.get(name) for name in NEEDS_FULL_FORWARD):
-        return None
-    if any(getattr(config, name, False) and bound.get(name) is None for name in NEEDS_FULL_FORWARD[:-1]):
-        return None
+    if bound is None:
+        return "its arguments have no names"
+    for name in NEEDS_FULL_FORWARD:
+        if bound.get(name) or (name != "use_cache" and bound.get(name) is None and getattr(config, name, False)):
+            return f"`{name}` is asked for"
     tensors: dict[str, torch.Tensor] = {}
     others: dict[str, Any] = {name: bound.pop(name) for name in NOT_READ if name in bound}
     plain: list[tuple[str, Any]] = []
     for name, value in bound.items():
         if isinstance(value, torch.Tensor):
+            if value.requires_grad:
+                return f"`{name}` requires a gradient"
             tensors[name] = value
-        elif value is None or isinstance(value, (bool, int, float, str)):
+        elif value is None or isinstance(value, bool | int | float | str):
             others[name] = value
             if value is not None:
                 plain.append((name, value))
         else:
-            return None
+            return f"`{name}` is a {type(value).__name__}"
     rows = {len(value) if value.ndim else None for value in tensors.values()}
     if len(rows) != 1 or not (count := rows.pop()):
-        return None
+        return "its arguments do not have one entry per row each"
     mask = tensors.get("attention_mask")
     if mask is not None and (mask.ndim != 2 or mask.is_floating_point()):
         mask = None
-    if "use_cache" in signature.parameters:  # keys and values of blocks that do not run could not be given back
+    if "use_cache" in signature.parameters:  # blocks that do not run have no keys and values to return
         others["use_cache"] = False
     device = next(iter(tensors.values())).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    call = Call(tensors, others, count, mask, ())
     shapes = []
     for name, value in tensors.items():
-        free = 2 if mask is not None and value.shape[:2] == mask.shape else 1
+        free = 2 if call.is_aligned(name, value) else 1
         shapes.append((name, str(value.dtype), free, tuple(value.shape[free:])))
-    return Call(tensors, others, count, mask, (tuple(sorted(shapes)), tuple(sorted(plain)), str(autocast)))
+    return replace(call, context=(tuple(sorted(shapes)), tuple(sorted(plain)), str(autocast)))
 
 
-def unpadded(mask: torch.Tensor) -> torch.Tensor:
-    """Where there is no padding behind a row's last unmasked position: `bool` of shape `(rows, length)`."""
-    return mask.ne(0).flip(1).cummax(1).values.flip(1)
+def content(mask: torch.Tensor) -> torch.Tensor:
+    """Positions from the first to the last one that the mask shows: `bool` of shape `(rows, length)`."""
+    shown = mask.ne(0)
+    return shown.cummax(1).values & shown.flip(1).cummax(1).values.flip(1)
 
 
 def _mix(z: torch.Tensor) -> torch.Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), on `int64` with wrap-around."""
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014), on `int64` with wrap-around."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return z ^ ((z >> 31) & ((1 << 33) - 1))
@@ -169,9 +173,13 @@ def _mix(z: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=64)
 def _factors(name: str, count: int, device: torch.device) -> torch.Tensor:
     """Two odd random factors per position, of shape `(2, count)`; the first ones are the same for any count."""
-    seeds = hashlib.blake2b(name.encode(), digest_size=16).digest()
-    start = torch.tensor([int.from_bytes(seeds[i : i + 8], "little", signed=True) for i in (0, 8)])
+    start = torch.tensor(_seeds(name.encode()))
     return (_mix(start[:, None] + torch.arange(count)) | 1).to(device)
+
+
+def _seeds(name: bytes) -> list[int]:
+    digest = hashlib.blake2b(name, digest_size=16).digest()
+    return [int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8)]
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:
@@ -182,38 +190,50 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
     return value.contiguous().view(sizes[value.element_size()]).long()
 
 
-def fingerprints(call: Call) -> tuple[list[bytes], list[int]]:
+def name_rows(
+    call: Call, settings: bytes, without_padding: bool, shifts_freely: bool
+) -> tuple[list[bytes], list[tuple[int, int]]]:
     """
     Name each row of a batch by the content that the front reads.
 
-    Two multilinear hashes modulo 2^64 with independent odd factors per position. For elements of up to 32 bits, two
-    given rows that differ share both with a probability below 2^-64. Padding behind a row's last unmasked position is left
-    out, so any padded length gives the same name; padding in front shifts the row, and is part of it.
+    Two multilinear hashes modulo 2^64 with independent odd factors per position. For elements of up to 32 bits, two given rows
+    that differ have the same pair of hashes with a probability below 2^-64.
 
     Args:
         call ([`Call`]): the batch.
+        settings (`bytes`): whatever else the front's output depends on.
+        without_padding (`bool`): leave padding out, so that a row has the same name at any padded length.
+        shifts_freely (`bool`): padding in front of a row makes no difference either; else its length is part of the name.
 
     Returns:
-        `tuple[list[bytes], list[int]]`: 16 bytes per row, and how many positions each row has without the padding
-        behind it (`0` if all are masked, and `-1` where there is no mask).
+        `tuple[list[bytes], list[tuple[int, int]]]`: 16 bytes per row, and the first position and the end of what is to be kept
+        of each row, `(0, -1)` where rows have no positions, equal where there is nothing to keep.
     """
-    device = call.device
-    seeds = hashlib.blake2b(repr(call.context).encode(), digest_size=16).digest()
-    hashes = torch.tensor([int.from_bytes(seeds[i : i + 8], "little", signed=True) for i in (0, 8)], device=device)
-    hashes = hashes[:, None].expand(2, call.rows)
-    ends = torch.full((call.rows,), -1, device=device)
-    inside = None
-    if call.mask is not None:
-        inside = unpadded(call.mask)
-        ends = inside.sum(1)
+    device, rows = call.device, call.rows
+    seeds = _seeds(settings + repr((call.context, without_padding)).encode())
+    hashes = torch.tensor(seeds, device=device)[:, None].expand(2, rows)
+    starts, ends = torch.zeros(rows, dtype=torch.long, device=device), torch.full((rows,), -1, device=device)
+    trimmed = without_padding and call.mask is not None
+    if trimmed:
+        assert call.mask is not None
+        inside = content(call.mask)
+        sizes = inside.sum(1)
+        starts = inside.int().argmax(1)
+        ends = starts + sizes
+        places = torch.arange(inside.shape[1], device=device)
+        order = (places + starts[:, None]) % len(places)  # content first
+        inside = places < sizes[:, None]
+        if not shifts_freely:
+            hashes = hashes + starts * _factors("start", 1, device)
     for name, value in call.tensors.items():
         bits = _bits(value)
-        if inside is not None and call.is_aligned(value):
-            bits = bits * inside.view(*inside.shape, *[1] * (bits.ndim - 2))
-        bits = bits.reshape(call.rows, -1)
+        if trimmed and call.is_aligned(name, value):
+            shape = (*inside.shape, *[1] * (bits.ndim - 2))
+            bits = bits.gather(1, order.view(shape).expand_as(bits)) * inside.view(shape)
+        bits = bits.reshape(rows, -1)
         # Powers of two, so that few tables serve all lengths.
         count = bits.shape[1]
         factors = _factors(name, 1 << (count - 1).bit_length(), device)[:, :count]
         hashes = hashes + torch.stack([(bits * factor).sum(1) for factor in factors])
-    table = torch.cat([_mix(hashes), ends[None]]).T.cpu()
-    return [row[:16] for row in map(bytes, table.contiguous().numpy())], table[:, 2].tolist()
+    table = torch.cat([_mix(hashes), starts[None], ends[None]]).T.cpu().contiguous()
+    return [row[:16] for row in map(bytes, table.numpy())], [(s, e) for s, e in table[:, 2:].tolist()]

@@ -1,7 +1,7 @@
-"""Where activations wait for their next epoch: in memory first, then on disk."""
+"""Where activations wait for the next epoch: in memory first, then on disk."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,41 +11,79 @@ from transformers.utils import logging
 from .codec import FORMATS, PackedRow, pack, packed_bytes
 
 if TYPE_CHECKING:
-    from .disk import DiskTier
+    from .lmdb_tier import LmdbTier
 
 logger = logging.get_logger(__name__)
+
+
+class MemoryTier:
+    """
+    Rows in the memory of one process.
+
+    Args:
+        budget (`int`): most bytes of rows.
+    """
+
+    def __init__(self, budget: int):
+        self.budget, self.used = budget, 0
+        self._rows: dict[bytes, PackedRow] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def has_room(self, size: int) -> bool:
+        """Whether a new row of `size` bytes fits."""
+        return self.used + size <= self.budget
+
+    def fronts(self, keys: Sequence[bytes]) -> list[int | None]:
+        """For each key the front of its row, or `None`."""
+        rows = [self._rows.get(key) for key in keys]
+        return [None if row is None else row.front for row in rows]
+
+    def put(self, rows: Mapping[bytes, PackedRow]) -> set[bytes]:
+        """Store rows, each in place of what its key holds; returns the keys of those that found room."""
+        kept = set()
+        for key, row in rows.items():
+            size = row.nbytes - (self._rows[key].nbytes if key in self._rows else 0)
+            if size <= 0 or self.has_room(size):
+                self._rows[key] = row
+                self.used += size
+                kept.add(key)
+        return kept
+
+    def read(self, keys: Sequence[bytes]) -> list[PackedRow | None]:
+        """The rows under `keys`, or `None`."""
+        return [self._rows.get(key) for key in keys]
+
+    def close(self) -> None:
+        """Forget all rows."""
+        self._rows.clear()
+        self.used = self.budget = 0
 
 
 class ActivationStore:
     """
     Keeps activations of single rows (training examples) by key, in memory and on disk, each within a budget.
 
-    Rows come round once per epoch, so the one that will be wanted last is the one just used, and evicting old rows
-    would help nobody: the first that come stay, and a row that finds no room is refused. A disk that cannot be used,
-    from the start or from some moment on, costs its share of the room and one warning, never the run. A store belongs
-    to one thread of one process.
+    Rows come again once per epoch, so the row that will be wanted last is the one just used, and to evict old rows would help
+    nobody: the first that come stay, and a row that finds no room is refused. A disk that cannot be used, from the start or
+    from some moment on, costs its share of the room and one warning, never the run.
 
     Args:
         memory_bytes (`int`): most bytes of rows in memory.
-        disk_bytes (`int`, *optional*, defaults to `0`):
-            Most bytes of rows on disk, each rounded up to whole pages. The file may grow a quarter and 64 MiB beyond
-            them, as replaced rows leave gaps.
-        folder (`str` or `os.PathLike`, *optional*):
-            Existing folder in which the store makes one of its own, for as long as it lives. Defaults to the system's
-            folder for temporary files.
+        disk_bytes (`int`, *optional*, defaults to `0`): most bytes of rows on disk, as for [`LmdbTier`].
+        folder (`str` or `os.PathLike`, *optional*): where the file is, which has no name. Defaults to that for temporary files.
         dtype (`str`, *optional*, defaults to `"exact"`):
-            Format in which floating-point rows are kept: `"exact"` (every bit), `"bfloat16"`, `"float16"` or `"int8"`
-            (with one `float32` scale per vector of the last dimension). A row that the format cannot hold, such as
-            one with a NaN, is kept exactly.
+            Format in which floating-point rows are kept: `"exact"` (every bit), `"bfloat16"`, `"float16"` or `"int8"`.
+        shared (`bool`, *optional*, defaults to `False`): whether other processes of the host open it, through `handles`.
 
     Attributes:
-        memory_used (`int`): bytes of rows in memory.
-        disk_used (`int`): bytes of rows on disk.
-        full (`bool`): whether a row was refused for lack of room since the start or the last `clear`.
+        full (`bool`): whether a row was refused for lack of room.
         trouble (`str`, *optional*): why the disk is out of use, in one line.
 
     Raises:
-        ImportError: `disk_bytes` is above 0 and the extra `smartfrz_hf[disk]` is not installed.
+        ImportError: `disk_bytes` is above 0, or `shared` is set, and the extra `smartfrz_hf[disk]` is not installed.
+        OSError: the memory cannot be shared.
         ValueError: a budget is negative or `dtype` is not known.
 
     Example:
@@ -55,7 +93,7 @@ class ActivationStore:
     >>> from smartfrz_hf.activation_cache.store import ActivationStore
 
     >>> store = ActivationStore(memory_bytes=2**20)
-    >>> store.put([b"0" * 16, b"1" * 16], depth=3, rows=torch.arange(6.0).view(2, 3))
+    >>> store.put([b"0" * 16, b"1" * 16], front=3, rows=torch.arange(6.0).view(2, 3))
     2
     >>> store.get([b"1" * 16, b"2" * 16])
     [(3, tensor([3., 4., 5.])), None]
@@ -68,21 +106,45 @@ class ActivationStore:
         disk_bytes: int = 0,
         folder: str | os.PathLike | None = None,
         dtype: str = "exact",
+        shared: bool = False,
     ):
         for name, value in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
             if value < 0:
                 raise ValueError(f"`{name}` is {value}; it must be at least 0.")
         if dtype not in FORMATS:
             raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(map(repr, FORMATS))}.")
-        self.memory_used = 0
-        self.full = False
+        self.full, self.dtype = False, dtype
         self.trouble: str | None = None
-        self._memory_bytes = memory_bytes
-        self._dtype = dtype
-        self._memory: dict[bytes, PackedRow] = {}
-        self._disk_bytes, self._folder = disk_bytes, folder
-        self._disk: DiskTier | None = None
-        self._make_disk()
+        self._memory: MemoryTier | LmdbTier = MemoryTier(memory_bytes)
+        self._disk: LmdbTier | None = None
+        if shared or disk_bytes:  # in memory of its own, neither LMDB nor xxhash need be installed
+            from . import lmdb_tier
+
+            if shared:
+                self._memory = lmdb_tier.LmdbTier.in_memory(memory_bytes)
+            if disk_bytes:
+                with self._giving_up_disk():
+                    self._disk = lmdb_tier.LmdbTier.on_disk(disk_bytes, folder, shared)
+
+    @classmethod
+    def attach(cls, handles: list, dtype: str) -> "ActivationStore":
+        """Open the store that another process of this host has made, by its `handles`. Raises `OSError` if it cannot."""
+        from .lmdb_tier import LmdbTier
+
+        store = cls(0, dtype=dtype)
+        tiers = [LmdbTier.attach(handle) for handle in handles]
+        store._memory, store._disk = tiers[0], tiers[1] if len(tiers) > 1 else None
+        return store
+
+    @property
+    def handles(self) -> list:
+        """What other processes of this host attach by, if the store is shared."""
+        return [tier.handle for tier in self._tiers if not isinstance(tier, MemoryTier)]
+
+    @property
+    def memory_used(self) -> int:
+        """Bytes of rows in memory, by all processes that share it."""
+        return self._memory.used
 
     @property
     def disk_used(self) -> int:
@@ -90,113 +152,72 @@ class ActivationStore:
         return 0 if self._disk is None else self._disk.used
 
     def __len__(self) -> int:
-        return len(self._memory) + (0 if self._disk is None else len(self._disk))
+        return sum(map(len, self._tiers))
+
+    def fronts(self, keys: Sequence[bytes]) -> list[int | None]:
+        """For each key the front with which `get` would return its row, or `None`, without reading the row."""
+        found: list[int | None] = [None] * len(keys)
+        for tier in self._tiers:
+            if None in found:
+                with self._giving_up_disk():
+                    found = [a if b is None else b for a, b in zip(tier.fronts(keys), found, strict=True)]
+        return found
 
     def get(self, keys: Sequence[bytes]) -> list[tuple[int, torch.Tensor] | None]:
         """
-        ProbeSnapshot rows up.
+        For each key the front and the row last put under it, on the CPU in the dtype in which it was put, or `None`. The
+        tensors may be the store's own: do not write to them.
+        """
+        found: list[PackedRow | None] = [None] * len(keys)
+        for tier in self._tiers:
+            missing = [i for i, row in enumerate(found) if row is None]
+            if missing:
+                with self._giving_up_disk():
+                    for i, row in zip(missing, tier.read([keys[i] for i in missing]), strict=True):
+                        found[i] = row
+        return [None if row is None else (row.front, row.unpack()) for row in found]
+
+    def put(self, keys: Sequence[bytes], front: int, rows: Sequence[torch.Tensor]) -> int:
+        """
+        Store copies of rows, each in place of what its key holds, which stays where the new row finds no room.
 
         Args:
             keys (`Sequence[bytes]`): of 16 bytes each.
+            front (`int`): digest of what has computed the rows. A row that is there with the same one is left as it is.
+            rows (`Sequence[torch.Tensor]`): one per key; on any device, with any strides.
 
         Returns:
-            `list[tuple[int, torch.Tensor] | None]`: for each key the depth and the row last put under it, on the CPU
-            in the dtype in which it was put, or `None`. The tensors may be the store's own: do not write to them.
+            `int`: how many rows are there now.
         """
-        found = [self._memory.get(key) for key in keys]
-        if self._disk is not None and (elsewhere := [i for i, key in enumerate(keys) if key in self._disk]):
+        tiers = [tier for tier in self._tiers if tier is not self._disk or self.trouble is None]
+        # Asked before a row is copied, so that a full store costs next to nothing.
+        room = any(tier.has_room(packed_bytes(rows[0], self.dtype)) for tier in tiers) if len(keys) else False
+        known = dict(zip(keys, self.fronts(keys), strict=True))
+        kept = sum(known[key] == front for key in keys)
+        wanted = {
+            key: pack(row, front, self.dtype)
+            for key, row in zip(keys, rows, strict=True)
+            if known[key] != front and (room or known[key] is not None)
+        }
+        for tier in tiers:
             with self._giving_up_disk():
-                for i, row in zip(elsewhere, self._disk.read([keys[i] for i in elsewhere]), strict=True):
-                    found[i] = row
-        return [None if row is None else (row.depth, row.unpack()) for row in found]
-
-    def depths(self, keys: Sequence[bytes]) -> list[int | None]:
-        """For each key the depth that `get` would give, or `None`, without reading the row."""
-        return [self._depth(key) for key in keys]
-
-    def put(self, keys: Sequence[bytes], depth: int, rows: Sequence[torch.Tensor]) -> int:
-        """
-        Store copies of rows, each in place of what its key holds; that stays where the new row finds no room.
-
-        Args:
-            keys (`Sequence[bytes]`): of 16 bytes each.
-            depth (`int`): units that the rows have been through; `get` gives it back.
-            rows (`Sequence[torch.Tensor]`): one per key, such as a batch; on any device, with any strides.
-
-        Returns:
-            `int`: how many found room.
-        """
-        kept = 0
-        for key, row in zip(keys, rows, strict=True):
-            # Asked before the row is copied, lest a full store cost as much as one that still takes rows.
-            if self._has_room(key, packed_bytes(row, self._dtype)):
-                kept += self._put(key, pack(row, depth, self._dtype))
+                here = zip(list(wanted), tier.fronts(list(wanted)), strict=True)
+                # A row that is replaced stays where it is.
+                placed = tier.put({k: wanted[k] for k, held in here if held is not None or known[k] is None})
+                kept += len(placed)
+                wanted = {key: row for key, row in wanted.items() if key not in placed}
         self.full |= kept < len(keys)
         return kept
 
-    def clear(self) -> None:
-        """Forget every row, give the disk space back and try a disk in trouble anew."""
-        self._memory.clear()
-        self.memory_used = 0
-        self.full = False
-        self.trouble = None
-        if self._disk is not None:
-            self._disk.close()
-        self._make_disk()
-
     def close(self) -> None:
-        """Forget every row and remove the folder on disk; from then on every row is refused. May be called again."""
-        self._memory_bytes = self._disk_bytes = 0
-        self.clear()
-
-    def _make_disk(self) -> None:
-        self._disk = None
-        if self._disk_bytes:
-            # Without a disk budget neither LMDB nor xxhash need be installed.
-            from . import disk
-
-            with self._giving_up_disk():
-                self._disk = disk.DiskTier(self._disk_bytes, self._folder)
-
-    def _depth(self, key: bytes) -> int | None:
-        if key in self._memory:
-            return self._memory[key].depth
-        return None if self._disk is None else self._disk.depth(key)
-
-    def _has_room(self, key: bytes, size: int) -> bool:
-        if self._has_memory(key, size):
-            return True
-        return self._open_disk is not None and self._open_disk.has_room(key, size)
-
-    def _has_memory(self, key: bytes, size: int) -> bool:
-        held = self._memory.get(key)
-        return self.memory_used - (held.nbytes if held else 0) + size <= self._memory_bytes
-
-    def _put(self, key: bytes, row: PackedRow) -> bool:
-        if self._has_memory(key, row.nbytes):
-            self._forget_in_memory(key)
-            self._memory[key] = row
-            self.memory_used += row.nbytes
-            if self._disk is not None:
-                with self._giving_up_disk():
-                    self._disk.forget(key)
-            return True
-        if self._open_disk is not None:
-            with self._giving_up_disk():
-                if self._open_disk.put(key, row):
-                    self._forget_in_memory(key)
-                    return True
-        return False
-
-    def _forget_in_memory(self, key: bytes) -> None:
-        held = self._memory.pop(key, None)
-        if held is not None:
-            self.memory_used -= held.nbytes
+        """Forget every row; from then on every row is refused. May be called again."""
+        for tier in self._tiers:
+            tier.close()
+        self._memory, self._disk = MemoryTier(0), None
 
     @property
-    def _open_disk(self) -> "DiskTier | None":
-        """The disk, unless it is out of use."""
-        return None if self.trouble else self._disk
+    def _tiers(self) -> "list[MemoryTier | LmdbTier]":
+        return [self._memory, *([] if self._disk is None else [self._disk])]
 
     @contextmanager
     def _giving_up_disk(self) -> Iterator[None]:

@@ -1,10 +1,10 @@
 """What a run costs and what it would cost with nothing frozen, in FLOPs by unit."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -58,29 +58,28 @@ class ComputeMeter:
         self._model, self._stack, self._optimizer = model, stack, optimizer
         self._weights = TrainableWeights(model, stack)
         self._depth = self._latest = 0
-        self._costs: PassCosts | None = None
-        self._update: list[float] | None = None  # FLOPs of an optimizer step with nothing frozen, by unit
+        self._set_costs(None)
+        units = len(stack) + 1
+        self._update = np.zeros(units)  # FLOPs of an optimizer step with nothing frozen, by unit
         # What has run: elements and optimizer steps by depth, passes, elements of passes without gradients and of those
-        # beside training, and elements that a cache has left out.
-        self._elements: Counter[int] = Counter()
-        self._steps: Counter[int] = Counter()
+        # beside training, and elements that a cache has left out, by unit.
+        self._elements, self._steps, self._skipped = np.zeros(units), np.zeros(units), np.zeros(units)
         self._passes = self._forward_only = self._aside = 0
-        self._skipped = [0.0] * len(stack)
         # Sums from a checkpoint of format 1.
         self._earlier = {"spent": Flops(), "full": Flops()}
         self._taken = Flops()
-        self._first_batch = first_batch or FirstBatch(model, ROWS)
+        self._first_batch = first_batch or FirstBatch(model, ROWS, without=())  # some models need the labels to run
         self._hook = model.register_forward_pre_hook(LeftBehind(self._before_pass), with_kwargs=True)
 
     @property
     def spent(self) -> Flops:
         """FLOPs of the training so far."""
-        return sum(self._spent_by_unit(), self._earlier["spent"])
+        return _total(self._spent_by_unit()) + self._earlier["spent"]
 
     @property
     def full(self) -> Flops:
         """FLOPs that the training so far would have cost with nothing frozen and no activation cache."""
-        return sum(self._full_by_unit(), self._earlier["full"])
+        return _total(self._full_by_unit()) + self._earlier["full"]
 
     @property
     def unit_parameters(self) -> dict[str, int]:
@@ -114,23 +113,22 @@ class ComputeMeter:
         if self._costs is not None or inputs is None:
             return
         try:
-            self._costs = count_pass(
-                self._model, self._stack, self._weights, inputs, main_input_elements(self._model, inputs)
-            )
+            elements = main_input_elements(self._model, inputs)
+            self._set_costs(count_pass(self._model, self._stack, self._weights, inputs, elements))
         except Exception as error:  # the model's own code runs here
             logger.warning(
                 f"The FLOPs of {type(self._stack.model).__name__} cannot be counted ({type(error).__name__}: {error}): "
                 "they are estimated from its trainable parameters. Training is not affected."
             )
-            self._costs = _by_parameters(self._weights)
+            self._set_costs(_by_parameters(self._weights))
             forget_failed_pass(self._model)
 
     def end_of_step(self) -> None:
         """To be called after each optimizer step, before its gradients are cleared."""
         if self._optimizer is None:
             return
-        if self._update is None:
-            self._update = self._count_update(self._optimizer)
+        if not self._update.any():
+            self._update[:] = self._count_update(self._optimizer)
         self._steps[self._depth] += 1
 
     def take(self) -> Flops:
@@ -148,8 +146,7 @@ class ComputeMeter:
             fractions (`Sequence[float]`): for each unit from the front, the share of the batch's rows for which it did
                 not run. Below `0` where it ran for more rows than there are; units at the end may be left out.
         """
-        for unit, share in enumerate(fractions):
-            self._skipped[unit] += share * self._latest
+        self._skipped[: len(fractions)] += np.asarray(fractions) * self._latest
 
     def add_forward(self, elements: int) -> None:
         """Add a forward pass beside those of training, with so many elements of the main input."""
@@ -163,35 +160,39 @@ class ComputeMeter:
     def state_dict(self) -> dict[str, Any]:
         """
         JSON values: `costs` (`forward` and `backward` of [`PassCosts`]; `None` until counted), `update` (FLOPs of an
-        optimizer step by unit, or `None`), `elements` and `steps` (by depth), `passes`, `forward_elements` (of passes
-        without gradients), `probe_elements`,
-        `skipped_elements` (by unit), `earlier` (`spent` and `full` of a run whose checkpoint holds only these sums).
+        optimizer step by unit), `elements` and `steps` (by depth), `passes`, `forward_elements` (of passes without
+        gradients), `probe_elements`, `skipped_elements` (by unit), `earlier` (`spent` and `full` of a run whose checkpoint
+        holds only these sums).
         """
         return {
             "costs": None if self._costs is None else self._costs.state_dict(),
-            "update": self._update,
-            "elements": {str(depth): count for depth, count in self._elements.items()},
-            "steps": {str(depth): count for depth, count in self._steps.items()},
+            "update": self._update.tolist(),
+            "elements": self._elements.tolist(),
+            "steps": self._steps.tolist(),
             "passes": self._passes,
             "forward_elements": self._forward_only,
             "probe_elements": self._aside,
-            "skipped_elements": self._skipped,
+            "skipped_elements": self._skipped.tolist(),
             "earlier": {name: asdict(flops) for name, flops in self._earlier.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned. The depth is not part of it, see `freeze_to`."""
-        self._costs = None if state["costs"] is None else PassCosts(**state["costs"])
-        self._update = state["update"]
-        self._elements = Counter({int(depth): count for depth, count in state["elements"].items()})
-        self._steps = Counter({int(depth): count for depth, count in state["steps"].items()})
-        self._passes = state["passes"]
-        self._forward_only, self._aside = state["forward_elements"], state["probe_elements"]
-        self._skipped = list(state["skipped_elements"])
+        self._set_costs(None if state["costs"] is None else PassCosts(**state["costs"]))
+        self._update, self._skipped = np.array(state["update"]), np.array(state["skipped_elements"])
+        self._elements, self._steps = np.array(state["elements"]), np.array(state["steps"])
+        self._passes, self._forward_only = state["passes"], state["forward_elements"]
+        self._aside = state["probe_elements"]
         self._earlier = {name: Flops(**flops) for name, flops in state["earlier"].items()}
         self._taken = self.spent
         if self._costs is not None:
             self._first_batch.close()
+
+    def _set_costs(self, costs: PassCosts | None) -> None:
+        self._costs = costs
+        units = len(self._stack) + 1
+        self._forward = np.zeros(units) if costs is None else np.array(costs.forward)
+        self._backward = np.zeros((units, units)) if costs is None else np.array(costs.backward)
 
     def _before_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._latest = main_input_elements(module, (args, kwargs)) if module.training else 0
@@ -201,41 +202,24 @@ class ComputeMeter:
         else:
             self._forward_only += self._latest
 
-    def _spent_by_unit(self) -> list[Flops]:
-        skipped = [*self._skipped, 0.0]
-        ran = self._elements.total() + self._forward_only + self._aside
-        costs = self._costs or _nothing(len(self._stack) + 1)
-        return [
-            Flops(
-                costs.forward[unit] * (ran - skipped[unit]),
-                sum(count * costs.backward[unit][depth] for depth, count in self._elements.items()),
-                update * sum(count for depth, count in self._steps.items() if depth <= unit),
-            )
-            for unit, update in enumerate(self._updates)
-        ]
+    def _spent_by_unit(self) -> np.ndarray:
+        """Forward, backward and optimizer FLOPs, of shape `(3, units + 1)`."""
+        ran = self._elements.sum() + self._forward_only + self._aside - self._skipped
+        # A unit is updated in the steps at the depths up to its own index.
+        return np.stack([self._forward * ran, self._backward @ self._elements, self._update * self._steps.cumsum()])
 
-    def _full_by_unit(self) -> list[Flops]:
-        elements, steps = self._elements.total(), self._steps.total()
-        costs = self._costs or _nothing(len(self._stack) + 1)
-        return [
-            Flops(
-                costs.forward[unit] * (elements + self._forward_only),
-                costs.backward[unit][0] * elements,
-                update * steps,
-            )
-            for unit, update in enumerate(self._updates)
-        ]
+    def _full_by_unit(self) -> np.ndarray:
+        elements = self._elements.sum()
+        ran = elements + self._forward_only
+        return np.stack([self._forward * ran, self._backward[:, 0] * elements, self._update * self._steps.sum()])
 
     @property
     def _names(self) -> list[str]:
         return [*self._stack.names, HEAD]
 
-    @property
-    def _updates(self) -> list[float]:
-        return self._update or [0.0] * (len(self._stack) + 1)
-
-    def _average(self, by_unit: list[Flops]) -> dict[str, Flops]:
-        return {name: flops * (1 / max(self._passes, 1)) for name, flops in zip(self._names, by_unit, strict=True)}
+    def _average(self, by_unit: np.ndarray) -> dict[str, Flops]:
+        rows = (by_unit / max(self._passes, 1)).T.tolist()
+        return {name: Flops(*flops) for name, flops in zip(self._names, rows, strict=True)}
 
     def _count_update(self, optimizer: Optimizer) -> list[float]:
         """FLOPs of an optimizer step with nothing frozen, by unit."""
@@ -271,13 +255,13 @@ def upgrade_meter_state(state: Mapping[str, Any]) -> dict[str, Any]:
                 for unit, flops in enumerate(full)
             ],
         },
-        "update": state["_full_step"] and [flops["optimizer"] for flops in state["_full_step"]],
-        "elements": {},
-        "steps": {},
+        "update": [flops["optimizer"] for flops in state["_full_step"] or []] or [0.0] * units,
+        "elements": [0.0] * units,
+        "steps": [0.0] * units,
         "passes": 0,
         "forward_elements": 0,
         "probe_elements": 0,
-        "skipped_elements": [0.0] * (units - 1),
+        "skipped_elements": [0.0] * units,
         "earlier": {"spent": state["spent"], "full": state["full"]},
     }
 
@@ -287,8 +271,8 @@ def _updated_here(parameter: nn.Parameter) -> float:
     return parameter.numel() / (parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1)
 
 
-def _nothing(units: int) -> PassCosts:
-    return PassCosts([0.0] * units, [[0.0] * units] * units)
+def _total(by_unit: np.ndarray) -> Flops:
+    return Flops(*by_unit.sum(axis=1).tolist())
 
 
 def _by_parameters(weights: TrainableWeights) -> PassCosts:

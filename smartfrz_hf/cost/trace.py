@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .._compat import has_input_grads, uses_reentrant_checkpointing
 from ..distributed.fsdp import reshard
+from ..freezing.kept import kept_parameters
 from ..model.nested import named_tensors
 from ..model.units import BlockStack, evaluation_mode
 
@@ -49,7 +50,8 @@ class PassCosts:
 
 class TrainableWeights:
     """
-    Which unit each trainable weight belongs to: a weight used in several units belongs to the first of them.
+    Which unit each trainable weight belongs to: a weight used in several units belongs to the first of them, and one that
+    freezing leaves alone ([`~smartfrz_hf.freezing.kept.kept_parameters`]) to the head.
 
     Args:
         model ([`~torch.nn.Module`]): the model that the training loop calls.
@@ -68,12 +70,19 @@ class TrainableWeights:
             for index, unit in reversed([*enumerate(stack.units)])
             for parameter in unit.named_parameters().values()
         }
+        unit_of |= {p: self.head for unit in stack.units for p in kept_parameters(unit).values()}
         self.units = {p: unit_of.get(p, self.head) for p in model.parameters() if p.requires_grad}
         # By name, because FSDP2 exchanges the parameters for a pass.
         self.names = {
             module: {name: self.units.get(p, CONSTANT) for name, p in module.named_parameters(recurse=False)}
             for module in model.modules()
         }
+
+
+class _NoModules(nullcontext):
+    """Stands in for torch's module tracker, which fails where a module is given a parameter, as in DeBERTa."""
+
+    parents = frozenset({"Global"})
 
 
 class _Tracer(TorchFunctionMode):
@@ -92,6 +101,7 @@ class _Tracer(TorchFunctionMode):
         # By unit, and by the last unit that has to be trainable for it: what is needed while the depth is at most that.
         self.backward = [[0.0] * units for _ in range(units)]
         self.counter = FlopCounterMode(display=False)
+        self.counter.mod_tracker = _NoModules()  # type: ignore[assignment]
         self._weights = weights
         self._marks: dict[int, tuple[weakref.ref, int]] = {}
         self._last = CONSTANT

@@ -1,16 +1,16 @@
 """Freezing a prefix of units so that it costs no backward work, and undoing it exactly."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .._compat import has_input_grads, uses_reentrant_checkpointing
+from .._compat import has_input_grads, require_checkpoint_grads, uses_reentrant_checkpointing
 from ..distributed.consensus import checksum
 from ..distributed.fsdp import gather_for_backward, is_sharded
 from ..model.forward_patch import LeftBehind, MethodPatch
@@ -67,6 +67,7 @@ class Freezer:
         self._before: list[_Before] = []
         self._frozen: dict[nn.Parameter, str] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._undo_checkpoint_grads: Callable[[], None] = lambda: None
         self._with_input_grads: list[PreTrainedModel] = []
         self._explained: set[str] = set()
 
@@ -225,25 +226,22 @@ class Freezer:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        self._undo_checkpoint_grads()
         if 0 < self.depth < len(self.stack):
             unit = self.stack.units[self.depth]
             if unit.runs_once:  # else the block reads its own output, which requires a gradient of course
                 hook = LeftBehind(self._enter_active)
                 self._hook = unit.modules[unit.name].register_forward_pre_hook(hook, with_kwargs=True)
+                self._undo_checkpoint_grads = require_checkpoint_grads(unit.modules[unit.name])
 
-    def _enter_active(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    def _enter_active(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Runs before the first active block."""
-        if not torch.is_grad_enabled():
-            return None
+        # Reentrant checkpointing gives the block inputs of its own, and before Transformers 5.23 this sees those.
+        if not torch.is_grad_enabled() or uses_reentrant_checkpointing(module):
+            return
         asking = [tensor for tensor in float_tensors((args, kwargs)) if tensor.requires_grad]
-        if asking:
-            if module.training:
-                self._explain(asking)
-            return None
-        if not uses_reentrant_checkpointing(module):
-            return None
-        # It drops the gradients of a block if none of its inputs requires one (transformers#21381).
-        return recursively_apply(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, (args, kwargs))
+        if asking and module.training:
+            self._explain(asking)
 
     def _explain(self, asking: list[torch.Tensor]) -> None:
         """Say once for each depth why the backward pass does not end at the frozen front."""

@@ -49,7 +49,9 @@ class MethodPatch:
     """
 
     def __init__(self, module: nn.Module, name: str, replacement: Callable[..., Any]):
-        functools.update_wrapper(self, getattr(module, name))  # signatures are inspected; first, as it copies attributes
+        functools.update_wrapper(
+            self, getattr(module, name)
+        )  # signatures are inspected; first, as it copies attributes
         self.module, self.name, self.replacement = module, name, replacement
         self.original = getattr(module, name)
         self._previous = module.__dict__.get(name)  # a patch that somebody else has made
@@ -71,11 +73,13 @@ class MethodPatch:
         return getattr, (self.module, self.name)  # which has no attributes of its own yet when it is loaded
 
     def remove(self) -> None:
-        """Give the module its own method back. May be called again."""
-        if self.module.__dict__.get(self.name) is self:
-            del self.module.__dict__[self.name]
-            if self._previous is not None:
-                self.module.__dict__[self.name] = self._previous
+        """Give the module its own method back. Under a later patch of somebody else's, this one does nothing more."""
+        if self.module.__dict__.get(self.name) is not self:
+            self.replacement = self.original
+            return
+        del self.module.__dict__[self.name]
+        if self._previous is not None:
+            self.module.__dict__[self.name] = self._previous
 
 
 class ForwardPatch(MethodPatch):

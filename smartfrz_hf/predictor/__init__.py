@@ -1,4 +1,4 @@
-"""The predictor: gives the probability that a unit's representation is already what it will be at the end of the run."""
+"""The predictor of the probability that a unit's output is already what it will be at the end of the run."""
 
 from .configuration import SmartFRZPredictorConfig
 from .features import PredictorInputs, build_inputs

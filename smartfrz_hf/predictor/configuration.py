@@ -1,6 +1,6 @@
 """Configuration of the predictor."""
 
-from dataclasses import field
+from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -25,15 +25,17 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
     Args:
         form (`str`, *optional*, defaults to `"dynamics"`):
             How a snapshot enters the encoders. `"weights"`: as the sampled weights themselves, as in the paper.
-            `"dynamics"`: as scale-free quantities of how the weights move, which do not depend on the order or number of
-            the weights, together with the position of the unit in the model and in the run.
+            `"dynamics"`: as scale-free quantities of how the weights move, which do not depend on the order or number
+            of the weights, together with the position of the unit in the model and in the run.
         window (`int`, *optional*, defaults to `20`): number of snapshots in a history.
         weights_per_unit (`int`, *optional*, defaults to `1024`):
             Number of sampled weights in a snapshot. Predictors saved under its former name, `samples`, still load.
-        encoder_size (`int`, *optional*, defaults to `16`): width of the hidden layers of the query, key and value MLPs.
+        encoder_size (`int`, *optional*, defaults to `16`):
+            Width of the hidden layers of the query, key and value MLPs.
         attention_size (`int`, *optional*, defaults to `8`): size of queries, keys and values.
         unit_size (`int`, *optional*, defaults to `16`): size of the vector that represents a unit (`"dynamics"` only).
-        unit_attention (`bool`, *optional*, defaults to `True`): whether units attend to each other (`"dynamics"` only).
+        unit_attention (`bool`, *optional*, defaults to `True`):
+            Whether units attend to each other (`"dynamics"` only).
         front_sum (`bool`, *optional*, defaults to `True`):
             Whether the odds against freezing a unit include those of all units in front of it (`"dynamics"` only).
         front_probe (`bool`, *optional*, defaults to `False`):
@@ -44,8 +46,8 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             freezing.
 
     Raises:
-        ValueError: `form` is unknown or has no front probe, a size is below 1, or an operating point is missing or is no
-            probability.
+        ValueError: `form` is unknown or has no front probe, a size is below 1, or an operating point is no
+            probability or missing.
 
     Example:
 
@@ -60,29 +62,38 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
 
     model_type = "smartfrz_predictor"
 
-    form: str = "dynamics"
-    window: int = 20
-    weights_per_unit: int = 1024
-    encoder_size: int = 16
-    attention_size: int = 8
-    unit_size: int = 16
-    unit_attention: bool = True
-    front_sum: bool = True
-    front_probe: bool = False
-    head_size: int = 16
-    operating_points: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_POINTS))
-
-    def __post_init__(self, **kwargs):
+    def __init__(
+        self,
+        form: str = "dynamics",
+        window: int = 20,
+        weights_per_unit: int = 1024,
+        encoder_size: int = 16,
+        attention_size: int = 8,
+        unit_size: int = 16,
+        unit_attention: bool = True,
+        front_sum: bool = True,
+        front_probe: bool = False,
+        head_size: int = 16,
+        operating_points: dict[str, float] | None = None,
+        **kwargs: Any,
+    ):
+        # Written out: Transformers makes no arguments of annotated fields before version 5.4.
+        self.form, self.window, self.weights_per_unit = form, window, weights_per_unit
+        self.encoder_size, self.attention_size, self.unit_size = encoder_size, attention_size, unit_size
+        self.unit_attention, self.front_sum, self.front_probe = unit_attention, front_sum, front_probe
+        self.head_size = head_size
+        self.operating_points = dict(DEFAULT_POINTS if operating_points is None else operating_points)
         for old, new in RENAMED.items():
             if old in kwargs:
                 setattr(self, new, kwargs.pop(old))
-        known = {*dir(self), "use_cache"}  # the Trainer writes `use_cache` into any configuration
-        super().__post_init__(**kwargs)
+        # Keys that any configuration has, or that `from_pretrained` adds. The Trainer writes `use_cache` into any.
+        known = {*dir(PreTrainedConfig()), "attn_implementation", "experts_implementation", "use_cache"}
+        super().__init__(**kwargs)
         unknown = sorted(name for name in kwargs if name not in known and not name.startswith("_"))
         if unknown:
             logger.warning(
-                f"SmartFRZPredictorConfig ignores the unknown keys {', '.join(unknown)}. The predictor may need a newer "
-                "version of smartfrz_hf: pip install --upgrade smartfrz_hf"
+                f"SmartFRZPredictorConfig ignores the unknown keys {', '.join(unknown)}. The predictor may need a "
+                "newer version of smartfrz_hf: pip install --upgrade smartfrz_hf"
             )
         if self.form not in FORMS:
             raise ValueError(f"`form` is {self.form!r}; it must be one of {', '.join(map(repr, FORMS))}.")
@@ -94,7 +105,8 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         points = self.operating_points
         if set(points) != set(OPERATING_POINTS) or not all(0 <= value <= 1 for value in points.values()):
             raise ValueError(
-                f"`operating_points` is {points!r}; it must have a probability for each of {', '.join(OPERATING_POINTS)}."
+                f"`operating_points` is {points!r}; it must have a probability for each of "
+                f"{', '.join(OPERATING_POINTS)}."
             )
 
     @property

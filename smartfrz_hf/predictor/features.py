@@ -1,4 +1,4 @@
-"""The inputs of the predictor, for training it and for using it: how sampled weights move, and where each unit stands."""
+"""The inputs of the predictor, in training and in use: how sampled weights move, and where each unit stands."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ class PredictorInputs(NamedTuple):
     The inputs of [`SmartFRZPredictor`] at one freezing stage.
 
     Attributes:
-        features (`torch.Tensor` of shape `(units, window, input_size)`): the history of each unit, oldest snapshot first.
+        features (`torch.Tensor` of shape `(units, window, input_size)`):
+            The history of each unit, oldest snapshot first.
         usable (`torch.Tensor` of shape `(units, window)`, `bool`): which snapshots have features.
         context (`torch.Tensor` of shape `(units, 4)`, or `(units, 11)` with a front probe):
             Where each unit stands in the model and in the run, and how its outputs on the front probe move.
@@ -37,18 +38,20 @@ def build_inputs(
     depth: int = 0,
 ) -> PredictorInputs:
     """
-    Build the inputs of the predictor from what was recorded of a run. Training and freezing stages both use this function.
+    Build the inputs of the predictor from what was recorded of a run, in training and in use.
 
     Args:
         config ([`SmartFRZPredictorConfig`]): form and sizes of the predictor.
         snapshots (`torch.Tensor` of shape `(units, snapshots, weights_per_unit)`):
             The sampled weights of the active units, oldest first: from 2 snapshots up to `config.window`.
         start (`torch.Tensor` of shape `(units, weights_per_unit)`): the snapshot at the start of the run.
-        spent (`torch.Tensor` of shape `(snapshots,)`): share of the run's summed learning rate spent before each snapshot.
+        spent (`torch.Tensor` of shape `(snapshots,)`):
+            Share of the run's summed learning rate spent before each snapshot.
         relative_rate (`torch.Tensor` of shape `()`): learning rate now, as a fraction of its peak.
         progress (`float`): fraction of the run that is done.
         probe_changes (`torch.Tensor` of shape `(depth + units, 4, 2)`, *optional*):
-            What the front probe measured, as in [`ProbeHistory`], for all units. Its features are zero if it is not given.
+            What the front probe measured, as in [`ProbeHistory`], for all units. Its features are zero if it is not
+            given.
         depth (`int`, *optional*, defaults to `0`): number of frozen units in front of the active ones.
 
     Returns:
@@ -98,8 +101,8 @@ def dynamics(snapshots: torch.Tensor, start: torch.Tensor, usable: torch.Tensor,
        expected in the rest of the run, if it continues as it has since then;
     10. the age of the snapshot, as a fraction of the window.
 
-    Lengths are relative to the displacement so far, not to the norm of the weights: a pretrained model moves by a small
-    fraction of that norm, and a model trained from scratch by a large one.
+    Lengths are relative to the displacement so far, not to the norm of the weights: a pretrained model moves by a
+    small fraction of that norm, and a model trained from scratch by a large one.
 
     Args:
         snapshots (`torch.Tensor` of shape `(units, window, weights_per_unit)`): oldest first.
@@ -115,8 +118,8 @@ def dynamics(snapshots: torch.Tensor, start: torch.Tensor, usable: torch.Tensor,
     torch.sub(snapshots[:, 1:], snapshots[:, :-1], out=update[:, 1:])
     update *= real.unsqueeze(-1)
     whole = snapshots[:, -1] - start
-    # All lengths and angles follow from the inner products of the updates and the whole displacement. They are summed in
-    # double precision, since large terms can cancel.
+    # All lengths and angles follow from the inner products of the updates and the whole displacement. They are summed
+    # in double precision, since large terms can cancel.
     products = torch.cat([update, whole.unsqueeze(1)], dim=1)
     products = (products @ products.transpose(1, 2)).double()
     inner, along, whole_squared = products[:, :-1, :-1], products[:, :-1, -1], products[:, -1:, -1]
@@ -164,8 +167,8 @@ def unit_context(units: int, progress: float, relative_rate: torch.Tensor, spent
         spent (`torch.Tensor` of shape `()`): share of the summed learning rate that is spent.
 
     Returns:
-        `torch.Tensor` of shape `(units, 4)`: relative depth, progress, relative learning rate, and the share of the summed
-        learning rate that is left.
+        `torch.Tensor` of shape `(units, 4)`: relative depth, progress, relative learning rate, and the share of the
+        summed learning rate that is left.
     """
     depth = torch.arange(units) / max(1, units - 1)
     now = torch.stack([torch.tensor(progress), relative_rate.cpu(), 1 - spent.cpu()])

@@ -43,8 +43,8 @@ def default_predictor_path() -> Path:
         if (folder / DEFAULT).is_dir():
             return folder / DEFAULT
     raise FileNotFoundError(
-        f"`predictor_weights/{DEFAULT}` is missing from the package at {package}; reinstall smartfrz_hf, or give another "
-        "predictor with `SmartFRZConfig(predictor=…)`."
+        f"`predictor_weights/{DEFAULT}` is missing from the package at {package}; reinstall smartfrz_hf, or give "
+        "another predictor with `SmartFRZConfig(predictor=…)`."
     )
 
 
@@ -58,8 +58,8 @@ def load_predictor(
     """
     Load a predictor in evaluation mode.
 
-    Only `config.json` and `model.safetensors` are downloaded and read. The random state is not changed, and no progress bar
-    is shown.
+    Only `config.json` and `model.safetensors` are downloaded and read. The random state is not changed, and no
+    progress bar is shown.
 
     Args:
         name (`str`, *optional*):
@@ -74,7 +74,8 @@ def load_predictor(
         [`SmartFRZPredictor`]
 
     Raises:
-        OSError: the predictor is not found, the Hub cannot be reached or denies access, or a file is missing or damaged.
+        OSError: the predictor is not found, the Hub cannot be reached or denies access, or a file is missing or
+            damaged.
 
     Example:
 
@@ -102,8 +103,8 @@ def load_predictor(
         predictor.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise OSError(
-            f"The predictor {source} is damaged and cannot be read ({error}); download it again, or save it again with "
-            "`save_pretrained`."
+            f"The predictor {source} is damaged and cannot be read ({error}); download it again, or save it again "
+            "with `save_pretrained`."
         ) from error
     return predictor.eval()
 

@@ -66,15 +66,15 @@ class SmartFRZPredictor(PreTrainedModel):
     r"""
     Predicts the probability that each unit has converged, so that the front of the model up to it can be frozen.
 
-    Three MLPs encode each snapshot of a unit as a query, a key and a value. Only the query of the last snapshot attends to
-    the window, so the time of a decision is linear in the window (SmartFRZ, arXiv 2401.16720, section 3.2).
+    Three MLPs encode each snapshot of a unit as a query, a key and a value. Only the query of the last snapshot
+    attends to the window, so the time of a decision is linear in the window (SmartFRZ, arXiv 2401.16720, section 3.2).
 
     With `form="weights"`, the form of the paper, an MLP maps the attended value to log-odds, for each unit on its own.
 
     With `form="dynamics"`, an MLP joins the attended value and the unit's context into one vector per unit, the units
-    attend to each other, and an MLP gives the log-odds \\(z_k\\) of each unit. The cost of freezing the front is the sum
-    of what its units still had to learn, and the odds against freezing are summed likewise: those of the front up to unit
-    \\(u\\) are \\(\sum_{k \le u} e^{-z_k}\\).
+    attend to each other, and an MLP gives the log-odds \\(z_k\\) of each unit. The cost of freezing the front is the
+    sum of what its units still had to learn, and the odds against freezing are summed likewise: those of the front up
+    to unit \\(u\\) are \\(\sum_{k \le u} e^{-z_k}\\).
 
     Args:
         config ([`SmartFRZPredictorConfig`]): form and sizes.
@@ -141,7 +141,8 @@ class SmartFRZPredictor(PreTrainedModel):
         Score the units of one freezing stage, or of a batch of stages with one more leading dimension.
 
         Args:
-            features (`torch.Tensor` of shape `(units, window, input_size)`): histories, as [`build_inputs`] gives them.
+            features (`torch.Tensor` of shape `(units, window, input_size)`):
+                Histories, as [`build_inputs`] gives them.
             usable (`torch.Tensor` of shape `(units, window)`, `bool`): snapshots that may be attended to.
             context (`torch.Tensor` of shape `(units, 4)`, or `(units, 11)` with a front probe):
                 Where each unit stands, as [`build_inputs`] gives it.

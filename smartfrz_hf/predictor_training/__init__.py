@@ -1,1 +1,1 @@
-"""Training the predictor: record full training runs, label them, fit, and evaluate on held-out model families and data."""
+"""Training the predictor: recording full training runs, labels, data set, fit and evaluation on held-out runs."""

@@ -13,18 +13,19 @@ PARTS = {"leave_one_family_out": "Leave one model family out", "leave_one_task_o
 TAGS = ["smartfrz", "layer-freezing", "efficient-training"]
 LEARNED = {
     "label": "The predictor was trained on this label.",
-    "kept": "The predictor was trained on the share of that change that is kept, so that expensive mistakes count for more; the "
-    "probability of the label is calibrated afterwards.",
+    "kept": "The predictor was trained on the share of that change that is kept, so that expensive mistakes count for "
+    "more; the probability of the label is calibrated afterwards.",
 }
 MEANINGS = {
-    "cka": "the linear CKA of the unit's output on held-out rows to its output at the end of the run is at least {x}, and stays so.",
-    "token-cka": "the linear CKA of single tokens of the unit's output on held-out rows to those at the end of the run is at least "
-    "{x}, and stays so.",
+    "cka": "the linear CKA of the unit's output on held-out rows to its output at the end of the run is at least {x}, "
+    "and stays so.",
+    "token-cka": "the linear CKA of single tokens of the unit's output on held-out rows to those at the end of the run "
+    "is at least {x}, and stays so.",
     "settled": "at most 1 % of the change in linear CKA of the unit's output over the run is left, and this stays so.",
-    "rewind-cost": "resetting the front of the finished model up to the unit to that moment loses at most {x:.0%} of what training "
-    "reduced the loss on held-out rows by.",
-    "rewind-shift": "resetting the front of the finished model up to the unit to that moment changes the logits on held-out rows by "
-    "at most {x:.0%} of their change over the whole run (mean squares).",
+    "rewind-cost": "resetting the front of the finished model up to the unit to that moment loses at most {x:.0%} of "
+    "what training reduced the loss on held-out rows by.",
+    "rewind-shift": "resetting the front of the finished model up to the unit to that moment changes the logits on "
+    "held-out rows by at most {x:.0%} of their change over the whole run (mean squares).",
 }
 
 
@@ -95,9 +96,9 @@ def _verdict(evaluation: dict[str, Any]) -> str:
         margin = part["ap"] - part["rules"][by_precision]["ap"]
         word = "better than" if margin >= 0.01 else "level with" if margin > -0.01 else "worse than"
         sentences.append(
-            f"On held-out {subject}, the predictor is {word} the best simple rule by average precision, *{by_precision}* "
-            f"({margin:+.3f}). At a cost of 3 %, it freezes {part['frozen']:.1%}, and the best simple rule, *{by_frozen}*, "
-            f"{part['rules'][by_frozen]['frozen']:.1%}."
+            f"On held-out {subject}, the predictor is {word} the best simple rule by average precision, "
+            f"*{by_precision}* ({margin:+.3f}). At a cost of 3 %, it freezes {part['frozen']:.1%}, and the best "
+            f"simple rule, *{by_frozen}*, {part['rules'][by_frozen]['frozen']:.1%}."
         )
     return "\n".join(sentences)
 

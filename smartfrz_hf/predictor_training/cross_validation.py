@@ -117,7 +117,7 @@ class HeldOut:
         return {"offset": -regression.intercept_.item() * temperature, "temperature": temperature}
 
     def probabilities(self) -> np.ndarray:
-        """Probabilities of the predictor, each fold calibrated on the others: `np.ndarray` of shape `(rows, units)`."""
+        """Calibrated probabilities, each fold fitted on the others: `np.ndarray` of shape `(rows, units)`."""
         probabilities = np.zeros_like(self.scores[PREDICTOR])
         for fold in np.unique(self.folds):
             here = self.folds == fold

@@ -38,7 +38,7 @@ class FreezingStages(Dataset):
 
             - `features` `(rows, units, window, input_size)`, `usable` `(rows, units, window)` and `context`
               `(rows, units, 4 or 11)`: see [`PredictorInputs`];
-            - `active`, `labels` (which units have converged) and `targets` (what the predictor learns) `(rows, units)`.
+            - `active`, `labels` (which have converged) and `targets` (what the predictor learns) `(rows, units)`.
 
             For simple rules:
 

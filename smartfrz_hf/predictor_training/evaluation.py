@@ -138,8 +138,8 @@ def fit_evaluated(folder: str | os.PathLike, evaluation: dict[str, Any], out: st
     evaluated = {run["name"] for run in evaluation["runs"]}
     if different := {run.name for run in runs} ^ evaluated:
         raise ValueError(
-            f"The runs in {folder} are not those that were evaluated, they differ in {', '.join(sorted(different))}: run "
-            "`smartfrz evaluate` again."
+            f"The runs in {folder} are not those that were evaluated, they differ in "
+            f"{', '.join(sorted(different))}: run `smartfrz evaluate` again."
         )
     points = {name: point["threshold"] for name, point in evaluation["operating_points"].items()}
     config = SmartFRZPredictorConfig(**evaluation["config"], operating_points=points)

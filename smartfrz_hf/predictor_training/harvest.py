@@ -63,8 +63,8 @@ def harvest(
     """
     Carry out the runs that are not recorded yet, several at a time, each in a process of its own.
 
-    A run that fails, or whose process is killed, does not stop the others. Calling this function again carries out the runs
-    that are missing.
+    A run that fails, or whose process is killed, does not stop the others. Calling this function again carries out the
+    runs that are missing.
 
     Args:
         specs (`list[RunSpec]`): the runs.

@@ -14,12 +14,13 @@ def settled(cka: torch.Tensor, cka_threshold: float = 0.9998, change_left: float
 
     With \\(c_t\\) the linear CKA of the output at probe \\(t\\) to the output at the end, a unit has settled where
     \\(1 - c_t \le \max(1 - \text{threshold},\; \text{change left} \cdot (1 - c_0))\\) from \\(t\\) on. The bound is
-    relative to the change over the run, because fine-tuning changes the output of the first blocks of a pretrained model by
-    a percent or two only, and with a fixed similarity they would count as converged from the start.
+    relative to the change over the run, because fine-tuning changes the output of the first blocks of a pretrained
+    model by a percent or two only, and with a fixed similarity they would count as converged from the start.
 
     Args:
         cka (`torch.Tensor` of shape `(probes, units)`): from the start of the run to its end.
-        cka_threshold (`float`, *optional*, defaults to `0.9998`): similarity from which an output always counts as final.
+        cka_threshold (`float`, *optional*, defaults to `0.9998`):
+            Similarity from which an output always counts as final.
         change_left (`float`, *optional*, defaults to `0.01`):
             Fraction of the run's whole change in similarity that may be left.
 
@@ -109,8 +110,8 @@ def _similar(tensors: dict[str, torch.Tensor], key: str, threshold: float) -> to
 
 def _kept(tensors: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """
-    Fraction of the run's change of the logits that is kept if the front is reset to each probe, from 0 to 1. A predictor
-    that learns it with cross-entropy predicts the mean cost, so that rare but expensive mistakes count for more.
+    Fraction of the run's change of the logits that is kept if the front is reset to each probe, from 0 to 1. A
+    predictor that learns it predicts the mean cost, so that rare but expensive mistakes count for more.
     """
     return 1 - rewind_shifts(tensors).clamp(0, 1).float()
 

@@ -9,16 +9,17 @@ from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_s
 from .cross_validation import PREDICTOR, HeldOut
 from .labels import rewind_shifts
 
-# Mean cost of freezing that each operating point allows, by the rewind test: the share of the run's change of the logits.
-# In `benchmarks/method_card.md`, freezes of at most 1 % lost no accuracy, and those of 1 to 3 % lost 0.9 points.
+# Mean cost of freezing that each operating point allows, by the rewind test: the share of the run's change of the
+# logits. In `benchmarks/predictor/method_card.md`, freezes of up to 1 % lost no accuracy, those of 1 to 3 % 0.9 points.
 COSTS = {"conservative": 0.003, "balanced": 0.01, "aggressive": 0.03}
 FROZEN_AT = 0.03
 
 
 def path_cost(held_out: HeldOut, moments: np.ndarray) -> np.ndarray:
     """
-    Cost of a series of freezes by the rewind test: the highest cost of any of them, as a share of the change of the logits
-    over the run. The loss is not used, because a share of its gain means little for a run that overfits or gains little.
+    Cost of a series of freezes by the rewind test: the highest cost of any of them, as a share of the change of the
+    logits over the run. The loss is not used, because a share of its gain means little for a run that overfits or
+    gains little.
 
     Args:
         held_out ([`HeldOut`]): the freezing stages and runs.
@@ -40,8 +41,9 @@ def operating_points(held_out: HeldOut) -> dict[str, dict[str, float]]:
     For each operating point, the lowest threshold with which the mean cost of the runs is at most that of [`COSTS`].
 
     Returns:
-        `dict`: by name, `threshold`; and for the runs of each fold, with the threshold chosen on the other folds, `cost` and
-        `worst_cost` (mean and maximum over the runs, by the rewind test) and `frozen` (mean share of units and time).
+        `dict`: by name, `threshold`; and for the runs of each fold, with the threshold chosen on the other folds,
+        `cost` and `worst_cost` (mean and maximum over the runs, by the rewind test) and `frozen` (mean share of units
+        and time).
     """
     probabilities = held_out.probabilities()
     grid = np.append(np.linspace(0.02, 0.98, 49), [0.985, 0.99, 0.995, 0.998, 0.999])
@@ -72,8 +74,8 @@ def frozen_share(held_out: HeldOut, scores: np.ndarray, max_cost: float = FROZEN
     """
     Share that a score allows to freeze at a given cost, with the one threshold for all runs that freezes most.
 
-    This measures the purpose of a predictor. ROC AUC and average precision weigh all rows alike, though one freeze that is
-    too early costs more than many that are too late.
+    This measures the purpose of a predictor. ROC AUC and average precision weigh all rows alike, though one freeze
+    that is too early costs more than many that are too late.
 
     Args:
         held_out ([`HeldOut`]): the freezing stages and runs.
@@ -132,9 +134,9 @@ def summarize(held_out: HeldOut) -> dict:
     Metrics of the predictor and the rules, over all held-out rows together and for each fold.
 
     Returns:
-        `dict`: `runs`, `rows`, `positive` (share of converged rows); `auc`, `ap`, `brier`, `moment_error` and `frozen` (see
-        [`frozen_share`]) of the predictor; `frozen_at_most`, the same for the learned target itself; `rules` and `folds` by
-        name; and `reliability` by tenths of the predicted probability.
+        `dict`: `runs`, `rows`, `positive` (share of converged rows); `auc`, `ap`, `brier`, `moment_error` and `frozen`
+        (see [`frozen_share`]) of the predictor; `frozen_at_most`, the same for the learned target itself; `rules` and
+        `folds` by name; and `reliability` by tenths of the predicted probability.
     """
     active, labels = held_out.active, held_out.labels[held_out.active]
     probabilities = held_out.probabilities()

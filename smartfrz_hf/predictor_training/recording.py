@@ -1,4 +1,4 @@
-"""Recording a full training run: weight snapshots, learning rates, and how similar each unit's output is to its final one."""
+"""Recording a full training run: weight snapshots, learning rates, and the similarity of outputs to the final ones."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,8 +21,8 @@ EPSILON = 1e-12
 
 def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     r"""
-    Linear CKA (centered kernel alignment) of two representations (Kornblith et al., 2019, arXiv 1905.00414, section 3):
-    \\(\|Y^\top X\|_F^2 / (\|X^\top X\|_F\,\|Y^\top Y\|_F)\\) of the column-centered features.
+    Linear CKA (centered kernel alignment) of two representations (Kornblith et al., 2019, arXiv 1905.00414, section
+    3): \\(\|Y^\top X\|_F^2 / (\|X^\top X\|_F\,\|Y^\top Y\|_F)\\) of the column-centered features.
 
     Args:
         x (`torch.Tensor` of shape `(rows, features)`): one representation.
@@ -136,8 +136,10 @@ class RecordingCallback(TrainerCallback):
         weights_per_unit (`int`, *optional*, defaults to `1024`): number of weights recorded per unit.
         snapshots (`int`, *optional*, defaults to `200`):
             Number of weight snapshots over the run; a shorter run records every step.
-        probes (`int`, *optional*, defaults to `20`): how often the loss and the outputs on the held-out rows are recorded.
-        rewinds (`int`, *optional*, defaults to `8`): number of moments at which all weights are kept for the rewind test.
+        probes (`int`, *optional*, defaults to `20`):
+            How often the loss and the outputs on the held-out rows are recorded.
+        rewinds (`int`, *optional*, defaults to `8`):
+            Number of moments at which all weights are kept for the rewind test.
         rewind_rows (`int`, *optional*, defaults to `64`): number of held-out rows that the rewind test uses.
     """
 
@@ -225,16 +227,16 @@ class RecordingCallback(TrainerCallback):
 
             - `steps` and `learning_rates`, `(snapshots,)`, and `weights`, `(snapshots, units, weights_per_unit)`;
             - `probe_steps` and `probe_losses`, `(probes,)`;
-            - `cka` and `token_cka`, `(probes, units)`: linear CKA of each unit's output to its output at the end of the
-              run, of pooled rows and of single tokens;
+            - `cka` and `token_cka`, `(probes, units)`: linear CKA of each unit's output to its output at the end of
+              the run, of pooled rows and of single tokens;
             - `self_cka`, `(probes, units)`: linear CKA of the pooled rows to those `SELF_CKA_LAG` probes before;
-            - `front_changes`, `(probes, units, 8)`: [`ProbeSnapshot.changes`] since 1, 2 and 4 probes before and since the
-              start of the run;
+            - `front_changes`, `(probes, units, 8)`: [`ProbeSnapshot.changes`] since 1, 2 and 4 probes before and
+              since the start of the run;
             - `gradient_norms`, `(probes, units)`: norm of the sampled gradients, summed since the last probe;
-            - `rewind_steps`, `(moments,)`, and `rewind_losses`, `(moments, units)`: loss of the finished model with the
-              units up to this one reset to each moment;
-            - `rewind_shifts`, `(moments, units)`: mean squared change of the logits by this reset, as a fraction of that
-              by the whole run;
+            - `rewind_steps`, `(moments,)`, and `rewind_losses`, `(moments, units)`: loss of the finished model with
+              the units up to this one reset to each moment;
+            - `rewind_shifts`, `(moments, units)`: mean squared change of the logits by this reset, as a fraction of
+              that by the whole run;
             - `rewind_range`, `(2,)`: loss on the same rows at the start and the end of the run.
         """
         outputs, end = self._outputs, self._outputs[-1]

@@ -65,8 +65,8 @@ class Rewinder:
 
 class _OutputReplay:
     """
-    Skips the blocks in front of the last one that was reset: it replays the outputs that they had on the same rows when
-    they were the last one themselves.
+    Skips the blocks in front of the last one that was reset: it replays the outputs that they had on the same rows
+    when they were the last one themselves.
     """
 
     def __init__(self, stack: BlockStack):

@@ -17,12 +17,13 @@ class RunSpec:
         name (`str`): name of the run and of its file.
         model (`str`): Hub id or folder of the model that is fine-tuned, or the model type to train from scratch.
         data (`str`):
-            `"glue/TASK"`, `"cifar10"`, `"fashion_mnist"`, or the Hub id of a data set with the columns of one of these.
+            `"glue/TASK"`, `"cifar10"`, `"fashion_mnist"`, or the Hub id of a data set with the columns of one of
+            these.
         from_scratch (`bool`): whether the model starts from random weights.
         config (`dict`): changes to the model's configuration.
         pretraining (`dict`):
-            For a pretrained start: fields of a first run that differ from this one. It is not recorded; this run starts
-            from its backbone.
+            For a pretrained start: fields of a first run that differ from this one. It is not recorded; this run
+            starts from its backbone.
         train_rows (`int`): number of training rows, drawn with the seed.
         epochs (`int`): number of epochs.
         batch_size (`int`): rows per step.

@@ -23,7 +23,7 @@ PROVENANCE = {
     "versions": "string",
     "machine": "string",
 }
-# The tensors of [`RecordingCallback.result`]: those of the run, those of each unit, and those with several numbers per moment.
+# Tensors of [`RecordingCallback.result`]: of the run, of each unit, and of each unit with several numbers per moment.
 RUN_FIELDS = {
     "steps": "int32",
     "learning_rates": "float64",
@@ -43,7 +43,7 @@ class RecordedRun:
 
     Attributes:
         provenance (`dict`):
-            Name, model family, data, regime, losses and seconds of the run, and its specification and versions as JSON.
+            Name, model family, data, regime, losses and seconds of the run, and specification and versions as JSON.
         units (`list[str]`): names of the units.
         tensors (`dict[str, torch.Tensor]`): see [`RecordingCallback.result`].
     """
@@ -126,7 +126,8 @@ def _run(rows: list[dict[str, Any]]) -> RecordedRun:
     missing = [key for key in (*RUN_FIELDS, *UNIT_FIELDS, *UNIT_WIDE_FIELDS) if key not in first]
     if missing:
         raise ValueError(
-            f"The run {first['run']} was recorded by an earlier version and lacks {', '.join(missing)}; record it again."
+            f"The run {first['run']} was recorded by an earlier version and lacks {', '.join(missing)}; record it "
+            "again."
         )
     tensors = {key: tensor(first[key]) for key in RUN_FIELDS}
     tensors |= {

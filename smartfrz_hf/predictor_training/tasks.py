@@ -44,7 +44,7 @@ def resolve_model(name: str) -> str:
 
 def load_data(name: str, data_dir: str | os.PathLike | None = None) -> DatasetDict:
     """
-    Load a data set with a `train` and a `validation` split, from `data_dir/NAME/*.parquet` if it exists, or from the Hub.
+    Load the splits `train` and `validation` of a data set, from `data_dir/NAME/*.parquet` or else from the Hub.
 
     Args:
         name (`str`): `"glue/TASK"`, `"cifar10"`, `"fashion_mnist"` or a Hub id.
@@ -127,7 +127,8 @@ def prepare(
         spec ([`RunSpec`]): the run.
         data_dir (`str`, *optional*): folder of local copies of the data.
         held_out_rows (`int`, *optional*, defaults to `1024`): maximum number of held-out rows.
-        start (`dict[str, torch.Tensor]`, *optional*): weights from [`pretrain`], if it was already called for this run.
+        start (`dict[str, torch.Tensor]`, *optional*):
+            Weights from [`pretrain`], if it was already called for this run.
 
     Returns:
         [`Prepared`]

@@ -1,6 +1,6 @@
 """The front probe: a few training rows, run through the model again and again to see how much its outputs still change."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +72,7 @@ def thinned(hidden: torch.Tensor) -> torch.Tensor:
 
 class FirstBatch:
     """
-    Keeps the first rows of the first batch that a model is trained on, without the labels.
+    Keeps the first rows of the first batch that a model is trained on.
 
     Args:
         model (`torch.nn.Module`): the model; a pre-hook on it takes the rows at its first call in training mode.
@@ -83,8 +83,8 @@ class FirstBatch:
         inputs (`tuple[tuple, dict]`, *optional*): positional and keyword arguments; `None` until the batch has come.
     """
 
-    def __init__(self, model: nn.Module, rows: int | Callable[[int], int]):
-        self._model, self._rows = model, rows
+    def __init__(self, model: nn.Module, rows: int | Callable[[int], int], without: Collection[str] = NOT_INPUTS):
+        self._model, self._rows, self._without = model, rows, without
         self.inputs: tuple[tuple, dict[str, Any]] | None = None
         self._hook = model.register_forward_pre_hook(LeftBehind(self._take), with_kwargs=True)
 
@@ -124,7 +124,7 @@ class FirstBatch:
 
     def _take(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training:
-            kwargs = {key: value for key, value in kwargs.items() if key not in NOT_INPUTS}
+            kwargs = {key: value for key, value in kwargs.items() if key not in self._without}
             rows = self._rows if isinstance(self._rows, int) else self._rows(batch_size((args, kwargs)))
             self.inputs = first_rows((args, kwargs), rows)
             self.close()

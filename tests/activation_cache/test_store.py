@@ -105,7 +105,7 @@ def test_no_budget_stores_nothing_and_makes_no_file(tmp_path):
     store.close()
 
 
-@pytest.mark.parametrize("before, after", [(100, 10), (100, 5000), (5000, 100), (10000, 20000)])
+@pytest.mark.parametrize(("before", "after"), [(100, 10), (100, 5000), (5000, 100), (10000, 20000)])
 def test_replacing_frees_the_old_room(store, before, after):
     old, new = torch.randn(before), torch.randn(after)
     store.put(keys(1), 1, [new])
@@ -212,7 +212,7 @@ def test_lossy_formats_stay_within_their_error(tmp_path, dtype, given_dtype, tie
     store.close()
 
 
-@pytest.mark.parametrize("dtype, bytes_each", [("exact", 4 * 640), ("float16", 2 * 640), ("int8", 640 + 4 * 10)])
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("exact", 4 * 640), ("float16", 2 * 640), ("int8", 640 + 4 * 10)])
 def test_budgets_count_stored_bytes(dtype, bytes_each):
     store = ActivationStore(3 * bytes_each, dtype=dtype)
     assert store.put(keys(4), 1, torch.randn(4, 10, 64)) == 3
@@ -221,7 +221,7 @@ def test_budgets_count_stored_bytes(dtype, bytes_each):
 
 
 @pytest.mark.parametrize(
-    "dtype, row",
+    ("dtype", "row"),
     [
         ("float16", torch.tensor([1.0, 1e6])),
         ("bfloat16", torch.tensor([1.0, math.inf])),
@@ -241,7 +241,7 @@ def test_rows_that_a_format_cannot_hold_are_kept_exactly(dtype, row):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"memory_bytes": -1}, "`memory_bytes` is -1; it must be at least 0"),
         ({"memory_bytes": 1, "disk_bytes": -5}, "`disk_bytes` is -5"),

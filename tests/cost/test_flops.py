@@ -10,9 +10,10 @@ import transformers as t
 from architectures import ARCHITECTURES, TEXT, build
 from counting import counted
 from torch import nn
-from training import smartfrz, train
+from training import assert_same_run, smartfrz, train
 
 from smartfrz_hf import Freezer, SmartFRZCallback, SmartFRZConfig, find_blocks
+from smartfrz_hf._compat import has_input_grads
 from smartfrz_hf.cost.flops import ComputeMeter, upgrade_meter_state
 from smartfrz_hf.cost.ledger import Flops
 
@@ -162,9 +163,20 @@ def test_nothing_is_charged_for_a_frozen_base_in_front_of_the_first_adapter(name
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_adapters_under_activation_checkpointing(depth, reentrant):
     bench = with_adapters("llama", layers_to_transform=[2, 3], **ADAPTERS["llama"])
-    bench.model.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    bench.model.base_model.model.enable_input_require_grads()
+    model = bench.model.base_model.model
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if not has_input_grads(model):  # a second time, they could not be turned off
+        model.enable_input_require_grads()
     assert_as_torch_counts(Bench(bench.model, bench.batch), depth, tolerance=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_a_weight_that_freezing_leaves_alone_needs_the_whole_way_back(depth):
+    bench = with_adapters("llama", modules_to_save=["embed_tokens"], **ADAPTERS["llama"])
+    assert_as_torch_counts(bench, depth)
+    table = bench.model.get_input_embeddings().weight
+    assert bench.meter.unit_parameters["stem"] == 0 and bench.meter.unit_parameters["head"] >= table.numel()
 
 
 def test_a_layer_that_runs_four_times_costs_four_layers():
@@ -355,6 +367,19 @@ def test_the_counted_pass_changes_nothing():
     assert all(torch.equal(counted_weights[key], value) for key, value in weights.items())
 
 
+def test_a_run_with_nothing_frozen_is_the_plain_run_also_with_silu(tmp_path):
+    """torch's counter splits the backward pass of SiLU, so it must not see a pass of the training."""
+
+    def run(callbacks):
+        torch.manual_seed(0)
+        config = t.LlamaConfig(**TEXT, num_key_value_heads=2, pad_token_id=0)
+        return train(tmp_path, callbacks, t.LlamaForSequenceClassification(config), max_steps=4)
+
+    never = SmartFRZCallback(policy="never", activation_cache=False)
+    assert_same_run(run([]), run([never]))
+    assert never.ledger.compute_saved == 0 < never.ledger.full.backward
+
+
 def test_nothing_is_left_on_the_model():
     bench = Bench.of("bert")
     bench.step()
@@ -483,6 +508,7 @@ def test_ledger_of_a_run(tmp_path):
     assert plain["freeze/compute_saved"] == ledger.compute_saved > 0
 
 
+@pytest.mark.slow
 def test_compiled_runs_are_counted_like_others(tmp_path):
     def spent(**settings):
         callback = SmartFRZCallback(SmartFRZConfig(policy="static", static_depth=2))

@@ -19,6 +19,14 @@ def test_timeline(tmp_path):
     plot_timeline(ledger, tmp_path / "some.png")
     active, frozen = (tuple(bytes.fromhex(colour[1:])) for colour in (ACTIVE, FROZEN))
     assert frozen not in colours(tmp_path / "none.png")
-    found = colours(tmp_path / "some.png")
+    pixels = colours(tmp_path / "some.png")
     # 20 + 60 + 100 steps of training against 80 + 40 steps frozen; labels hide a little.
-    assert 1.2 < found[active] / found[frozen] < 1.9
+    assert 1.2 < pixels[active] / pixels[frozen] < 1.9
+    ledger.plot(tmp_path / "method.png")
+    assert (tmp_path / "method.png").read_bytes() == (tmp_path / "some.png").read_bytes()
+
+
+def test_a_run_that_has_not_begun_can_be_drawn(tmp_path):
+    plot_timeline(Ledger(), tmp_path / "empty.png")
+    plot_timeline(Ledger(units=["stem"], stages=[Stage(0, 1, ["stem"], "a")]), tmp_path / "no_steps.pdf")
+    assert all((tmp_path / name).stat().st_size for name in ("empty.png", "no_steps.pdf"))

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from architectures import TEXT, build
 from safetensors.torch import save_file
+from smartfrz_hf.activation_cache.worth import CacheMonitor
 from training import Rows, arguments
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer
 from smartfrz_hf.activation_cache import sharing
-from smartfrz_hf.activation_cache.worth import CacheMonitor
 from smartfrz_hf.policies import Decision
 
 
@@ -47,10 +47,10 @@ class Counting(TrainerCallback):
         if state.global_step == self.killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if state.global_step == self.off_at and args.process_index:
-            self.trainer.smartfrz.run.cache._turn_off("this rank has had enough")
+            self.trainer.smartfrz.run.front.cache._turn_off("this rank has had enough")
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        cache = self.trainer.smartfrz.run.cache
+        cache = self.trainer.smartfrz.run.front.cache
         if cache is not None:
             self.rows.append(cache.savings.rows - self.before[0])
             self.hits.append(cache.savings.hits - self.before[1])

@@ -92,8 +92,12 @@ class Watching(TrainerCallback):
             self.copied.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
             units = find_blocks(self.copied).units
             every = range(len(units))
-            weights_per_unit = WeightSampler(units, self.callback.run.observer.sampler.weights_per_unit).read_all(every)
-            assert torch.equal(self.callback.run.observer.sampler.read_all(every), weights_per_unit), "shards give other samples"
+            weights_per_unit = WeightSampler(units, self.callback.run.observer.sampler.weights_per_unit).read_all(
+                every
+            )
+            assert torch.equal(self.callback.run.observer.sampler.read_all(every), weights_per_unit), (
+                "shards give other samples"
+            )
 
 
 def whole(tensor):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, build
 from safetensors.torch import load_file
+from smartfrz_hf.activation_cache.worth import CacheMonitor
 from training import Rows, train
 
 from smartfrz_hf import Freezer, SmartFRZConfig, SmartFRZTrainer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
-from smartfrz_hf.activation_cache.worth import CacheMonitor
 
 
 def go(folder, smartfrz=None, **changes):
@@ -83,7 +83,7 @@ def test_offloading_changes_nothing(tmp_path, monkeypatch):
     real = SmartFRZTrainer.training_step
 
     def training_step(self, *args, **kwargs):
-        weights = self.smartfrz.run.freezer.weights
+        weights = self.smartfrz.run.front.freezer.weights
         blank = [p for p in self.model.parameters() if p.numel() > 1 and p.isnan().any()]
         offloaded.append(len(blank))
         assert bool(blank) == weights.offloaded

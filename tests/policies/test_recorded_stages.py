@@ -1,4 +1,4 @@
-"""The shipped predictor freezes at the same steps, for the same reasons, as it did when `freezing_stages.json` was recorded."""
+"""The shipped predictor freezes at the steps, and for the reasons, that `freezing_stages.json` has recorded."""
 
 import json
 from pathlib import Path

@@ -22,6 +22,7 @@ from smartfrz_hf.cli import app
 from smartfrz_hf.policies import SmartFRZPolicy
 from smartfrz_hf.predictor import SmartFRZPredictorConfig
 from smartfrz_hf.predictor.configuration import CONTEXT_SIZE
+from smartfrz_hf.predictor_training.card import make_card
 from smartfrz_hf.predictor_training.cross_validation import PREDICTOR, REGRESSION, REGRESSION_WITHOUT_PROBE, HeldOut
 from smartfrz_hf.predictor_training.dataset import INPUTS, FreezingStages
 from smartfrz_hf.predictor_training.harvest import harvest
@@ -453,15 +454,21 @@ def test_evaluate_and_fit_write_a_predictor_and_its_card(harvested, tmp_path):
     card = (out / "README.md").read_text()
     assert f"| vit | {summary['leave_one_family_out']['folds']['vit']['rows']} |" in card
     assert "![Predicted" in card and (out / "reliability.png").is_file()
+    (out / "README.md").unlink()
+    result = CliRunner().invoke(app, ["card", str(out), "--evaluation", str(results)])
+    assert result.exit_code == 0, result.output
+    assert (out / "README.md").read_text() == card
+    for label in LABELS:
+        assert f"The label is `{label}`: " in make_card("mine", summary | {"label": label, "target": "label"})
     callback = SmartFRZCallback(SmartFRZConfig(predictor=str(out), operating_point="conservative"))
     assert callback.policy.threshold == points["conservative"]
     train(tmp_path, [callback], max_steps=10)
     assert callback.ledger.decisions > 5
     (runs / "vit-0.parquet").unlink()
-    result = CliRunner().invoke(app, ["fit", str(runs), "--evaluation", str(results), "--out", str(out)])
-    assert result.exit_code == 2 and "differ in vit-0: run `smartfrz evaluate` again" in " ".join(
-        result.output.split()
-    )
+    words = ["fit", str(runs), "--evaluation", str(results), "--out", str(out)]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "300", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert "differ in vit-0: run `smartfrz evaluate` again" in " ".join(result.output.split())
 
 
 def test_bad_input_of_the_commands(harvested, tmp_path):

@@ -5,8 +5,6 @@ from math import prod
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from smartfrz_hf._compat import CPU_ATTENTION, CPU_ATTENTION_BACKWARD
-
 
 def attention(query, key, value, *_, **__):
     return sdpa_flop_count(query, key, value)
@@ -24,8 +22,8 @@ def convolution_backward(grad, x, weight, bias, stride, padding, dilation, trans
 
 
 FORMULAS = {
-    CPU_ATTENTION: attention,
-    CPU_ATTENTION_BACKWARD: attention_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
     torch.ops.aten.convolution_backward: convolution_backward,
 }
 

@@ -1,0 +1,106 @@
+"""Checks of what is about to be served."""
+
+import random
+from collections import Counter
+from time import perf_counter
+
+import torch
+
+from ..cost.ledger import CacheSavings
+from .calls import Call
+from .front import Front
+from .proof import agree, tolerance
+from .rows import Span, cut
+
+# Batches that are computed and compared: the first ones after each growth, then one in so many, in this share of the time.
+FIRST_CHECKS, CHECK_EVERY, CHECK_TIME = 2, 100, 0.01
+
+
+class WrongActivationError(Exception):
+    """An activation is not finite, or not what computing it gives."""
+
+
+class SpotChecks:
+    """
+    Sees that what is served is finite, always, and now and then that it is what computing it gives.
+
+    Args:
+        savings ([`CacheSavings`]): where rows and seconds are counted.
+        kept_as (`str`): format in which rows are kept.
+
+    Attributes:
+        row_seconds (`float`, *optional*): what the front takes for a row, a running mean.
+    """
+
+    def __init__(self, savings: CacheSavings, kept_as: str):
+        self.savings, self.kept_as = savings, kept_as
+        self.row_seconds: float | None = None
+        self._done: Counter[tuple] = Counter()
+        self._served, self._last, self._random = 0, perf_counter(), random.Random(0)
+
+    def start(self) -> None:
+        """Begin anew, at another depth."""
+        self._done.clear()
+        self.row_seconds = None
+
+    def time_rows(self, seconds: float, rows: int) -> None:
+        """Note what the front has taken for some rows."""
+        last, now = self.row_seconds, seconds / rows
+        self.row_seconds = now if last is None else 0.8 * last + 0.2 * now
+
+    def check(
+        self, front: Front, call: Call, spans: list[Span], hidden: torch.Tensor, groups: dict[int, list[int]]
+    ) -> float:
+        """
+        Check a batch of activations.
+
+        Args:
+            front ([`Front`]): computes it.
+            call ([`Call`]): the batch.
+            spans (`list[tuple[int, int]]`): what counts of each row.
+            hidden (`torch.Tensor`): what is about to be served, `(rows, ...)`.
+            groups (`dict[int, list[int]]`): rows that were not at hand, by the depth from which they were computed.
+
+        Returns:
+            `float`: seconds that computing it has taken.
+
+        Raises:
+            WrongActivationError: it is wrong.
+        """
+        # Rows that were computed have whatever the front gives for padding.
+        parts = (
+            cut(hidden, spans, (row for row in range(call.rows) if spans[row][0] != spans[row][1]))
+            if groups
+            else [hidden]
+        )
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise WrongActivationError("an activation was not finite")
+        self._served += 1
+        kind = (call.context, *sorted(groups))
+        first = self._done[kind] < FIRST_CHECKS
+        if not first and self._served % CHECK_EVERY:
+            return 0.0
+        self._done[kind] += 1
+        began, count = perf_counter(), call.rows
+        if not first and self.row_seconds:
+            count = max(1, min(count, int(CHECK_TIME * (began - self._last) / self.row_seconds)))
+        rows = sorted(self._random.sample(range(call.rows), count))
+        computed = front.run(call, rows)
+        same = agree(computed, hidden[rows], tolerance(front, call, self.kept_as), [spans[row] for row in rows])
+        self._last = perf_counter()
+        seconds = self._last - began
+        if count == call.rows:
+            self.time_rows(seconds, count)
+        self.savings.checked_rows += count
+        self.savings.check_seconds += seconds
+        self.savings.seconds_saved -= seconds
+        if not same:
+            raise WrongActivationError("an activation that was kept is not what computing it gives")
+        return seconds
+
+
+def time_of(hidden: torch.Tensor) -> float:
+    """The time at which a tensor has been computed."""
+    if hidden.device.type != "cpu":
+        torch.accelerator.synchronize(hidden.device)
+    return perf_counter()

@@ -1,0 +1,76 @@
+"""Whether the activation cache pays."""
+
+from statistics import median
+
+
+class CacheMonitor:
+    """
+    Judges every half of an epoch whether looking rows up has saved time.
+
+    Args:
+        total_steps (`float`): optimizer steps of the run.
+        steps_per_epoch (`float`): optimizer steps in one pass over the data.
+    """
+
+    def __init__(self, total_steps: float, steps_per_epoch: float):
+        self.total_steps, self.steps_per_epoch = total_steps, max(1.0, steps_per_epoch)
+        self.step = self.rows = self.hits = 0
+        self._losses, self._judge_at = 0, float("inf")
+        self._begun = False
+        self._open_window()
+
+    @property
+    def steps_left(self) -> float:
+        """Optimizer steps until the end of the run."""
+        return max(0, self.total_steps - self.step)
+
+    @property
+    def last_epoch(self) -> bool:
+        """Whether no training row comes again."""
+        epochs = -(-self.total_steps // self.steps_per_epoch)
+        return self.step >= (epochs - 1) * self.steps_per_epoch
+
+    def start(self) -> None:
+        """Begin anew, at another depth. The first pass over the data is not judged: no row has come before."""
+        wait = self.steps_per_epoch / 2 if self._begun else self.steps_per_epoch
+        self._begun = True
+        self._losses, self._judge_at = 0, self.step + wait
+        self._cold = wait > self.steps_per_epoch / 2
+        self._open_window()
+
+    def count(self, rows: int, hits: int) -> None:
+        """Note training rows that were looked up, and those that were found."""
+        self.rows, self.hits = self.rows + rows, self.hits + hits
+
+    def gain(self, seconds: float) -> None:
+        """Note what a training batch has saved, or lost."""
+        self._gains.append(seconds)
+
+    def end_of_step(self, step: int) -> bool:
+        """Note how many optimizer steps are done. Returns whether a window has ended, which `loss` judges."""
+        self.step = step
+        return step >= self._judge_at
+
+    def loss(self) -> str | None:
+        """
+        End the window. Returns why the cache does not pay, after two windows in a row in which it did not.
+
+        One slow moment of a busy machine must not decide, so both the sum and the median of the batches' gains have to be
+        negative.
+        """
+        rows, hits, gains, cold = self.rows, self.hits, self._gains, self._cold
+        self._judge_at, self._cold = self.step + self.steps_per_epoch / 2, False
+        self._open_window()
+        if cold or not gains:
+            return None
+        lost = sum(gains) < 0 and median(gains) < 0
+        self._losses = self._losses + 1 if lost else 0
+        if self._losses < 2:
+            return None
+        if hits < rows / 2:
+            return f"only {hits} of {rows} rows came again unchanged"
+        return "looking activations up takes longer than computing them"
+
+    def _open_window(self) -> None:
+        self.rows, self.hits = 0, 0
+        self._gains: list[float] = []

@@ -1,0 +1,207 @@
+"""Trying, on two rows, whether the front of a model can be left out, and telling rounding from a difference."""
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .calls import Call, content
+from .front import Front, Pass, UnsupportedModelError, tensors_in
+
+# Relative error, in the norm of a row, that the order of sums can make, by what the front computes in.
+ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
+# Matrix products of float32 with 10 bits of mantissa, as accelerators may compute them.
+ROUNDING_TF32 = 0.01
+# The same, of the format in which rows are kept.
+ROUNDING_KEPT = {"exact": 0.0, "float16": 0.002, "bfloat16": 0.01, "int8": 0.1}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    What a trial has shown.
+
+    Attributes:
+        without_padding (`bool`): rows may be kept without their padding, and zeros stand for it.
+        shifts_freely (`bool`): padding in front of a row changes nothing but by rounding.
+    """
+
+    without_padding: bool = False
+    shifts_freely: bool = False
+
+
+def tolerance(front: Front, call: Call, kept_as: str = "exact") -> float:
+    """The relative error that rounding can make, in the norm of a row."""
+    device = call.device.type
+    dtypes = {p.dtype for p in front.entry.parameters() if p.is_floating_point()} or {torch.float32}
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    worst = max(ROUNDING.get(dtype, 0.1) for dtype in dtypes)
+    if device != "cpu" and torch.get_float32_matmul_precision() != "highest":
+        worst = max(worst, ROUNDING_TF32)
+    return worst + ROUNDING_KEPT[kept_as]
+
+
+def agree(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    rounding: float,
+    spans: Sequence[tuple[int, int]] | None = None,
+    floor: float = 0.0,
+) -> bool:
+    """
+    Whether two batches differ by rounding alone, row by row. Never true of NaN.
+
+    Args:
+        a (`torch.Tensor`): of shape `(rows, ...)` or a single number.
+        b (`torch.Tensor`): the same.
+        rounding (`float`): largest relative error.
+        spans (`list[tuple[int, int]]`, *optional*): first position and end of what counts of each row.
+        floor (`float`, *optional*, defaults to `0.0`): norms below it count as this large.
+    """
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    if spans is not None and any(end >= 0 for _, end in spans):
+        places = torch.arange(a.shape[1], device=a.device)
+        limits = torch.tensor(spans, device=a.device)
+        inside = (places >= limits[:, :1]) & (places < limits[:, 1:])
+        inside = inside.view(*inside.shape, *[1] * (a.ndim - 2))
+        a, b = a.masked_fill(~inside, 0), b.masked_fill(~inside, 0)
+    a, b = a.detach().float(), b.detach().float()
+    a, b = (a.flatten(1), b.flatten(1)) if a.ndim > 1 else (a.reshape(1, -1), b.reshape(1, -1))
+    return bool(((a - b).norm(dim=1) <= rounding * (a.norm(dim=1) + floor) + 1e-30).all())
+
+
+def prove(front: Front, call: Call, without_padding: bool) -> Verdict:
+    """
+    Try whether the front can be left out for calls of this kind, in the mode in which the model is.
+
+    The front is computed twice, and has to give the same values and draw no random number. Then the outputs of the whole model,
+    its loss included, are compared with those when all frozen blocks return NaN, the activations are put in place at the
+    boundary, and zeros stand for padding. The generators of random numbers and the buffers of the model are left as found.
+
+    Args:
+        front ([`Front`]): the front.
+        call ([`Call`]): the batch; two of its rows are tried.
+        without_padding (`bool`): whether to try to keep rows without their padding.
+
+    Raises:
+        UnsupportedModelError: the front cannot be left out.
+    """
+    rows = [0, call.rows - 1]
+    if call.mask is not None:  # the row with the most padding, since zeros stand for it
+        rows[0] = int(call.mask.ne(0).sum(1).argmin())
+    try:
+        with _left_as_found(front.stack.model, call.device):
+            return _prove(front, call, rows, without_padding)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # the model's own code runs here, with tensors that it may not expect
+        raise UnsupportedModelError(f"it does not run without them ({type(error).__name__}: {error})") from error
+
+
+def _prove(front: Front, call: Call, rows: list[int], without_padding: bool) -> Verdict:
+    rounding, start, state = tolerance(front, call), _random_states(call.device), random_state(call.device)
+    states = []
+    whole = Pass(call.layout, 2, on_boundary=lambda _: states.append(_random_states(call.device)))
+    expected = front.try_pass(whole, front.call_model(rows, call))
+    hidden = whole.hidden
+    assert hidden is not None
+    if not hidden.is_floating_point() or hidden.ndim < 2 or len(hidden) != 2:
+        raise UnsupportedModelError("what its blocks return does not have one entry per row")
+    if not hidden.isfinite().all():
+        raise UnsupportedModelError("its frozen blocks return values that are not finite")
+    between = _random_states(call.device)
+    again = front.run(call, rows)
+    after = _random_states(call.device)
+    # Whatever else draws numbers of Python or NumPy now and then will not do so both times.
+    drawn = [a != b and c != d for a, b, c, d in zip(start, states[0], between, after, strict=True)]
+    if any(drawn) or not agree(hidden, again, rounding):
+        raise UnsupportedModelError(
+            "its frozen front draws random numbers (dropout, masked features, dropped layers or noise), so that no row "
+            "comes again with the same activations"
+        )
+    verdict, spans = Verdict(), [(0, -1)] * 2
+    if without_padding and call.mask is not None and hidden.ndim > 2 and hidden.shape[1] == call.length:
+        verdict = _try_padding(front, call, rows, hidden, rounding)
+    if verdict.without_padding:
+        assert call.mask is not None
+        inside = content(call.mask[rows])
+        inside[~inside.any(1)] = True  # with nothing else to read, a row reads its padding, and is not kept
+        hidden = hidden * inside.view(*inside.shape, *[1] * (hidden.ndim - 2))
+        spans = [(int(row.int().argmax()), int(row.int().argmax() + row.sum())) for row in inside]
+    front.learn_layout(call)
+    set_random_state(state, call.device)
+    served = Pass(call.layout, 2, front.depth, hidden, poison=True)
+    given = front.try_pass(served, front.call_model(rows, call))
+    pairs = list(zip(tensors_in(expected), tensors_in(given), strict=True))
+    if all(agree(a, b, rounding, spans if a.shape[:2] == (2, call.length) else None, 0.1) for a, b in pairs):
+        return verdict
+    if verdict.without_padding:
+        return Verdict()
+    raise UnsupportedModelError("what runs behind the boundary reads more of the front than what crosses it")
+
+
+def _try_padding(front: Front, call: Call, rows: list[int], hidden: torch.Tensor, rounding: float) -> Verdict:
+    """Whether what is not padding depends on the padding: on what it holds, and on how much there is."""
+    assert call.mask is not None and call.length is not None
+    row = rows[0]
+    inside = content(call.mask[row : row + 1])[0]
+    start, end = int(inside.int().argmax()), int(inside.int().argmax() + inside.sum())
+    if end <= start:
+        return Verdict()
+
+    def same(other: Call, first: int) -> bool:
+        found = front.run(other, [row, row])[0]
+        return agree(hidden[:1, start:end], found[None, start - first : end - first], rounding)
+
+    if end - start < call.length and not same(call.refill(row), 0):
+        return Verdict()
+    if end < call.length and not same(call.crop(0, end), 0):
+        return Verdict()
+    return Verdict(True, start > 0 and same(call.crop(start, call.length), start))
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """State of the generator from which a model on a device draws."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    """Set what [`random_state`] returns."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def _random_states(device: torch.device) -> tuple[Any, ...]:
+    """All generators that a model may draw from, as values to compare."""
+    torch_states = [state.numpy().tobytes() for state in (torch.get_rng_state(), random_state(device))]
+    return *torch_states, random.getstate(), repr(np.random.get_state())
+
+
+@contextlib.contextmanager
+def _left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run without gradients, and leave the generators of random numbers and the model's buffers as they were."""
+    states = torch.get_rng_state(), random_state(device), random.getstate(), np.random.get_state()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_rng_state(states[0])
+        set_random_state(states[1], device)
+        random.setstate(states[2])
+        np.random.set_state(states[3])
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                with torch.no_grad():
+                    buffer.copy_(before)

@@ -1,0 +1,70 @@
+"""Putting a batch together from rows at hand and rows that still have to be computed."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from .calls import Call
+from .front import Front
+
+# Position of the first element that is kept of a row, and the end; `(0, -1)` where a row is kept whole.
+Span = tuple[int, int]
+
+
+def plan(depths: list[int], depth: int) -> dict[int, list[int]] | None:
+    """
+    Which rows to compute from which depth.
+
+    Args:
+        depths (`list[int]`): of each row, units that it has been through; `0` if it was not found.
+        depth (`int`): units of the front.
+
+    Returns:
+        `dict[int, list[int]]`, or `None` if it is as cheap to compute all rows from the start.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, found in enumerate(depths):
+        if found != depth:
+            groups.setdefault(found, []).append(row)
+    cost = sum(len(rows) * (depth - start) for start, rows in groups.items())
+    return None if cost >= len(depths) * depth else groups
+
+
+def assemble(
+    front: Front, call: Call, spans: list[Span], at_hand: dict[int, torch.Tensor], groups: dict[int, list[int]]
+) -> torch.Tensor:
+    """What crosses the boundary: activations at hand, and the others computed from where they were left."""
+    parts = {
+        start: front.run(call, rows, start, stack(call, spans, rows, at_hand) if start else None)
+        for start, rows in groups.items()
+    }
+    computed = {row: part[i] for start, part in parts.items() for i, row in enumerate(groups[start])}
+    if len(computed) == call.rows and len(parts) == 1:
+        return parts.popitem()[1]
+    ready = {row: kept for row, kept in at_hand.items() if row not in computed}
+    hidden = stack(call, spans, range(call.rows), ready, like=next(iter((ready or computed).values())))
+    for row, values in computed.items():
+        hidden[row] = values
+    return hidden
+
+
+def stack(
+    call: Call,
+    spans: list[Span],
+    rows: Iterable[int],
+    at_hand: Mapping[int, torch.Tensor],
+    like: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows at hand as one batch on the model's device, with zeros for padding and for rows that are not at hand."""
+    rows, like = list(rows), next(iter(at_hand.values())) if like is None else like
+    padded = spans[0][1] >= 0
+    batch = torch.zeros((len(rows), *((call.length, *like.shape[1:]) if padded else like.shape)), dtype=like.dtype)
+    for place, row in enumerate(rows):
+        if row in at_hand:
+            (batch[place, slice(*spans[row])] if padded else batch[place]).copy_(at_hand[row])
+    return batch.to(call.device)
+
+
+def cut(hidden: torch.Tensor, spans: list[Span], rows: Iterable[int]) -> list[torch.Tensor]:
+    """What is kept of some rows."""
+    return [hidden[row, slice(*spans[row])] if spans[row][1] >= 0 else hidden[row] for row in rows]

@@ -1,0 +1,133 @@
+"""The frozen front of a model in training, and all that follows when it grows: DDP's reducer, FLOPs, the cache."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .activation_cache import ActivationCache, make_cache
+from .config import SmartFRZConfig
+from .cost.flops import ComputeMeter
+from .distributed.consensus import Ranks
+from .distributed.ddp import rebuild_reducer
+from .distributed.fsdp import reshard
+from .freezing.compile import GraphLimits
+from .freezing.freezer import Freezer
+from .model.units import BlockStack, Unit
+
+
+class Front:
+    """
+    Freezes the front of a model in training, and keeps everything that depends on it in step. All methods are to be called
+    in all processes.
+
+    Args:
+        model (`torch.nn.Module`): what the training loop calls.
+        stack ([`BlockStack`]): its units.
+        optimizer (`torch.optim.Optimizer`): plain or prepared by Accelerate.
+        config ([`SmartFRZConfig`]): of the run.
+        ranks ([`Ranks`]): the processes of the run.
+        total_steps (`int`): optimizer steps of the run.
+        steps_per_epoch (`float`, *optional*): optimizer steps in one pass over the data, if known.
+        compiled (`bool`): whether the loop runs a compiled model.
+
+    Attributes:
+        freezer ([`Freezer`]): freezes parameters and cuts the backward pass.
+        meter ([`ComputeMeter`]): counts FLOPs.
+        cache ([`ActivationCache`], *optional*): keeps the outputs of the front.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stack: BlockStack,
+        optimizer: Optimizer,
+        config: SmartFRZConfig,
+        ranks: Ranks,
+        total_steps: int,
+        steps_per_epoch: float | None,
+        compiled: bool,
+    ):
+        self._model, self._stack, self._config, self._ranks = model, stack, config, ranks
+        dtype = getattr(torch, config.frozen_dtype) if config.frozen_dtype else None
+        self.freezer = Freezer(stack, optimizer, dtype)
+        self.meter = ComputeMeter(model, stack, optimizer)
+        self._graphs = GraphLimits(compiled)
+        self._cache_options = (total_steps, steps_per_epoch, compiled)
+        self.cache = self._make_cache()
+
+    @property
+    def depth(self) -> int:
+        """Frozen units."""
+        return self.freezer.depth
+
+    def freeze_to(self, depth: int) -> list[Unit]:
+        """Freeze all units in front of `depth`, and return those that froze now."""
+        units = self.freezer.freeze_to(depth)
+        if self.cache is not None and self.freezer.constant:
+            self.cache.freeze_to(depth)
+        self._adapt()
+        return units
+
+    def unfreeze(self) -> list[Unit]:
+        """Train everything again, with an empty cache, and return the units that were frozen."""
+        if self.cache is not None:
+            savings = self.cache.savings
+            self.cache.close()
+            self.cache = self._make_cache()
+            if self.cache is not None:
+                self.cache.savings = savings
+                if savings.off is not None:
+                    self.cache.close()
+        units = self.freezer.unfreeze_to(0)
+        if units:
+            self._adapt()
+        return units
+
+    def check_consistency(self, step: int) -> None:
+        """
+        See that the processes still have the same frozen front.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        if self.depth:
+            self._ranks.check_equal(self.freezer.checksum(), f"the checksum of the frozen front at step {step}")
+
+    def before_update(self) -> None:
+        """Take note of frozen parameters that somebody has made trainable, and count FLOPs where that is due."""
+        thawed = self.freezer.check()
+        if thawed:
+            if self.cache is not None:
+                self.cache.close()
+            if rebuild_reducer(self._model):  # their gradients of this step were not exchanged
+                parameters = dict(self._stack.model.named_parameters())
+                for name in thawed:
+                    parameters[name].grad = None
+        with self.beside_training():
+            self.meter.count()
+
+    def beside_training(self) -> AbstractContextManager:
+        """A context for passes that the cache must neither serve nor learn from."""
+        return nullcontext() if self.cache is None else self.cache.bypassed()
+
+    def close(self) -> None:
+        """Leave the model as it was found, except for its weights."""
+        if self.cache is not None:
+            self.cache.close()
+        reshard(self._model)
+        if self.freezer.unfreeze_to(0):
+            rebuild_reducer(self._model)
+        self._graphs.restore()
+        self.meter.close()
+
+    def _adapt(self) -> None:
+        self._graphs.extend()
+        self.meter.freeze_to(self.depth)
+        rebuild_reducer(self._model)
+
+    def _make_cache(self) -> ActivationCache | None:
+        options: Any = self._cache_options
+        return make_cache(self._config, self.freezer, self.meter, self._ranks, *options)
