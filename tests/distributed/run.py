@@ -182,7 +182,9 @@ def main():
     weights = {key: whole(value) for key, value in model.state_dict().items()}
     save_file(weights, options.folder / f"end-{rank}.safetensors")
     assert all(p.requires_grad for p in model.parameters())
-    callback.run.observer.history.save(options.folder / f"history-{rank}.safetensors")
+    history = callback.run.observer.history.state_dict()
+    kept = {key: value.contiguous() for key, value in history.items() if key != "steps"}
+    save_file(kept, options.folder / f"history-{rank}.safetensors")
     found = {
         "world_size": args.world_size,
         "stages": [[stage.step, stage.depth] for stage in callback.ledger.stages],
