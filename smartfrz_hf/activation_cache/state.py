@@ -13,7 +13,9 @@ from ..model.forward_patch import ForwardPatch
 from ..model.units import BlockStack
 
 # Fields of every module; what others a module has are its settings.
-COMMON_FIELDS = frozenset(vars(nn.Module())) - {"training"}
+COMMON_FIELDS = frozenset(vars(nn.Module())) - {"training"} | {
+    "__getstate__"
+}  # the last one is put there by `FrozenWeights`
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 # In each call, at most about so many elements of the weights are compared with what they were, evenly spread; of small fronts all.
 PROBED_ELEMENTS = 2**18
