@@ -1,5 +1,5 @@
 """
-Rebuild the tables in README.md and in the method card from the results files: `python -m benchmarks.tables`.
+Rebuild the tables in README.md, in docs/ and in the method card from the results files: `python -m benchmarks.tables`.
 
 A page marks each table with `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -12,10 +12,13 @@ from smartfrz_hf.predictor_training.card import point_table, score_table
 
 from .predictor import ablation, regret
 from .quality import headroom, held_out
-from .speed import ddp_bytes
+from .speed import ddp_bytes, step_time
 from .utils import ROOT, read_json
 
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "predictor" / "method_card.md")
+PAGES = tuple(
+    ROOT / page
+    for page in ("README.md", "docs/benchmarks.md", "docs/distributed.md", "benchmarks/predictor/method_card.md")
+)
 # Name of the table: the results file, and the function that turns its content into Markdown.
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "ablation": ("predictor/results/ablation", ablation.table),
@@ -25,6 +28,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "held-out tasks": ("predictor/results/predictor", lambda results: score_table(results["leave_one_task_out"])),
     "held-out runs": ("quality/results/held_out", held_out.table),
     "operating points": ("predictor/results/predictor", lambda results: point_table(results["operating_points"])),
+    "step times, minilm": ("speed/results/step_time", lambda results: step_time.table(results["models"]["minilm"])),
+    "step times, vit": ("speed/results/step_time", lambda results: step_time.table(results["models"]["vit"], 3)),
     "regret": ("predictor/results/labels", regret.regret_table),
     "regret by shift": ("predictor/results/labels", regret.shift_table),
     "regret by label": ("predictor/results/labels", regret.correlation_table),
