@@ -19,7 +19,8 @@ from .nested import float_tensors
 
 logger = logging.get_logger(__name__)
 
-AUDIO_SAMPLES = 4000
+AUDIO_SAMPLES, AUDIO_FRAMES = 4000, 64
+FEATURE_SIZES = ("feature_projection_input_dim", "input_feat_per_channel")
 
 
 @dataclass(frozen=True)
@@ -109,31 +110,36 @@ def _tiny_batches(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
     """Batches to try: the main input alone, then everything that the forward pass takes and that is known here."""
     config, device, main = model.config, model.device, model.main_input_name
     takes = inspect.signature(model.forward).parameters
-    known = {name: value.to(device) for name, value in model.dummy_inputs.items()}
-    sizes = [config, *(getattr(config, name) for name in getattr(config, "sub_configs", ()) if hasattr(config, name))]
+    text = {name: value.to(device) for name, value in model.dummy_inputs.items()}
+    rows = len(text[main]) if main in text else 1
+    nested = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
 
     def size(*keys: str) -> Any:
-        return next((getattr(c, key) for key in keys for c in sizes if getattr(c, key, None) is not None), None)
+        values = (getattr(part, key, None) for key in keys for part in (config, *nested))
+        return next((value for value in values if value is not None), None)
 
     def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, device=device, dtype=model.dtype)
+        return torch.zeros((rows, *shape), device=device, dtype=model.dtype)
 
     # A network without positions takes any size that its strides do not bring to nothing.
     image = size("image_size") or 64
     height, width = (image, image) if isinstance(image, int) else image
-    known["pixel_values"] = zeros(1, size("num_channels") or 3, height, width)
-    known["input_values"] = zeros(1, AUDIO_SAMPLES)
-    if (mels := size("num_mel_bins")) is not None:
-        if (frames := size("max_source_positions")) is not None:
-            known["input_features"] = zeros(1, mels, 2 * frames)
-        if (frames := size("max_length")) is not None:
-            known["input_values"] = zeros(1, frames, mels)
-    if main == "input_ids":
-        yield {name: value.to(device) for name, value in model.dummy_inputs.items()}
-    elif main in known:
-        yield {main: known[main]}
-    known["decoder_input_ids"] = torch.ones(len(known.get(main, [0])), 2, dtype=torch.long, device=device)
+    picture = (size("num_channels") or 3, height, width)
+    known = text | {"pixel_values": zeros(*picture), "input_values": zeros(AUDIO_SAMPLES)}
+    mels, frames, features = size("num_mel_bins"), size("max_source_positions"), size(*FEATURE_SIZES)
+    if mels and frames:  # Whisper
+        known["input_features"] = zeros(mels, 2 * frames)
+    elif features:
+        known["input_features"] = zeros(AUDIO_FRAMES, features)
+    if mels and (frames := size("max_length")):  # AST
+        known["input_values"] = zeros(frames, mels)
+    if main in known:
+        yield text if main in text else {main: known[main]}
+    known["decoder_input_ids"] = torch.ones(rows, 2, dtype=torch.long, device=device)
     yield {name: value for name, value in known.items() if name in takes}
+    if frames := size("num_frames"):
+        known["pixel_values"] = zeros(frames, *picture)
+        yield {name: value for name, value in known.items() if name in takes}
 
 
 @contextmanager

@@ -13,14 +13,16 @@ from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer
 from smartfrz_hf.policies import Decision
 
 STAGES = {2: 1, 4: 2, 6: 3}
-# The step after a stage is counted, uncompiled; the one after that makes the graph.
-GRAPHS = [0, 1, 1, 2, 2, 3, 3, 4]
+# The step after a stage makes a graph.
+GRAPHS = [1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def tiny_bert(**changes):
     """Three units."""
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(**TEXT | {"num_hidden_layers": 2} | changes))
+    model = BertForSequenceClassification(BertConfig(**TEXT | {"num_hidden_layers": 2} | changes))
+    model.config.problem_type = "single_label_classification"  # which BERT sets in its first pass, and compiles again
+    return model
 
 
 class Graphs(TrainerCallback):
@@ -70,7 +72,8 @@ def run(folder, backend=None, alone=False, model=None, config=None, **changes):
 def test_one_graph_more_for_each_stage(tmp_path, alone):
     plain, counted, _ = run(tmp_path, alone=alone)
     trainer, callback, graphs = run(tmp_path, "eager", alone)
-    assert graphs == GRAPHS
+    # With the callback alone, hooks inside the compiled model wait for the first batch, which makes one graph more.
+    assert graphs == [count + alone for count in GRAPHS]
     assert_same_run(plain, trainer)
     assert callback.ledger.spent == counted.ledger.spent and callback.ledger.full == counted.ledger.full
     assert_left_alone(trainer.model)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, build
 from safetensors.torch import load_file
-from smartfrz_hf.activation_cache.worth import CacheMonitor
 from training import Rows, train
 
 from smartfrz_hf import Freezer, SmartFRZConfig, SmartFRZTrainer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
+from smartfrz_hf.activation_cache.monitor import CacheMonitor
 
 
 def go(folder, smartfrz=None, **changes):
@@ -78,7 +78,7 @@ def test_other_weights_can_be_loaded_meanwhile():
 
 
 def test_offloading_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(CacheMonitor, "why_not", lambda self: None)
+    monkeypatch.setattr(CacheMonitor, "loss", lambda self: None)
     offloaded = []
     real = SmartFRZTrainer.training_step
 
@@ -94,7 +94,7 @@ def test_offloading_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(SmartFRZTrainer, "training_step", training_step)
     settings = {"activation_cache": True, "offload_frozen": True}
     on = go(tmp_path / "on", settings, **changes)
-    assert offloaded[0] == 0 and offloaded[-1] >= 30  # two blocks of 16 tensors
+    assert offloaded[0] == 0 and max(offloaded) >= 30  # two blocks of 16 tensors
     for key, value in off.model.state_dict().items():
         assert torch.equal(value, on.model.state_dict()[key]), key
     for checkpoint in (tmp_path / "on").glob("checkpoint-*"):
@@ -113,7 +113,7 @@ def test_offloaded_weights_come_back_for_a_new_row(dtype):
     expected, expected_new = model(**batch).logits, model(**new).logits
     cache = ActivationCache(stack, ActivationStore(2**24), weights=freezer.weights)
     cache.freeze_to(3)
-    for _ in range(4):
+    for _ in range(6):
         assert torch.equal(model(**batch).logits, expected)
     assert freezer.weights.offloaded
     assert torch.equal(model(**batch).logits, expected)
