@@ -253,6 +253,10 @@ def has_global_forward_hooks() -> bool:
     return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
 
 
+# Set on a model when Transformers has put in the hooks that [`records_outputs`] knows.
+OUTPUTS_RECORDED = "_output_capturing_hooks_installed"
+
+
 def records_outputs(hook: Callable) -> bool:
     """Whether it is the hook by which Transformers collects hidden states and attentions, which does nothing unless asked."""
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import PushToHubMixin, logging
+from huggingface_hub import HfApi, hf_hub_download
+from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +49,7 @@ def _option(default: Any, text: str, **metadata: Any) -> Any:
 
 
 @dataclass
-class SmartFRZConfig(PushToHubMixin):
+class SmartFRZConfig:
     r"""
     Configuration of [`SmartFRZCallback`], [`SmartFRZTrainer`] and [`FreezingRun`].
 
@@ -209,9 +210,8 @@ class SmartFRZConfig(PushToHubMixin):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"`{name}` is {value}; it must be at least 0.")
-        for name in ("blocks", "stem"):
-            if getattr(self, name) == [] and name == "blocks":
-                raise ValueError("`blocks` is empty; give at least one name or pattern, or leave it out.")
+        if self.blocks == []:
+            raise ValueError("`blocks` is empty; give at least one name or pattern, or leave it out.")
 
     def steps(self, name: str, total_steps: int) -> int:
         """
@@ -249,6 +249,25 @@ class SmartFRZConfig(PushToHubMixin):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
+        """
+        Put `smartfrz_config.json` into a repository on the Hub, and return the address of the commit.
+
+        Args:
+            repo_id (`str`): `user/name`; made if it does not exist.
+            private (`bool`, *optional*): whether a new repository is private.
+            token (`str`, *optional*): defaults to the stored one, or that of `HF_TOKEN`.
+            kwargs: for [`~huggingface_hub.HfApi.upload_file`], such as `revision` or `commit_message`.
+
+        Raises:
+            OSError: the Hub cannot be reached, or refuses.
+        """
+        api, content = HfApi(token=token), json.dumps(self.to_dict(), indent=2).encode()
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        kwargs = {"commit_message": "Upload SmartFRZ configuration", **kwargs}
+        commit = api.upload_file(path_or_fileobj=content, path_in_repo=CONFIG_NAME, repo_id=repo_id, **kwargs)
+        return commit.commit_url
+
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, **kwargs: Any) -> "SmartFRZConfig":
         """
@@ -263,8 +282,6 @@ class SmartFRZConfig(PushToHubMixin):
         """
         file = Path(name) / CONFIG_NAME
         if not file.parent.is_dir():
-            from huggingface_hub import hf_hub_download
-
             try:
                 file = Path(hf_hub_download(os.fspath(name), CONFIG_NAME, **kwargs))
             except (OSError, ValueError) as error:

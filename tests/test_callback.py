@@ -13,6 +13,7 @@ from architectures import ARCHITECTURES, build
 from torch import nn
 from training import Rows, Watcher, arguments, assert_same_run, smartfrz, train
 from transformers import Trainer, TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer, find_blocks
 
@@ -322,3 +323,52 @@ def test_one_callback_serves_one_trainer_after_the_other(tmp_path):
     for name in ("bert", "roberta"):
         train(tmp_path, [callback], build(name))
         assert callback.ledger.depth == 2 and callback.ledger.units[1].startswith(name)
+
+
+def lora_model():
+    """Nothing is trainable outside the units."""
+    return peft.get_peft_model(build("bert"), peft.LoraConfig(target_modules=["query", "value"]))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # by peft
+def test_something_trainable_always_stays(tmp_path):
+    callback = smartfrz(0.9)
+    trainer = train(tmp_path, [callback], lora_model())
+    assert trainer.state.global_step == 20 and callback.ledger.depth == 4
+    assert "bert.encoder.layer.3" not in callback.ledger.freeze_steps
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # by peft
+def test_training_ends_when_all_is_frozen_if_asked(tmp_path):
+    callback = smartfrz(0.9, when_all_frozen="stop", first_decision=5)
+    trainer = train(tmp_path, [callback], lora_model())
+    assert trainer.state.global_step == 5
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_a_run_that_goes_on_trains_its_front_again(tmp_path):
+    """The learning rate had come to zero, and rises again with the new number of steps."""
+    settings = {"save_strategy": "steps", "save_steps": 10}
+    train(tmp_path, [smartfrz(0.9, first_decision=5)], max_steps=10, **settings)
+    watcher, callback = Watcher(), smartfrz(0.9, first_decision=5, decide_every=100)
+    train(tmp_path, [watcher, callback], max_steps=30, resume=str(tmp_path / "checkpoint-10"), **settings)
+    assert [(stage.step, stage.depth) for stage in callback.ledger.stages][-1] == (11, 0)
+    assert len(watcher.trainable[0]) < len(watcher.trainable[1]) == len(watcher.trainable[-1])
+
+
+def test_schedules_of_torch_restart(tmp_path):
+    model = build("bert")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 10)
+    callback = smartfrz(0.9, first_decision=8, decide_every=100)
+    train(tmp_path, [callback], model, trainer_kwargs={"optimizers": (optimizer, schedule)})
+    assert [(stage.step, stage.depth) for stage in callback.ledger.stages] == [(8, 5), (10, 0), (20, 0)][:2]
+
+
+def test_features_that_end_with_a_frozen_stem_are_told(tmp_path, caplog):
+    transformers_logging.enable_propagation()
+    try:
+        train(tmp_path, [smartfrz(0.5)], max_steps=1, neftune_noise_alpha=5.0)
+        assert "NEFTune adds noise to the embeddings only until the stem freezes" in caplog.text
+    finally:
+        transformers_logging.disable_propagation()

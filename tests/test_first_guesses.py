@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each starts an interpreter
+
 UTILS = Path(__file__).parent / "utils"
 SET_UP = f"""
 import sys, tempfile

@@ -56,7 +56,8 @@ def stack(
     like: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rows at hand as one batch on the model's device, with zeros for padding and for rows that are not at hand."""
-    rows, like = list(rows), next(iter(at_hand.values())) if like is None else like
+    rows = list(rows)
+    like = at_hand[rows[0]] if like is None else like
     padded = spans[0][1] >= 0
     batch = torch.zeros((len(rows), *((call.length, *like.shape[1:]) if padded else like.shape)), dtype=like.dtype)
     for place, row in enumerate(rows):

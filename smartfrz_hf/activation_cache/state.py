@@ -8,14 +8,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .._compat import forward_hooks, has_global_forward_hooks, records_outputs, tensor_tables, tensor_version
+from .._compat import (
+    OUTPUTS_RECORDED,
+    forward_hooks,
+    has_global_forward_hooks,
+    records_outputs,
+    tensor_tables,
+    tensor_version,
+)
 from ..model.forward_patch import ForwardPatch
 from ..model.units import BlockStack
 
 # Fields of every module; what others a module has are its settings.
-COMMON_FIELDS = frozenset(vars(nn.Module())) - {"training"} | {
-    "__getstate__"
-}  # the last one is put there by `FrozenWeights`
+# `FrozenWeights` puts `__getstate__` there.
+COMMON_FIELDS = frozenset(vars(nn.Module())) - {"training"} | {OUTPUTS_RECORDED, "__getstate__"}
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 # In each call, at most about so many elements of the weights are compared with what they were, evenly spread; of small fronts all.
 PROBED_ELEMENTS = 2**18

@@ -27,11 +27,11 @@ class ComputeMeter:
     """
     Counts the FLOPs of a training run, by unit.
 
-    Forward and backward: one forward pass of a few training rows is counted, see [`~smartfrz_hf.cost.trace.count_pass`].
-    It shows what each unit costs per element (token, pixel) of the model's main input, and how much of its backward
-    pass is needed at each depth. A hook counts the elements of each pass in training mode; without gradients, as in
-    gradient caching, it has no backward pass. Costs that do not grow with the batch, such as those of DeBERTa's relative positions, are
-    scaled like all others. The counted pass itself is left out.
+    Forward and backward: one forward pass of a few training rows is counted, see
+    [`~smartfrz_hf.cost.trace.count_pass`]. It shows what each unit costs per element (token, pixel) of the main input,
+    and how much of its backward pass is needed at each depth. A hook counts the elements of each training-mode pass.
+    A pass without gradients, as in gradient caching, costs its forward pass alone. Costs that do not grow with the
+    batch, such as those of DeBERTa's relative positions, are scaled like all others. The counted pass is left out.
 
     Optimizer: the counter does not see elementwise work, so a convention stands in for it. In each optimizer step, an
     element of a parameter that has a gradient costs 2 FLOPs for the plain update, and 5 for each tensor of the
@@ -61,8 +61,8 @@ class ComputeMeter:
         self._set_costs(None)
         units = len(stack) + 1
         self._update = np.zeros(units)  # FLOPs of an optimizer step with nothing frozen, by unit
-        # What has run: elements and optimizer steps by depth, passes, elements of passes without gradients and of those
-        # beside training, and elements that a cache has left out, by unit.
+        # What has run: elements and optimizer steps by depth, passes, elements of passes without gradients and of
+        # those beside training, and elements that a cache has left out, by unit.
         self._elements, self._steps, self._skipped = np.zeros(units), np.zeros(units), np.zeros(units)
         self._passes = self._forward_only = self._aside = 0
         # Sums from a checkpoint of format 1.
@@ -100,14 +100,14 @@ class ComputeMeter:
         return self._average(self._full_by_unit())
 
     def freeze_to(self, depth: int) -> None:
-        """From now on, `depth` units of the front are frozen."""
+        """From now on, `depth` units of the front are frozen: more than before, or fewer."""
         self._depth = depth
 
     def count(self) -> None:
         """
         Do the counted pass, unless it is done or no training pass has come yet. An activation cache must be bypassed
-        meanwhile. If the pass fails, one warning says so, and a unit is taken to cost 2 FLOPs per trainable parameter and element
-        in the forward pass, and twice that in the backward pass.
+        meanwhile. If the pass fails, one warning says so, and a unit is taken to cost 2 FLOPs per trainable parameter
+        and element in the forward pass, and twice that in the backward pass.
         """
         inputs = self._first_batch.inputs
         if self._costs is not None or inputs is None:
@@ -116,9 +116,10 @@ class ComputeMeter:
             elements = main_input_elements(self._model, inputs)
             self._set_costs(count_pass(self._model, self._stack, self._weights, inputs, elements))
         except Exception as error:  # the model's own code runs here
+            name = type(self._stack.model).__name__
             logger.warning(
-                f"The FLOPs of {type(self._stack.model).__name__} cannot be counted ({type(error).__name__}: {error}): "
-                "they are estimated from its trainable parameters. Training is not affected."
+                f"The FLOPs of {name} cannot be counted ({type(error).__name__}: {error}). "
+                "They are estimated from its trainable parameters. Training is not affected."
             )
             self._set_costs(_by_parameters(self._weights))
             forget_failed_pass(self._model)
@@ -161,8 +162,8 @@ class ComputeMeter:
         """
         JSON values: `costs` (`forward` and `backward` of [`PassCosts`]; `None` until counted), `update` (FLOPs of an
         optimizer step by unit), `elements` and `steps` (by depth), `passes`, `forward_elements` (of passes without
-        gradients), `probe_elements`, `skipped_elements` (by unit), `earlier` (`spent` and `full` of a run whose checkpoint
-        holds only these sums).
+        gradients), `probe_elements`, `skipped_elements` (by unit), `earlier` (`spent` and `full` of a run whose
+        checkpoint holds only these sums).
         """
         return {
             "costs": None if self._costs is None else self._costs.state_dict(),
@@ -203,7 +204,7 @@ class ComputeMeter:
             self._forward_only += self._latest
 
     def _spent_by_unit(self) -> np.ndarray:
-        """Forward, backward and optimizer FLOPs, of shape `(3, units + 1)`."""
+        """Forward, backward and optimizer FLOPs of the units and the head, of shape `(3, units + 1)`."""
         ran = self._elements.sum() + self._forward_only + self._aside - self._skipped
         # A unit is updated in the steps at the depths up to its own index.
         return np.stack([self._forward * ran, self._backward @ self._elements, self._update * self._steps.cumsum()])

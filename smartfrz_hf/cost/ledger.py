@@ -198,7 +198,7 @@ class Ledger:
             f"{self.trainable_parameters:,} trainable parameters ({self.frozen_fraction:.1%})"
         )
         lines.append(
-            f"compute saved: {self.compute_saved:.1%} ({self.spent.total:.3g} of {self.full.total:.3g} FLOPs were spent)"
+            f"compute saved: {self.compute_saved:.1%} ({self.spent.total:.3g} of {self.full.total:.3g} FLOPs spent)"
         )
         if self.cache is not None:
             held = (self.cache.bytes_memory + self.cache.bytes_disk) / 2**20

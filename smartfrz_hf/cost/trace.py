@@ -50,8 +50,8 @@ class PassCosts:
 
 class TrainableWeights:
     """
-    Which unit each trainable weight belongs to: a weight used in several units belongs to the first of them, and one that
-    freezing leaves alone ([`~smartfrz_hf.freezing.kept.kept_parameters`]) to the head.
+    Which unit each trainable weight belongs to. A weight that several units use belongs to the first of them, and one
+    that freezing leaves alone ([`~smartfrz_hf.freezing.kept.kept_parameters`]) to the head.
 
     Args:
         model ([`~torch.nn.Module`]): the model that the training loop calls.
@@ -98,7 +98,7 @@ class _Tracer(TorchFunctionMode):
         super().__init__()
         units = weights.head + 1
         self.forward = [0.0] * units
-        # By unit, and by the last unit that has to be trainable for it: what is needed while the depth is at most that.
+        # By unit, and by the last unit that has to be trainable: what is needed while the depth is at most that.
         self.backward = [[0.0] * units for _ in range(units)]
         self.counter = FlopCounterMode(display=False)
         self.counter.mod_tracker = _NoModules()  # type: ignore[assignment]
@@ -150,7 +150,7 @@ class _Tracer(TorchFunctionMode):
         self._running.pop()
 
     def begin_block(self, at_least: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before a block runs that is given a gradient to its input where the unit `at_least`, or an earlier one, trains."""
+        """Before a block runs whose input needs a gradient at all depths up to `at_least`, whatever went into it."""
         for _, tensor in named_tensors((args, kwargs)):
             self.mark(tensor, max(self._mark_of(tensor), at_least))
 
@@ -245,7 +245,7 @@ def count_pass(
                 )
                 context.enter_context(module.register_forward_hook(tracer.end_unit))
         for index, block in enumerate(stack.blocks, start=1):
-            # What may enter the block needs a gradient, though no trainable weight went into it.
+            # The input of the block may need a gradient though no trainable weight went into it.
             at_least = index if uses_reentrant_checkpointing(block) else 0 if weights.input_grads else CONSTANT
             hook = partial(tracer.begin_block, at_least)
             context.enter_context(block.register_forward_pre_hook(hook, with_kwargs=True))

@@ -1,12 +1,12 @@
-"""With the activation cache, losses and weights are those without it, bit for bit."""
+"""With the activation cache, losses are those without it up to rounding, and rows that come again are found."""
 
-import contextlib
 import copy
 import time
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, build
+from cached import assert_same_losses, cached, losses, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -15,41 +15,10 @@ from training import Rows, train
 
 from smartfrz_hf import Freezer, SmartFRZConfig, SmartFRZTrainer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
-from smartfrz_hf.activation_cache.prefix import Prefix
-from smartfrz_hf.activation_cache.worth import CacheMonitor
+from smartfrz_hf.activation_cache.monitor import CacheMonitor
 
 # Its one block runs several times.
 REFUSED = {"albert"}
-
-
-def run(folder, cache, model="bert", dataset=None, policy="linear", callbacks=(), smartfrz=None, **changes):
-    config = SmartFRZConfig(policy=policy, activation_cache=cache, **smartfrz or {})
-    arguments = {"num_train_epochs": 5, "max_steps": -1, "eval_strategy": "epoch", "logging_steps": 1} | changes
-    return train(
-        folder,
-        callbacks,
-        build(model),
-        SmartFRZTrainer,
-        dataset or Rows(32, images=ARCHITECTURES[model].build().main_input_name == "pixel_values"),
-        {"smartfrz": config},
-        **arguments,
-    )
-
-
-def losses(trainer):
-    return [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
-
-
-def assert_same(off, on):
-    assert losses(on) == losses(off)
-    for key, value in off.model.state_dict().items():
-        assert torch.equal(value, on.model.state_dict()[key]), key
-
-
-@pytest.fixture
-def patient(monkeypatch):
-    """Tiny models compute faster than anything can be looked up; keep their cache on nevertheless."""
-    monkeypatch.setattr(CacheMonitor, "why_not", lambda self: None)
 
 
 class Text(Rows):
@@ -60,67 +29,128 @@ class Text(Rows):
         return found | {"labels": torch.where(found["attention_mask"].bool(), found["input_ids"], -100)}
 
 
+class Uneven(Rows):
+    """Rows of many lengths, without their padding."""
+
+    def __init__(self, count=32):
+        super().__init__(count)
+        lengths = torch.randint(3, 13, (count,), generator=torch.Generator().manual_seed(1)).tolist()
+        self.rows = [row | {"input_ids": row["input_ids"][:n]} for row, n in zip(self.rows, lengths, strict=True)]
+
+
+def collate(rows, left=False):
+    """Dynamic padding."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def pad(values):
+        missing = longest - len(values)
+        return torch.nn.functional.pad(values, (missing, 0) if left else (0, missing))
+
+    return {
+        "input_ids": torch.stack([pad(row["input_ids"]) for row in rows]),
+        "attention_mask": torch.stack([pad(torch.ones_like(row["input_ids"])) for row in rows]),
+        "labels": torch.stack([row["labels"] for row in rows]),
+    }
+
+
 @pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_is_exact_or_refused_in_every_architecture(tmp_path, name):
+def test_every_architecture_is_served_or_refused(tmp_path, name):
     dataset = Text(32) if name in ("gpt2", "llama", "qwen2") else None
     changes = {"eval_strategy": "no"} if dataset else {}
     changes |= {"smartfrz": {"linear_depth": 1.0}}
     if name in REFUSED:
         changes |= {"policy": "static", "smartfrz": {"static_depth": 2}}
     off, on = (run(tmp_path / str(cache), cache, name, dataset, **changes) for cache in (False, True))
-    assert_same(off, on)
+    assert_same_losses(off, on)
     cache = on.ledger.cache
     assert off.ledger.cache is None
     if name in REFUSED:
         assert "cannot be served" in cache.off
     else:
-        assert cache.off is None and cache.hits > 0 and cache.bytes_memory > 0
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - REFUSED))
-def test_gives_what_the_front_gives_in_every_architecture(name):
-    with cached(name, exact=False) as (model, cache, batch):
-        found = model(**batch)
-        assert cache.savings.hits == 3 * cache.savings.rows / 4 > 0
-        cache.close()
-        expected = model(**batch)
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
-
-
-def collate(rows):
-    """Dynamic padding."""
-    length = max(int(row["attention_mask"].sum()) for row in rows)
-    return {
-        "input_ids": torch.stack([row["input_ids"][:length] for row in rows]),
-        "attention_mask": torch.stack([row["attention_mask"][:length] for row in rows]),
-        "labels": torch.stack([row["labels"] for row in rows]),
-    }
+        assert cache.off is None and cache.hits > 0 and cache.bytes_memory > 0 and cache.checked_rows > 0
 
 
 @pytest.mark.usefixtures("patient")
-def test_dynamic_padding_accumulation_and_growing_depth_are_exact(tmp_path):
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_rows_that_come_again_are_found(tmp_path, bf16):
+    """With dynamic padding, shuffled: all rows of the second epoch, and of a stage that moves on."""
+
     def go(cache, folder):
-        config = SmartFRZConfig(policy="linear", linear_depth=1.0, activation_cache=cache)
+        stages = {"policy": "static", "static_depth": 2} | {"activation_cache": cache}
         return train(
             tmp_path / folder,
             model=build("bert"),
             trainer_class=SmartFRZTrainer,
-            dataset=Rows(48),
-            trainer_kwargs={"smartfrz": config, "data_collator": collate},
+            dataset=Uneven(64),
+            trainer_kwargs={"smartfrz": SmartFRZConfig(**stages), "data_collator": collate},
+            remove_unused_columns=False,
+            max_steps=-1,
+            num_train_epochs=4,
+            logging_steps=1,
+            bf16=bf16,
+        )
+
+    off, on = go(False, "off"), go(True, "on")
+    assert_same_losses(off, on, 0.05 if bf16 else 1e-4)
+    cache = on.ledger.cache
+    # The first step is not looked up, as its FLOPs are counted; nor is the second one, which tells whether padding is read.
+    assert cache.rows == 4 * 64 - 8 and cache.hits >= 0.95 * 3 * 64
+    assert on.ledger.compute_saved > off.ledger.compute_saved
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_rows_move_on_once(left, bf16):
+    """Rows kept at one depth are run forward to the next, once, and not computed from the start."""
+    name = "llama"  # whose positions are relative, so that padding in front only shifts a row
+    model = build(name).eval()
+    stack = find_blocks(model)
+    freezer = Freezer(stack)
+    cache = ActivationCache(stack, ActivationStore(2**24))
+    cache._padding.unread = True
+    rows, order = Uneven(64).rows, torch.Generator().manual_seed(0)
+
+    def epoch():
+        before = cache.savings.rows, cache.savings.hits
+        for chosen in torch.randperm(64, generator=order).split(8):
+            batch = collate([rows[i] for i in chosen.tolist()], left)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                model(batch["input_ids"], batch["attention_mask"])
+        return cache.savings.hits - before[1], cache.savings.rows - before[0]
+
+    for depth in (2, 4, 5):
+        freezer.freeze_to(depth)
+        cache.freeze_to(depth)
+        hits, all_rows = epoch()
+        assert hits >= (0 if depth == 2 else 0.95 * all_rows)
+        assert epoch() == (64, 64)
+    assert cache.savings.off is None
+    cache.close()
+
+
+@pytest.mark.usefixtures("patient")
+def test_accumulation_and_growing_depth(tmp_path):
+    def go(cache, folder):
+        return train(
+            tmp_path / folder,
+            model=build("bert"),
+            trainer_class=SmartFRZTrainer,
+            dataset=Uneven(48),
+            trainer_kwargs={
+                "smartfrz": SmartFRZConfig(policy="linear", linear_depth=1.0, activation_cache=cache),
+                "data_collator": collate,
+            },
             remove_unused_columns=False,
             max_steps=-1,
             num_train_epochs=6,
             gradient_accumulation_steps=2,
-            eval_strategy="epoch",
             logging_steps=1,
         )
 
     off, on = go(False, "off"), go(True, "on")
-    assert_same(off, on)
-    assert len(on.ledger.stages) >= 4 and on.ledger.cache.hits > 0
-    assert on.ledger.compute_saved > off.ledger.compute_saved
+    assert_same_losses(off, on)
+    assert len(on.ledger.stages) >= 4 and on.ledger.cache.hits > 0.5 * on.ledger.cache.rows
 
 
 class HalfAugmented(Rows):
@@ -135,10 +165,10 @@ class HalfAugmented(Rows):
 
 
 @pytest.mark.usefixtures("patient")
-def test_augmented_rows_are_misses(tmp_path):
+def test_augmented_rows_are_not_found(tmp_path):
     changes = {"dataset": HalfAugmented(96), "policy": "static", "per_device_train_batch_size": 16}
     off, on = run(tmp_path / "off", False, **changes), run(tmp_path / "on", True, **changes)
-    assert_same(off, on)
+    assert_same_losses(off, on)
     cache = on.ledger.cache
     assert 0 < cache.hits < 0.6 * cache.rows
 
@@ -160,18 +190,6 @@ def test_turns_itself_off_when_no_row_comes_again(tmp_path):
     assert "forward" not in trainer.model.bert.__dict__
 
 
-def test_does_not_try_what_cannot_pay_any_more(tmp_path, monkeypatch):
-    tried = []
-    real = Prefix.prove
-    monkeypatch.setattr(Prefix, "prove", lambda self, call: tried.append(call.rows) or real(self, call))
-    late = {"linear_start": 0.75, "linear_depth": 1.0}
-    changes = {"num_train_epochs": 3, "eval_strategy": "no", "per_device_train_batch_size": 8}
-    trainer = run(tmp_path / "late", True, smartfrz=late, dataset=Rows(64), **changes)
-    assert trainer.ledger.stages[-1].depth >= 2 and not tried
-    run(tmp_path / "early", True, policy="static", **changes | {"dataset": Rows(128)})
-    assert tried
-
-
 def test_turns_itself_off_when_lookups_are_slow(tmp_path, monkeypatch):
     stores = []
     real = ActivationStore.get
@@ -184,10 +202,32 @@ def test_turns_itself_off_when_lookups_are_slow(tmp_path, monkeypatch):
     monkeypatch.setattr(ActivationStore, "get", slow)
     off = run(tmp_path / "off", False, policy="static", num_train_epochs=6)
     on = run(tmp_path / "on", True, policy="static", num_train_epochs=6)
-    assert_same(off, on)
+    assert_same_losses(off, on)
     assert "longer than computing" in on.ledger.cache.off
     assert on.ledger.cache.seconds_saved < 0
     assert not len(stores[0]) and stores[0].memory_used == 0
+
+
+def test_several_rows_per_example_are_counted_as_rows(tmp_path):
+    """Multiple choice: the backbone sees more rows than there are examples, and an epoch is still an epoch."""
+    monitor = CacheMonitor(total_steps=40, steps_per_epoch=10)
+    monitor.start()
+    for step in range(1, 40):
+        monitor.count(rows=4 * 8, hits=0 if step <= 10 else 32)
+        monitor.gain(-1.0 if step <= 10 else 1.0)
+        if monitor.end_of_step(step):
+            assert monitor.loss() is None
+    assert monitor.last_epoch
+
+
+@pytest.mark.parametrize(
+    ("total", "per_epoch", "last_from"), [(40, 10, 30), (35, 10, 30), (10, 10, 0), (5, 10, 0), (41, 13.5, 41)]
+)
+def test_knows_when_no_row_comes_again(total, per_epoch, last_from):
+    monitor = CacheMonitor(total, per_epoch)
+    for step in range(total):
+        monitor.end_of_step(step)
+        assert monitor.last_epoch == (step >= last_from)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +243,7 @@ def test_turns_itself_off_when_lookups_are_slow(tmp_path, monkeypatch):
 def test_room_too_small_or_no_folder_costs_nothing(tmp_path, budgets):
     off = run(tmp_path / "off", False, policy="static")
     on = run(tmp_path / "on", True, policy="static", smartfrz=budgets)
-    assert_same(off, on)
+    assert_same_losses(off, on)
     cache = on.ledger.cache
     assert cache is None or (cache.bytes_memory <= 5000 and cache.bytes_disk == 0)
 
@@ -214,76 +254,9 @@ def test_a_disk_that_fills_up_costs_only_its_room(tmp_path, half_a_megabyte):
     budgets = {"cache_memory": 0.0, "cache_disk": 2.0**24, "cache_folder": str(half_a_megabyte)}
     off = run(tmp_path / "off", False, **arguments)
     on = run(tmp_path / "on", True, smartfrz=budgets, **arguments)
-    assert_same(off, on)
+    assert_same_losses(off, on)
     assert on.ledger.cache.hits > 0 and 0 < on.ledger.cache.bytes_disk < 256 * 4096
     assert not list(half_a_megabyte.glob("smartfrz-cache*"))
-
-
-@contextlib.contextmanager
-def cached(name="bert", depth=3, **changes):
-    """A model in evaluation mode whose front is frozen and cached, its cache, and a batch that is in it."""
-    model = build(name).eval()
-    stack = find_blocks(model)
-    Freezer(stack).freeze_to(depth)
-    cache = ActivationCache(stack, ActivationStore(2**24), **changes)
-    cache.freeze_to(depth)
-    batch = ARCHITECTURES[name].batch(model)
-    if batch["labels"].ndim == 2:  # a loss over padding would be refused
-        batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
-    try:
-        with torch.no_grad():
-            for _ in range(3):
-                model(**batch)
-        assert 3 * cache.savings.hits == 2 * cache.savings.rows > 0
-        yield model, cache, batch
-    finally:
-        cache.close()
-
-
-def test_asking_for_hidden_states_runs_the_front():
-    with cached() as (model, cache, batch):
-        found = model(**batch, output_hidden_states=True)
-        cache.close()
-        expected = model(**batch, output_hidden_states=True)
-    assert all(torch.equal(a, b) for a, b in zip(expected.hidden_states, found.hidden_states, strict=True))
-
-
-@torch.no_grad()
-def test_other_weights_empty_it():
-    with cached() as (model, cache, batch):
-        before = model(**batch).logits
-        state = {key: value + 0.01 if "layer.0" in key else value for key, value in model.state_dict().items()}
-        model.load_state_dict(state)
-        found = model(**batch).logits
-        cache.close()
-        assert torch.equal(found, model(**batch).logits) and not torch.equal(found, before)
-
-
-@torch.no_grad()
-def test_a_copy_of_the_model_runs_by_itself():
-    with cached() as (model, _, batch):
-        expected = model(**batch).logits
-        twin = copy.deepcopy(model)
-        for parameter in model.bert.encoder.layer[0].parameters():
-            parameter.fill_(0.5)
-        assert torch.equal(twin(**batch).logits, expected)
-
-
-@torch.no_grad()
-def test_frozen_blocks_that_read_masked_positions_are_refused():
-    """Rows are known without their padding, which is right only where nothing reads it."""
-    for exact in (True, False):
-        model = build("bert").eval()
-        for layer in model.bert.encoder.layer:
-            layer.register_forward_pre_hook(lambda module, args: (args[0] + args[0].mean(1, keepdim=True), *args[1:]))
-        stack = find_blocks(model)
-        Freezer(stack).freeze_to(3)
-        cache = ActivationCache(stack, ActivationStore(2**24), exact=exact)
-        cache.freeze_to(3)
-        batch = ARCHITECTURES["bert"].batch(model)
-        batch["attention_mask"][0, 5:] = 0
-        model(**batch)
-        assert "positions that the attention mask hides" in cache.savings.off
 
 
 @pytest.mark.usefixtures("patient")
@@ -296,30 +269,16 @@ def test_frozen_blocks_that_read_masked_positions_are_refused():
     ],
     ids=["checkpointing", "reentrant", "workers"],
 )
-def test_is_exact_with_other_arguments(tmp_path, changes):
+def test_with_other_arguments(tmp_path, changes):
     changes = {"per_device_train_batch_size": 8, "dataset": Rows(48), "num_train_epochs": 4} | changes
     off, on = (run(tmp_path / str(cache), cache, **changes) for cache in (False, True))
-    assert_same(off, on)
+    assert_same_losses(off, on)
     assert on.ledger.cache.off is None and on.ledger.cache.hits > 0
-
-
-@torch.no_grad()
-def test_keeps_what_the_boundary_had_under_autocast():
-    with torch.autocast("cpu", torch.bfloat16), cached() as (model, cache, batch):
-        found = model(**batch).logits
-        stored = {row.dtype for row in cache.store._memory.values()}
-        cache.close()
-        boundary = []
-        hook = lambda module, args, kwargs: boundary.append(args[0])  # noqa: E731
-        model.bert.encoder.layer[2].register_forward_pre_hook(hook, with_kwargs=True)
-        # Not to the last bit: in bf16, plain runs differ among themselves on some processors.
-        torch.testing.assert_close(found, model(**batch).logits, rtol=0.02, atol=0.02)
-        assert stored == {boundary[0].dtype}
 
 
 @pytest.mark.usefixtures("patient")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # said by peft
-def test_is_exact_under_an_adapter(tmp_path):
+def test_under_an_adapter(tmp_path):
     def go(cache):
         torch.manual_seed(0)
         config = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=2)
@@ -338,8 +297,21 @@ def test_is_exact_under_an_adapter(tmp_path):
         )
 
     off, on = go(False), go(True)
-    assert_same(off, on)
+    assert_same_losses(off, on)
     assert on.ledger.cache.off is None and on.ledger.cache.hits > 0
+
+
+def test_keeps_what_the_boundary_had_under_autocast():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), cached() as (model, cache, batch):
+        found = model(**batch).logits
+        stored = {row.dtype for row in cache.store._memory._rows.values()}
+        cache.close()
+        boundary = []
+        hook = lambda module, args, kwargs: boundary.append(args[0])  # noqa: E731
+        model.bert.encoder.layer[2].register_forward_pre_hook(hook, with_kwargs=True)
+        # Not to the last bit: in bf16, plain runs differ among themselves on some processors.
+        torch.testing.assert_close(found, model(**batch).logits, rtol=0.02, atol=0.02)
+        assert stored == {boundary[0].dtype}
 
 
 ROWS = Rows(12).rows
@@ -360,16 +332,18 @@ ROWS = Rows(12).rows
     st.sampled_from([0, 4000, 2**24]),
     st.integers(0, 7),
     st.booleans(),
+    st.sampled_from(["bert", "llama"]),
 )
-def test_never_gives_a_wrong_activation(batches, budget, grow_at, exact):
-    """Any order, duplicates, padding, empty masks, growing depth and budget: logits are those of the plain model."""
-    model = build("bert").eval()
+def test_never_gives_a_wrong_activation(batches, budget, grow_at, without_padding, name):
+    """Any order, duplicates, padding, empty masks, growing depth and budget: outputs are those of the plain model."""
+    model = build(name).eval()
     stack = find_blocks(model)
     freezer = Freezer(stack)
     freezer.freeze_to(2)
-    cache = ActivationCache(stack, ActivationStore(budget), exact=exact)
+    cache = ActivationCache(stack, ActivationStore(budget))
+    cache._padding.unread = without_padding or None
     cache.freeze_to(2)
-    plain = copy.deepcopy(build("bert").eval())
+    plain = copy.deepcopy(build(name).eval())
     with torch.no_grad():
         for number, (chosen, padding, side, empty) in enumerate(batches):
             if number == grow_at:
@@ -380,10 +354,17 @@ def test_never_gives_a_wrong_activation(batches, budget, grow_at, exact):
             shape = (len(chosen), padding)
             parts = [(ids, mask), (torch.full(shape, number), torch.zeros(shape, dtype=torch.long))]
             ids, mask = (torch.cat(part, 1) for part in zip(*(parts if side == "right" else parts[::-1]), strict=True))
-            if empty:
+            if empty and name == "bert":
                 mask[0] = 0
             batch = {"input_ids": ids, "attention_mask": mask}
-            tolerance = 0 if exact else 1e-5
-            torch.testing.assert_close(model(**batch).logits, plain(**batch).logits, rtol=tolerance, atol=tolerance)
+            found, expected = model(**batch).logits, plain(**batch).logits
+            if found.ndim > 2 and without_padding:
+                found, expected = found[mask.bool()], expected[mask.bool()]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert cache.savings.off is None
     cache.close()
+
+
+def test_losses_are_noted(tmp_path):
+    """What the other tests compare is there."""
+    assert len(losses(run(tmp_path, True))) > 40

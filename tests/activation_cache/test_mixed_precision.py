@@ -7,7 +7,7 @@ from resuming import assert_same_end, run
 from training import Rows, Watcher, arguments, assert_same_run, predictor_that_says
 
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer, find_blocks
-from smartfrz_hf.activation_cache.worth import CacheMonitor
+from smartfrz_hf.activation_cache.monitor import CacheMonitor
 
 BF16 = {"bf16": True, "use_cpu": True}
 
@@ -27,7 +27,7 @@ def test_resuming_under_autocast_equals_never_having_stopped(tmp_path, alone):
 @pytest.mark.parametrize("half", [False, True], ids=["autocast", "weights in bfloat16"])
 def test_frozen_under_autocast_with_and_without_the_cache(tmp_path, half, monkeypatch):
     # Tiny models compute faster than anything can be looked up; keep their cache on nevertheless.
-    monkeypatch.setattr(CacheMonitor, "why_not", lambda self: None)
+    monkeypatch.setattr(CacheMonitor, "loss", lambda self: None)
     settings = {} if half else BF16
     runs = []
     for cache in (True, False):

@@ -40,7 +40,7 @@ def test_the_summary_is_a_table_of_units_with_totals():
         "head             10              -           0.0%",
         "-------------------------------------------------",
         "frozen now: 2 of 3 units, 3,500 of 6,010 trainable parameters (58.2%)",
-        "compute saved: 25.0% (90 of 120 FLOPs were spent)",
+        "compute saved: 25.0% (90 of 120 FLOPs spent)",
     ]
     cache = CacheSavings(rows=1200, hits=900, seconds_saved=1.5, bytes_memory=2**20, off="it does not pay")
     assert ledger(cache=cache).summary().splitlines()[-1] == (

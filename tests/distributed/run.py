@@ -92,12 +92,9 @@ class Watching(TrainerCallback):
             self.copied.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
             units = find_blocks(self.copied).units
             every = range(len(units))
-            weights_per_unit = WeightSampler(units, self.callback.run.observer.sampler.weights_per_unit).read_all(
-                every
-            )
-            assert torch.equal(self.callback.run.observer.sampler.read_all(every), weights_per_unit), (
-                "shards give other samples"
-            )
+            sampler = self.callback.run.observer.sampler
+            samples = WeightSampler(units, sampler.weights_per_unit).read_all(every)
+            assert torch.equal(sampler.read_all(every), samples), "shards give other samples"
 
 
 def whole(tensor):
@@ -182,9 +179,7 @@ def main():
     weights = {key: whole(value) for key, value in model.state_dict().items()}
     save_file(weights, options.folder / f"end-{rank}.safetensors")
     assert all(p.requires_grad for p in model.parameters())
-    history = callback.run.observer.history.state_dict()
-    kept = {key: value.contiguous() for key, value in history.items() if key != "steps"}
-    save_file(kept, options.folder / f"history-{rank}.safetensors")
+    save_file({"history": callback.run.observer.history.snapshots()}, options.folder / f"history-{rank}.safetensors")
     found = {
         "world_size": args.world_size,
         "stages": [[stage.step, stage.depth] for stage in callback.ledger.stages],

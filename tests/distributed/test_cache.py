@@ -16,8 +16,8 @@ if sys.platform != "linux":
 
 
 def results(folder, *words, ranks=2):
-    """What each rank of `cached.py` saw, and the weights, which are the same on all."""
-    done = launch(folder, *words, ranks=ranks, script="cached.py")
+    """What each rank of `cached_ranks.py` saw, and the weights, which are the same on all."""
+    done = launch(folder, *words, ranks=ranks, script="cached_ranks.py")
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((folder / f"end-{rank}.json").read_text()) for rank in range(ranks)]
     assert [part["world_size"] for part in found] == [ranks] * ranks
@@ -108,7 +108,7 @@ def test_killed_ranks_go_on(never_killed, tmp_path, save_steps, resumed_at):
     """SIGKILL, to every rank, in mid-epoch: no handler, no clean-up, and the store of the host is gone with them."""
     folder = tmp_path / "killed"
     words = [*KILLED, f"--save_steps={save_steps}"]
-    done = launch(folder, *words, "--killed_at=13", script="cached.py")
+    done = launch(folder, *words, "--killed_at=13", script="cached_ranks.py")
     assert done.returncode != 0 and "SIGKILL" in done.stderr
     assert all(path.name.startswith("checkpoint-") for path in folder.iterdir())
     found, weights = results(folder, *words)

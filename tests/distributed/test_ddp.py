@@ -62,4 +62,4 @@ def test_callback_alone(two, tmp_path):
     for key, value in weights.items():
         torch.testing.assert_close(two[2][key], value, atol=1e-5, rtol=1e-5)
     done = launch(tmp_path / "refused", "--alone=do not find")
-    assert done.returncode != 0 and "Use `SmartFRZTrainer`, or `SmartFRZMixin`" in done.stderr
+    assert done.returncode != 0 and "Use `SmartFRZTrainer`, or add `SmartFRZMixin`" in done.stderr

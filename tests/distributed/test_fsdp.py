@@ -96,7 +96,7 @@ def test_callback_alone(sharded, tmp_path):
     assert all(torch.equal(value, sharded[2][key]) for key, value in weights.items())
     assert found[0]["sent"] == sharded[1][0]["sent"]
     done = launch(tmp_path / "refused", *alone, recipe="fsdp2_cpu")
-    assert done.returncode != 0 and "Use `SmartFRZTrainer`, or `SmartFRZMixin`" in done.stderr
+    assert done.returncode != 0 and "Use `SmartFRZTrainer`, or add `SmartFRZMixin`" in done.stderr
 
 
 def test_without_an_accelerator_it_is_ddp_and_says_so(tmp_path):

@@ -67,6 +67,7 @@ def run(folder, backend=None, alone=False, model=None, config=None, **changes):
     return trainer, callback, graphs.counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback alone"])
 def test_one_graph_more_for_each_stage(tmp_path, alone):
     plain, counted, _ = run(tmp_path, alone=alone)
@@ -78,6 +79,7 @@ def test_one_graph_more_for_each_stage(tmp_path, alone):
     assert_left_alone(trainer.model)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_traced_backward_pass(tmp_path):
     plain, _, _ = run(tmp_path)
     trainer, _, graphs = run(tmp_path, "aot_eager")
@@ -101,6 +103,7 @@ def test_inductor(tmp_path):
         assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_more_stages_than_graphs_are_allowed(tmp_path):
     """The limit is put back, and a second run starts with no graph."""
     config = torch._dynamo.config

@@ -109,6 +109,22 @@ def test_push_and_load_again(hub, run, folder):
     assert "check `revision`" in error
 
 
+def test_a_configuration_goes_to_the_hub_and_back(hub, run):
+    code = (
+        "from smartfrz_hf import SmartFRZConfig; import sys\n"
+        "print(SmartFRZConfig(operating_point='aggressive', cache_memory='8GB').push_to_hub(sys.argv[1]))\n"
+        "config = SmartFRZConfig.from_pretrained(sys.argv[1])\n"
+        "assert (config.operating_point, config.cache_memory) == ('aggressive', 8e9)\n"
+        "try:\n"
+        "    SmartFRZConfig.from_pretrained('me/nothing')\n"
+        "except OSError as error:\n"
+        "    assert 'me/nothing' in str(error)\n"
+    )
+    done = run("-c", code, "me/config", token=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert f"{hub.endpoint}/me/config/commit/" in done.stdout
+
+
 def test_a_predictor_in_a_subfolder(hub, run, folder):
     hub.commit(REPO, {f"small/{name}": value for name, value in files_of(folder).items()})
     assert load(run, subfolder="small")["sum"] == content(folder)

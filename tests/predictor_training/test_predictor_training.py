@@ -419,6 +419,7 @@ def test_every_label_covers_every_probe(harvested):
             assert wanted[-1].all(), "at the end, all units have converged"
 
 
+@pytest.mark.slow
 def test_evaluate_and_fit_write_a_predictor_and_its_card(harvested, tmp_path):
     folder, runs, out, results = harvested[0], tmp_path / "runs", tmp_path / "mine", tmp_path / "results.json"
     runs.mkdir()

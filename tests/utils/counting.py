@@ -11,12 +11,12 @@ def attention(query, key, value, *_, **__):
 
 
 def attention_backward(grad, query, key, value, *_, **__):
-    # The four products that the gradients are made of. torch adds a fifth, the scores, which fused kernels compute again.
+    # The four products that make the gradients. torch adds a fifth, the scores, which fused kernels compute again.
     return 2 * sdpa_flop_count(query, key, value)
 
 
 def convolution_backward(grad, x, weight, bias, stride, padding, dilation, transposed, out, groups, mask, *_, **__):
-    # Each of the two gradients takes the multiplications of the forward pass. torch has the gradient of the weights cost
+    # Each of the two gradients takes the multiplications of the forward pass. torch has that of the weights cost
     # as many times that as there are groups, see below.
     return (mask[0] + mask[1]) * 2 * prod(weight) * grad[0] * prod((x if transposed else grad)[2:])
 
