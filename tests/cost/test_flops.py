@@ -11,6 +11,7 @@ from architectures import ARCHITECTURES, TEXT, build
 from counting import counted
 from torch import nn
 from training import assert_same_run, smartfrz, train
+from versions import checkpoint_activations
 
 from smartfrz_hf import Freezer, SmartFRZCallback, SmartFRZConfig, find_blocks
 from smartfrz_hf._compat import has_input_grads
@@ -38,7 +39,7 @@ class Bench:
     def of(cls, name, optimizer=None, checkpointing=None):
         model = build(name)
         if checkpointing is not None:
-            model.activation_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+            checkpoint_activations(model, checkpointing == "reentrant")
         return cls(model, ARCHITECTURES[name].batch(model), optimizer)
 
     def freeze_to(self, depth):
@@ -164,7 +165,7 @@ def test_nothing_is_charged_for_a_frozen_base_in_front_of_the_first_adapter(name
 def test_adapters_under_activation_checkpointing(depth, reentrant):
     bench = with_adapters("llama", layers_to_transform=[2, 3], **ADAPTERS["llama"])
     model = bench.model.base_model.model
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant)
     if not has_input_grads(model):  # a second time, they could not be turned off
         model.enable_input_require_grads()
     assert_as_torch_counts(Bench(bench.model, bench.batch), depth, tolerance=0.01)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from architectures import ARCHITECTURES, build
+from versions import checkpoint_activations
 
 from smartfrz_hf import Freezer, find_blocks
 from smartfrz_hf.model.forward_patch import ForwardPatch
@@ -78,7 +79,7 @@ def test_patches_of_others_are_copied():
 @pytest.mark.parametrize("where", ["cast", "disable", "hook"])
 def test_an_interrupt_while_freezing_can_be_undone(where, monkeypatch):
     model = build("bert")
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     optimizer = torch.optim.AdamW(model.parameters())
     attributes = {key: set(module.__dict__) for key, module in model.named_modules()}
     freezer = Freezer(find_blocks(model), optimizer, torch.bfloat16)

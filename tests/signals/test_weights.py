@@ -119,14 +119,19 @@ def test_frozen_units_are_not_recorded():
     assert 2 not in history.snapshots()[0]
 
 
-def test_save_and_load(tmp_path):
-    history = WeightHistory(2, 3, 4)
-    sampler = WeightSampler([unit_of(numbered((2, 2))), unit_of(numbered((4, 4)))], weights_per_unit=4)
-    for step in (0, 5, 10, 15):
-        history.record(sampler, step)
-    history.save(tmp_path / "history.safetensors")
-    loaded = WeightHistory.load(tmp_path / "history.safetensors")
-    assert loaded.steps == [0, 5, 10, 15]
-    assert torch.equal(loaded.snapshots(), history.snapshots()) and torch.equal(loaded.start, history.start)
-    history.record(sampler, 20), loaded.record(sampler, 20)
-    assert torch.equal(loaded.snapshots(), history.snapshots())
+def test_a_history_goes_on_from_its_state():
+    for steps in ((0, 5), (0, 5, 10, 15)):
+        history = WeightHistory(2, 3, 4)
+        sampler = WeightSampler([unit_of(numbered((2, 2))), unit_of(numbered((4, 4)))], weights_per_unit=4)
+        for step in steps:
+            history.record(sampler, step)
+        state = history.state_dict()
+        assert state.keys() == {"snapshots", "start", "steps"} and state["steps"] == list(steps)
+        loaded = WeightHistory(2, 3, 4)
+        loaded.load_state_dict(state)
+        assert loaded.steps == history.steps and loaded.start.equal(history.start)
+        assert loaded.snapshots().equal(history.snapshots())
+        history.record(sampler, 20), loaded.record(sampler, 20)
+        assert loaded.snapshots().equal(history.snapshots())
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 4\) .* this one has the shape \(3, 3, 4\)"):
+        WeightHistory(3, 3, 4).load_state_dict(state)
