@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 .NOTPARALLEL:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed bench-demo bench-step bench-regret bench-held-out predictor predictor-smoke check format clean
+.PHONY: help demo test test-distributed fuzz bench-demo bench-step bench-regret bench-held-out predictor predictor-smoke check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run all tests; PYTEST_ARGS="-
 
 test-distributed: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run the tests with two processes, which `make test` runs too
 	$(BIN)/python -m pytest tests/distributed $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.stamp-test ## Compare 2,000 short trainings with and without the activation cache
+	$(BIN)/python tests/fuzz/fuzz.py 0 2000
 
 bench-demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Repeat the demo over three seeds, into benchmarks/results
 	$(BIN)/python benchmarks/demo.py

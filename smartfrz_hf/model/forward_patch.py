@@ -27,7 +27,7 @@ class ForwardPatch:
         self.before = module.__dict__.get("forward")
         module.__dict__["forward"] = self
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, /, *args, **kwargs):
         """Run in the place of the module's own forward pass."""
         return self.forward(*args, **kwargs)
 
