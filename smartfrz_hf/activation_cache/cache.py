@@ -133,7 +133,7 @@ class ActivationCache:
             return self._reasons.most_common(1)[0][0]
         return f"the forward pass of {type(self.stack.backbone).__name__} was not called, or no row came again"
 
-    def _forward(self, *args, **kwargs) -> Any:
+    def _forward(self, /, *args, **kwargs) -> Any:
         """Stands in for the forward pass of the backbone."""
         front = self._front
         assert front is not None

@@ -151,7 +151,7 @@ class Front:
                 patch.remove()
         self.patches, self._model_patch = {}, None
 
-    def plain(self, *args, **kwargs) -> Any:
+    def plain(self, /, *args, **kwargs) -> Any:
         """The backbone's own forward pass."""
         return self._entry_patch.original(*args, **kwargs)
 
@@ -236,7 +236,7 @@ class Front:
         finally:
             self._pass = before
 
-    def _call_model(self, *args, **kwargs) -> Any:
+    def _call_model(self, /, *args, **kwargs) -> Any:
         assert self._model_patch is not None
         original = self._model_patch.original
         if self.busy:
@@ -247,7 +247,7 @@ class Front:
         finally:
             self.outer_call = None
 
-    def _run_or_skip(self, index: int, patch: ForwardPatch, *args, **kwargs) -> Any:
+    def _run_or_skip(self, index: int, patch: ForwardPatch, /, *args, **kwargs) -> Any:
         """Stands in for the forward pass of the block of unit `index`."""
         one = self._pass
         if one is not None:

@@ -142,7 +142,7 @@ class FrontState:
             # Names in it are filled in by some models on their way.
             numbers = {field: v for field, v in vars(config).items() if isinstance(v, bool | int | float)}
             settings[0] |= {("", field): v for field, v in numbers.items() if field != "use_cache"}
-        if any(tensor.requires_grad for part in tensors for tensor in part):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for part in tensors for tensor in part):
             self.obstacle = self.obstacle or "a part of the front trains"
         if functions != self._functions:
             self._functions_changed += bool(self._functions)

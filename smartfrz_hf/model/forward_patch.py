@@ -57,7 +57,7 @@ class MethodPatch:
         self._previous = module.__dict__.get(name)  # a patch that somebody else has made
         module.__dict__[name] = self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:  # methods may have an argument `self` of their own
         """Run the replacement."""
         return self.replacement(*args, **kwargs)
 

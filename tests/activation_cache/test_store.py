@@ -13,7 +13,6 @@ from smartfrz_hf.activation_cache.store import ActivationStore
 PAGE = 4096
 AMPLE = 2**24
 TIERS = {"memory": {"memory_bytes": AMPLE}, "disk": {"memory_bytes": 0, "disk_bytes": AMPLE}}
-FOREIGN = "smartfrz-cache-1-0123456789abcdef"
 
 
 def keys(count, first=0):
@@ -84,10 +83,8 @@ def test_disk_takes_what_memory_cannot(tmp_path):
         assert_same(row[1], expected)
     assert found[7:] == [None] * 3
     assert store.trouble is None
-    store.clear()
-    assert (len(store), store.memory_used, store.disk_used, store.full) == (0, 0, 0, False)
-    assert store.put(keys(10), 2, batch) == 7
     store.close()
+    assert (len(store), store.memory_used, store.disk_used) == (0, 0, 0)
 
 
 def test_no_budget_stores_nothing_and_makes_no_file(tmp_path):
@@ -126,12 +123,41 @@ def test_a_refused_row_leaves_the_one_before(tmp_path):
 
 ROWS = st.builds(
     lambda size, seed, dtype: torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype),
-    st.integers(0, 1200),
+    st.integers(1, 1200),
     st.integers(0, 9),
     st.sampled_from([torch.float32, torch.float16, torch.int64]),
 )
-PUTS = st.tuples(st.just("put"), st.dictionaries(st.sampled_from(keys(8)), ROWS, max_size=8))
-STEPS = st.one_of(PUTS, PUTS, PUTS, st.tuples(st.just("clear"), st.just({})))
+
+
+@given(
+    st.integers(0, 12000),
+    st.integers(0, 8 * PAGE),
+    st.lists(st.dictionaries(st.sampled_from(keys(8)), ROWS, max_size=8), max_size=12),
+)
+@settings(max_examples=40, deadline=None)
+def test_behaves_like_a_dict_within_its_budgets(memory_bytes, disk_bytes, steps):
+    with tempfile.TemporaryDirectory() as folder:
+        store = ActivationStore(memory_bytes, disk_bytes, folder)
+        model: dict[bytes, tuple[int, torch.Tensor]] = {}
+        for front, rows in enumerate(steps, start=1):
+            kept = store.put(list(rows), front, list(rows.values()))
+            stored = [key for key, found in zip(rows, store.fronts(list(rows)), strict=True) if found == front]
+            assert kept == len(stored) and store.full >= (kept < len(rows))
+            for key in rows:
+                # Only a row that is bigger than the one before may be refused.
+                assert key in stored or key not in model or rows[key].nbytes > model[key][1].nbytes
+            model |= {key: (front, rows[key]) for key in stored}
+            assert store.memory_used <= memory_bytes and store.disk_used <= disk_bytes
+            assert len(store) == len(model)
+            for key, found in zip(keys(8), store.get(keys(8)), strict=True):
+                if key in model:
+                    assert found is not None and found[0] == model[key][0]
+                    assert_same(found[1], model[key][1])
+                else:
+                    assert found is None
+        assert store.trouble is None
+        store.close()
+        assert not os.listdir(folder)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -204,8 +230,8 @@ def test_refuses_what_cannot_work(arguments, message):
 @pytest.mark.parametrize("module", ["lmdb", "xxhash"])
 def test_says_what_to_install(monkeypatch, tmp_path, module):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, "smartfrz_hf.activation_cache.disk", raising=False)
-    monkeypatch.delattr("smartfrz_hf.activation_cache.disk", raising=False)
+    monkeypatch.delitem(sys.modules, "smartfrz_hf.activation_cache.lmdb_tier", raising=False)
+    monkeypatch.delattr("smartfrz_hf.activation_cache.lmdb_tier", raising=False)
     ActivationStore(100).close()
     with pytest.raises(ImportError, match=rf"'{module}'.*smartfrz_hf\[disk\]"):
         ActivationStore(100, 100, tmp_path)
@@ -223,7 +249,6 @@ def test_unusable_folder_costs_the_disk_only(tmp_path, kind):
     assert store.put(keys(2), 1, torch.ones(2, 3)) == 1
     assert [found is None for found in store.get(keys(2))] == [False, True]
     assert store.full
-    store.clear()
     store.close()
 
 
@@ -240,11 +265,8 @@ def test_a_full_disk_costs_nothing_but_room(half_a_megabyte, caplog):
     for entry, expected in zip(found, batch, strict=True):
         if entry is not None:
             assert_same(entry[1], expected)
-    # Memory is still in use, and `clear` gives the disk back.
+    # Memory is still in use.
     assert store.put(keys(1), 41, batch[1:2]) == 1
-    store.clear()
-    assert store.trouble is None
-    assert store.put(keys(4), 42, batch[:4]) == 4
     store.close()
     assert not os.listdir(half_a_megabyte)
 
@@ -261,15 +283,57 @@ def test_a_forked_child_leaves_the_folder_alone(tmp_path):
             os._exit(0)
     os.waitpid(child, 0)
     assert_same(store.get(keys(1))[0][1], torch.ones(3))
-    assert len(os.listdir(tmp_path)) == 1
+    assert not os.listdir(tmp_path)
     store.close()
 
 
-CHILD = """
-import sys, torch
-from smartfrz_hf.activation_cache.store import ActivationStore
-store = ActivationStore(0, 2**20, sys.argv[1])
-store.put([bytes(16)], 1, torch.ones(1, 3))
-print("ready", flush=True)
-sys.stdin.read()
-"""
+# Counted from the row's bytes in the file: its first and last.
+@pytest.mark.parametrize("place", [0, 3999])
+def test_a_flipped_bit_is_noticed(tmp_path, caplog, place):
+    store = ActivationStore(0, AMPLE, tmp_path)
+    rows = torch.randn(3, 1000)
+    store.put(keys(3), 1, rows)
+    file = f"/proc/self/fd/{store._disk._file}"
+    with open(file, "r+b", buffering=0) as stream:
+        start = stream.read().index(rows[1].numpy().tobytes())
+        stream.seek(start + place)
+        byte = stream.read(1)[0]
+        stream.seek(start + place)
+        stream.write(bytes([byte ^ 4]))
+    for _ in range(2):
+        found = store.get(keys(3))
+        assert found[1] is None
+        assert_same(found[0][1], rows[0])
+        assert_same(found[2][1], rows[2])
+    assert ["damaged" in record.message for record in caplog.records] == [True]
+    assert len(store) == 2 and store.trouble is None
+    store.put(keys(1, 1), 2, rows[1:2])
+    assert_same(store.get(keys(1, 1))[0][1], rows[1])
+    store.close()
+
+
+def test_a_file_full_of_gaps_costs_nothing_but_room(tmp_path, monkeypatch):
+    # The file's limit leaves room for gaps; here it is below the budget, and is met at once.
+    real = lmdb.open
+    monkeypatch.setattr(lmdb, "open", lambda path, **options: real(path, **options | {"map_size": 2**19}))
+    store = ActivationStore(0, AMPLE, tmp_path)
+    batch = torch.randn(20, 10000)
+    kept = sum(store.put(keys(1, i), 1, batch[i : i + 1]) for i in range(20))
+    assert 4 <= kept <= 12
+    assert store.full and store.trouble is None
+    for entry, expected in zip(store.get(keys(kept)), batch[:kept], strict=True):
+        assert_same(entry[1], expected)
+    store.close()
+
+
+def test_nothing_has_a_name(tmp_path):
+    """So nothing is left of it, however its process ends."""
+    store = ActivationStore(0, AMPLE, tmp_path)
+    store.put(keys(1), 1, torch.ones(1, 3))
+    assert not os.listdir(tmp_path)
+    files = len(os.listdir("/proc/self/fd"))
+    store.close()
+    store.close()
+    assert len(os.listdir("/proc/self/fd")) < files
+    assert store.get(keys(1)) == [None]
+    assert store.put(keys(1), 1, torch.ones(1, 3)) == 0

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from architectures import TEXT, build
 from safetensors.torch import save_file
-from smartfrz_hf.activation_cache.worth import CacheMonitor
 from training import Rows, arguments
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer
 from smartfrz_hf.activation_cache import sharing
+from smartfrz_hf.activation_cache.monitor import CacheMonitor
 from smartfrz_hf.policies import Decision
 
 
@@ -63,7 +63,6 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--world_size", type=int, default=2)
     parser.add_argument("--no_cache", action="store_true")
-    parser.add_argument("--inexact", action="store_true")
     parser.add_argument("--memory", type=float, default=2.0**26)
     parser.add_argument("--disk", type=float, default=0.0)
     parser.add_argument("--model", default="bert")
@@ -105,7 +104,7 @@ def main():
     )
     assert args.world_size == options.world_size, f"{args.world_size} processes, not {options.world_size}"
     # Tiny models compute faster than anything can be looked up; keep their cache on nevertheless.
-    CacheMonitor.why_not = lambda self: None
+    CacheMonitor.loss = lambda self: None
     if options.hosts:
         sharing._host = lambda: (str(os.getpid()), 0)
     counting = Counting(options.off_at, options.killed_at)
@@ -120,7 +119,6 @@ def main():
         smartfrz=SmartFRZConfig(
             policy="smartfrz" if options.restarts else "static",
             activation_cache=not options.no_cache,
-            cache_exact=not options.inexact,
             cache_memory=options.memory,
             cache_disk=options.disk,
             cache_folder=str(options.folder),

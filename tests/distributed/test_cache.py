@@ -55,8 +55,8 @@ def never_killed(tmp_path_factory):
 
 
 def test_two_ranks_find_as_many_rows_as_one(tmp_path):
-    two, _ = results(tmp_path / "two", "--inexact")
-    one, _ = results(tmp_path / "one", "--inexact", ranks=1)
+    two, _ = results(tmp_path / "two")
+    one, _ = results(tmp_path / "one", ranks=1)
     # The first step is not looked up: its FLOPs are counted.
     assert rows(two) == rows(one) == [40, 48, 48]
     assert hits(two) == hits(one) == [0, 40, 48]
@@ -90,14 +90,14 @@ def test_when_all_trains_again_all_ranks_share_anew(tmp_path):
 
 
 def test_the_budget_is_that_of_the_host(tmp_path):
-    found, _ = results(tmp_path / "little", "--inexact", "--memory=30000")
+    found, _ = results(tmp_path / "little", "--memory=30000")
     assert 0 < found[0]["kept"][-1] == found[1]["kept"][-1] < 48
     assert all(20000 < part["bytes"][-1] <= 30000 for part in found)
     assert hits(found)[2] == found[0]["kept"][-1]
 
 
 def test_each_host_keeps_its_rows(tmp_path):
-    found, _ = results(tmp_path / "hosts", "--inexact", "--hosts")
+    found, _ = results(tmp_path / "hosts", "--hosts")
     first, second = (part["kept"] for part in found)
     assert first[0] == second[0] == 20 and first[1] < 48
     assert 0 < hits(found)[1] < hits(found)[2] < 48
