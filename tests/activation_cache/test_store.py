@@ -3,9 +3,12 @@
 import math
 import os
 import sys
+import tempfile
 
+import lmdb
 import pytest
 import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartfrz_hf.activation_cache.store import ActivationStore

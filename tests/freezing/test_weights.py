@@ -10,7 +10,7 @@ from training import Rows, train
 
 from smartfrz_hf import Freezer, SmartFRZConfig, SmartFRZTrainer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
-from smartfrz_hf.activation_cache.worth import CacheMonitor
+from smartfrz_hf.activation_cache.monitor import CacheMonitor
 
 
 def go(folder, smartfrz=None, **changes):
@@ -78,7 +78,7 @@ def test_other_weights_can_be_loaded_meanwhile():
 
 
 def test_offloading_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(CacheMonitor, "why_not", lambda self: None)
+    monkeypatch.setattr(CacheMonitor, "loss", lambda self: None)
     offloaded = []
     real = SmartFRZTrainer.training_step
 
