@@ -113,7 +113,9 @@ class LmdbTier:
         Store rows, each in place of what its key holds, which stays where the new row finds no room. Returns the keys of those
         that found room.
         """
-        blobs = {key: _checked(to_bytes(row, key)) for key, row in rows.items()}
+        blobs = {key: bytearray(to_bytes(row, key)) for key, row in rows.items()}
+        for blob in blobs.values():
+            blob[:CHECKSUM_BYTES] = _checksum(blob)
         kept: set[bytes] = set()
         try:
             with self._transaction(write=True) as transaction:
@@ -136,7 +138,9 @@ class LmdbTier:
             views = [transaction.get(key) for key in keys]
             blobs = [None if view is None else bytes(view) for view in views]
         found = list(zip(keys, blobs, strict=True))
-        damaged = [k for k, b in found if b is not None and (b != _checked(b) or HEADER.unpack_from(b)[1] != k)]
+        damaged = [
+            key for key, blob in found if blob is not None and HEADER.unpack_from(blob)[:2] != (_checksum(blob), key)
+        ]
         if damaged:
             logger.warning_once("Activations were damaged on disk; they are dropped and computed anew.")
             with self._transaction(write=True) as transaction:
@@ -183,9 +187,9 @@ def _identity(file: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _checked(blob: bytes) -> bytes:
-    """The same bytes, with the right checksum in front."""
-    return xxhash.xxh3_64_digest(memoryview(blob)[CHECKSUM_BYTES:]) + blob[CHECKSUM_BYTES:]
+def _checksum(blob: bytes | bytearray) -> bytes:
+    """Of all that follows the place for it."""
+    return xxhash.xxh3_64_digest(memoryview(blob)[CHECKSUM_BYTES:])
 
 
 @contextmanager
