@@ -100,7 +100,7 @@ class LmdbTier:
 
     def has_room(self, size: int) -> bool:
         """Whether a new row of `size` bytes fits."""
-        return self.used + _charge(size) <= self.budget
+        return self.used + _charge(size) + mmap.PAGESIZE <= self.budget  # the index may need one page more
 
     def fronts(self, keys: Sequence[bytes]) -> list[int | None]:
         """For each key the front of its row, or `None`, without reading the row."""
@@ -119,13 +119,11 @@ class LmdbTier:
         kept: set[bytes] = set()
         try:
             with self._transaction(write=True) as transaction:
-                used = _used(transaction)
                 for key, blob in blobs.items():
                     before = transaction.get(key)
                     size = _charge(len(blob)) - (0 if before is None else _charge(len(before)))
-                    if size <= 0 or used + size <= self.budget:
+                    if size <= 0 or _used(transaction) + size + mmap.PAGESIZE <= self.budget:
                         transaction.put(key, blob)
-                        used += size
                         kept.add(key)
         except lmdb.MapFullError:  # what is free lies in pieces too small; the whole transaction is undone
             return set()
