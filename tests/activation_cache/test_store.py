@@ -116,7 +116,7 @@ def test_replacing_frees_the_old_room(store, before, after):
 
 
 def test_a_refused_row_leaves_the_one_before(tmp_path):
-    store = ActivationStore(400, PAGE, tmp_path)
+    store = ActivationStore(400, 2 * PAGE, tmp_path)
     rows = torch.randn(2, 100)
     store.put(keys(2), 1, rows)
     assert store.put(keys(2), 2, torch.randn(2, 2000)) == 0
