@@ -17,9 +17,10 @@ from .calls import Call, name_rows, read_call
 from .checks import SpotChecks, WrongActivationError, time_of
 from .front import Front, UnsupportedModelError
 from .monitor import CacheMonitor
+from .offload import Offload
 from .padding import PaddingWatch
 from .proof import Verdict, prove, random_state, set_random_state
-from .rows import Span, assemble, cut, plan
+from .rows import Span, assemble, cut, left_out, plan
 from .state import FrontState
 from .store import ActivationStore
 
@@ -64,11 +65,12 @@ class ActivationCache:
         weights: FrozenWeights | None = None,
         ranks: int = 1,
     ):
-        self.stack, self.store, self.meter, self.weights = stack, store, meter, weights
+        self.stack, self.store, self.meter = stack, store, meter
         self.savings = CacheSavings()
         self._ranks = ranks
-        self._front: Front | None = Front(stack, self._forward, self._wake)
+        self._front: Front | None = Front(stack, self._forward, lambda: self._offload.wake())
         self._state = FrontState(stack, self._front.entry)
+        self._offload = Offload(weights, self._state)
         self._padding = PaddingWatch()
         # How long a pass over an iterable dataset is, nobody knows; a quarter of the run is time enough for rows to come again.
         self._monitor = CacheMonitor(total_steps, total_steps / 4 if steps_per_epoch is None else steps_per_epoch)
@@ -76,7 +78,7 @@ class ActivationCache:
         self._checks = SpotChecks(self.savings, store.dtype)
         self._reasons: Counter[str] = Counter()
         self._pending: tuple[Call, bytes, torch.Tensor] | None = None
-        self._found_in_a_row = self._bypassed = 0
+        self._bypassed = 0
 
     @property
     def depth(self) -> int:
@@ -96,7 +98,7 @@ class ActivationCache:
         """Follow the freezing of all units before `depth`. Rows that were kept at another depth move on when they come again."""
         if self._front is None:
             return
-        self._wake()
+        self._offload.wake()
         self._front.grow(depth)
         self._state.watch(depth, self._front.patches)
         self._verdicts.clear()
@@ -122,7 +124,7 @@ class ActivationCache:
         if self._front is not None:
             if self.depth >= MIN_DEPTH and not self.savings.rows and self.savings.off is None:
                 self.savings.off = self._why_unused()
-            self._wake()
+            self._offload.wake()
             self._note_size()
             self._front.close()
             self._front = self._pending = None
@@ -153,7 +155,7 @@ class ActivationCache:
             return output
         state = random_state(call.device)
         try:
-            self._look()
+            self._offload.look()
             if self._state.obstacle is not None:
                 return self._stand_aside(self._state.obstacle, args, kwargs)
             return self._answer(call, training)
@@ -203,19 +205,19 @@ class ActivationCache:
         at_hand = {row: entry[1] for row, entry in enumerate(found) if entry is not None and depths[row]}
         self.savings.bytes_read += sum(row.nbytes for row in at_hand.values())
         hidden = assemble(front, call, spans, at_hand, groups)
-        checked = self._checks.check(front, call, spans, hidden, groups)
+        checked = self._checks.check(front, call, spans, hidden, groups, self._monitor.steps_left)
         if checked and self.meter is not None and training:
             self.meter.skip([-1.0] * self.depth)
         if keep:
             self._keep(keys, spans, hidden, [row for rows in groups.values() for row in rows])
         if self._checks.row_seconds is not None:
             self._gain(call.rows * self._checks.row_seconds - (perf_counter() - began) + checked, training)
-        self._tell_meter(call, groups)
+        if self.meter is not None and training:
+            self.meter.skip(left_out(groups, call.rows, self.depth))
         output = front.serve(call, hidden)
         if training and any(sides):
             self._padding.watch(call, output)
-        self._found_in_a_row = 0 if groups or checked else self._found_in_a_row + call.rows
-        self._offload()
+        self._offload.count(0 if groups else call.rows, len(store) / self._ranks, self.stack, self.depth)
         return output
 
     def _names(self, call: Call, verdict: Verdict) -> tuple[list[bytes], list[Span]]:
@@ -265,7 +267,6 @@ class ActivationCache:
         front, began = self._front, perf_counter()
         assert front is not None
         errors: list[WrongActivationError] = []
-        self._found_in_a_row = 0
         training = front.entry.training
 
         def cross(hidden: torch.Tensor) -> None:
@@ -295,32 +296,6 @@ class ActivationCache:
         front = next(front for front, depth in self._state.fronts.items() if depth == self.depth)
         self.store.put([keys[row] for row in rows], front, values)
         self._note_size()
-
-    def _look(self) -> None:
-        """Notice what has changed in the front since the last call."""
-        if self._state.look() and self.weights is not None and self.weights.offloaded:
-            self.weights.reload()
-            self._state.look()
-
-    def _offload(self) -> None:
-        weights = self.weights
-        if weights is None or weights.offloaded or self._found_in_a_row <= len(self.store) / self._ranks:
-            return
-        weights.offload(self.stack.blocks[: self.depth - 1])
-        self._state.accept_weights()
-
-    def _wake(self) -> None:
-        """Bring the weights back before a frozen block runs."""
-        if self.weights is not None and self.weights.offloaded:
-            self._found_in_a_row = 0
-            self.weights.reload()
-            self._state.accept_weights()
-
-    def _tell_meter(self, call: Call, groups: dict[int, list[int]]) -> None:
-        if self.meter is not None and self.stack.model.training:
-            again = sum(map(len, groups.values()))  # their stem runs twice
-            ran = [sum(len(rows) for start, rows in groups.items() if start <= unit) for unit in range(1, self.depth)]
-            self.meter.skip([-again / call.rows, *(1 - rows / call.rows for rows in ran)])
 
     def _gain(self, seconds: float, training: bool) -> None:
         self.savings.seconds_saved += seconds

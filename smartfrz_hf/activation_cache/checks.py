@@ -49,7 +49,13 @@ class SpotChecks:
         self.row_seconds = now if last is None else 0.8 * last + 0.2 * now
 
     def check(
-        self, front: Front, call: Call, spans: list[Span], hidden: torch.Tensor, groups: dict[int, list[int]]
+        self,
+        front: Front,
+        call: Call,
+        spans: list[Span],
+        hidden: torch.Tensor,
+        groups: dict[int, list[int]],
+        steps_left: float,
     ) -> float:
         """
         Check a batch of activations.
@@ -60,6 +66,7 @@ class SpotChecks:
             spans (`list[tuple[int, int]]`): what counts of each row.
             hidden (`torch.Tensor`): what is about to be served, `(rows, ...)`.
             groups (`dict[int, list[int]]`): rows that were not at hand, by the depth from which they were computed.
+            steps_left (`float`): optimizer steps until the end of the run; in a short run, fewer rows are computed.
 
         Returns:
             `float`: seconds that computing it has taken.
@@ -82,14 +89,16 @@ class SpotChecks:
             return 0.0
         self._done[kind] += 1
         began, count = perf_counter(), call.rows
-        if not first and self.row_seconds:
+        if first:
+            count = int(min(call.rows, max(2, CHECK_TIME / FIRST_CHECKS * steps_left * count)))
+        elif self.row_seconds:
             count = max(1, min(count, int(CHECK_TIME * (began - self._last) / self.row_seconds)))
         rows = sorted(self._random.sample(range(call.rows), count))
         computed = front.run(call, rows)
         same = agree(computed, hidden[rows], tolerance(front, call, self.kept_as), [spans[row] for row in rows])
         self._last = perf_counter()
         seconds = self._last - began
-        if count == call.rows:
+        if count == call.rows or self.row_seconds is None:
             self.time_rows(seconds, count)
         self.savings.checked_rows += count
         self.savings.check_seconds += seconds

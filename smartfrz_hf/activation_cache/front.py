@@ -15,6 +15,7 @@ from .._compat import forward_without_autocast
 from ..model.forward_patch import ForwardPatch
 from ..model.units import BlockStack
 from .calls import Call, bind
+from .outputs import Shape, alike, entry_of, find_hidden, replace_hidden, tensors_in
 
 
 class UnsupportedModelError(Exception):
@@ -23,16 +24,6 @@ class UnsupportedModelError(Exception):
 
 class _AtBoundary(Exception):
     """Ends a forward pass that has reached the boundary."""
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """Stands for a tensor in what a block has returned; `shape` is `None` if it is shaped as the hidden states that entered."""
-
-    shape: tuple[int, ...] | None
-    dtype: torch.dtype
-    device: torch.device
-    by_row: bool
 
 
 @dataclass
@@ -67,32 +58,6 @@ class Pass:
     started: list[int] = field(default_factory=list)
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """All tensors in nested tuples, lists and mappings."""
-    found: list[torch.Tensor] = []
-    recursively_apply(found.append, value)
-    return found
-
-
-def _entry_of(stack: BlockStack) -> nn.Module:
-    """The innermost module that runs the whole front and has a forward pass of its own."""
-    names = [name for unit in stack.units for name in unit.modules]
-    parts = [name.split(".")[:-1] for name in names]
-    common = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    while common:
-        module = stack.model.get_submodule(".".join(common))
-        if not stack.stem.own and not isinstance(module, nn.ModuleList | nn.ModuleDict):
-            return module
-        if module is stack.backbone:
-            return module
-        common.pop()
-    return stack.model
-
-
 class Front:
     """
     The frozen front of a model, whose blocks can be left out.
@@ -115,7 +80,7 @@ class Front:
 
     def __init__(self, stack: BlockStack, forward: Callable[..., Any], before_block: Callable[[], None]):
         self.stack, self.depth = stack, 0
-        self.entry = _entry_of(stack)
+        self.entry = entry_of(stack)
         self._before_block = before_block
         self.signature = inspect.signature(self.entry.forward)
         self._pass: Pass | None = None
@@ -259,7 +224,7 @@ class Front:
         if index < one.skip:
             output = self._stand_in(index, one, args, kwargs)
             if index == one.skip - 1:
-                output = _replace_hidden(output, one.enters)
+                output = replace_hidden(output, one.enters)
                 one.hidden = one.enters if last else None
             return output
         self._before_block()
@@ -272,26 +237,26 @@ class Front:
             if one.on_boundary is not None:
                 one.on_boundary(one.hidden)
             if one.marks_gradient:
-                return _replace_hidden(output, one.hidden.requires_grad_())
+                return replace_hidden(output, one.hidden.requires_grad_())
         return output
 
     def _learn(self, index: int, one: Pass, output: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         found = tensors_in(output)
         if not found:
             raise UnsupportedModelError("a block returns no tensor")
-        enters = _find_hidden(args, kwargs)
-        if enters is not None and len(found) == 1 and _alike(found[0], enters):
+        enters = find_hidden(args, kwargs)
+        if enters is not None and len(found) == 1 and alike(found[0], enters):
             key: tuple[int, tuple | None] = (index, None)
         elif one.learns:
             key = (index, one.layout)
         else:
             return
 
-        def describe(tensor: torch.Tensor) -> _Shape:
+        def describe(tensor: torch.Tensor) -> Shape:
             if key[1] is None:
-                return _Shape(None, tensor.dtype, tensor.device, True)
+                return Shape(None, tensor.dtype, tensor.device, True)
             by_row = tensor.ndim > 0 and len(tensor) == one.rows
-            return _Shape(tuple(tensor.shape), tensor.dtype, tensor.device, by_row)
+            return Shape(tuple(tensor.shape), tensor.dtype, tensor.device, by_row)
 
         if key not in self._templates or one.rows > 1:
             self._templates[key] = recursively_apply(describe, output)
@@ -301,9 +266,9 @@ class Front:
         template = self._templates.get((index, None))
         if template is None:
             template = self._templates[index, one.layout]
-        enters = _find_hidden(args, kwargs)
+        enters = find_hidden(args, kwargs)
 
-        def fill(shape: _Shape) -> torch.Tensor:
+        def fill(shape: Shape) -> torch.Tensor:
             if shape.shape is None:
                 assert enters is not None
                 return torch.full_like(enters, float("nan")) if one.poison else enters
@@ -311,20 +276,4 @@ class Front:
             value = float("nan") if one.poison and shape.dtype.is_floating_point else 0
             return torch.full(size, value, dtype=shape.dtype, device=shape.device)
 
-        return recursively_apply(fill, template, test_type=lambda leaf: isinstance(leaf, _Shape))
-
-
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-
-
-def _find_hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The hidden states among the arguments of a block."""
-    values = [kwargs.get("hidden_states"), *args, *kwargs.values()]
-    return next((value for value in values if isinstance(value, torch.Tensor)), None)
-
-
-def _replace_hidden(output: Any, hidden: torch.Tensor | None) -> Any:
-    """Put hidden states in the place of the first tensor."""
-    first = iter([hidden])
-    return recursively_apply(lambda tensor: next(first, tensor), output)
+        return recursively_apply(fill, template, test_type=lambda leaf: isinstance(leaf, Shape))

@@ -100,7 +100,7 @@ class LmdbTier:
 
     def has_room(self, size: int) -> bool:
         """Whether a new row of `size` bytes fits."""
-        return self.used + _charge(size) <= self.budget
+        return self.used + _charge(size) + mmap.PAGESIZE <= self.budget  # the index may need one page more
 
     def fronts(self, keys: Sequence[bytes]) -> list[int | None]:
         """For each key the front of its row, or `None`, without reading the row."""
@@ -113,17 +113,17 @@ class LmdbTier:
         Store rows, each in place of what its key holds, which stays where the new row finds no room. Returns the keys of those
         that found room.
         """
-        blobs = {key: _checked(to_bytes(row, key)) for key, row in rows.items()}
+        blobs = {key: bytearray(to_bytes(row, key)) for key, row in rows.items()}
+        for blob in blobs.values():
+            blob[:CHECKSUM_BYTES] = _checksum(blob)
         kept: set[bytes] = set()
         try:
             with self._transaction(write=True) as transaction:
-                used = _used(transaction)
                 for key, blob in blobs.items():
                     before = transaction.get(key)
                     size = _charge(len(blob)) - (0 if before is None else _charge(len(before)))
-                    if size <= 0 or used + size <= self.budget:
+                    if size <= 0 or _used(transaction) + size + mmap.PAGESIZE <= self.budget:
                         transaction.put(key, blob)
-                        used += size
                         kept.add(key)
         except lmdb.MapFullError:  # what is free lies in pieces too small; the whole transaction is undone
             return set()
@@ -136,7 +136,9 @@ class LmdbTier:
             views = [transaction.get(key) for key in keys]
             blobs = [None if view is None else bytes(view) for view in views]
         found = list(zip(keys, blobs, strict=True))
-        damaged = [k for k, b in found if b is not None and (b != _checked(b) or HEADER.unpack_from(b)[1] != k)]
+        damaged = [
+            key for key, blob in found if blob is not None and HEADER.unpack_from(blob)[:2] != (_checksum(blob), key)
+        ]
         if damaged:
             logger.warning_once("Activations were damaged on disk; they are dropped and computed anew.")
             with self._transaction(write=True) as transaction:
@@ -183,9 +185,9 @@ def _identity(file: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _checked(blob: bytes) -> bytes:
-    """The same bytes, with the right checksum in front."""
-    return xxhash.xxh3_64_digest(memoryview(blob)[CHECKSUM_BYTES:]) + blob[CHECKSUM_BYTES:]
+def _checksum(blob: bytes | bytearray) -> bytes:
+    """Of all that follows the place for it."""
+    return xxhash.xxh3_64_digest(memoryview(blob)[CHECKSUM_BYTES:])
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .calls import Call, content
-from .front import tensors_in
+from .outputs import tensors_in
 
 
 class PaddingWatch:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from .calls import Call, content
-from .front import Front, Pass, UnsupportedModelError, tensors_in
+from .front import Front, Pass, UnsupportedModelError
+from .outputs import tensors_in
 
 # Relative error, in the norm of a row, that the order of sums can make, by what the front computes in.
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}

@@ -30,6 +30,13 @@ def plan(depths: list[int], depth: int) -> dict[int, list[int]] | None:
     return None if cost >= len(depths) * depth else groups
 
 
+def left_out(groups: dict[int, list[int]], rows: int, depth: int) -> list[float]:
+    """Share of a batch's rows for which each unit did not run. The stem runs for all, and again for rows that are computed."""
+    again = sum(map(len, groups.values()))
+    ran = [sum(len(part) for start, part in groups.items() if start <= unit) for unit in range(1, depth)]
+    return [-again / rows, *(1 - count / rows for count in ran)]
+
+
 def assemble(
     front: Front, call: Call, spans: list[Span], at_hand: dict[int, torch.Tensor], groups: dict[int, list[int]]
 ) -> torch.Tensor:

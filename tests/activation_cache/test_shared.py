@@ -16,6 +16,8 @@ if sys.platform != "linux":
 from smartfrz_hf.activation_cache.lmdb_tier import Handle
 from smartfrz_hf.activation_cache.store import ActivationStore
 
+pytestmark = pytest.mark.slow  # each process has torch to import
+
 AMPLE = 2**24
 BUDGETS = {"memory": (AMPLE, 0), "disk": (0, AMPLE)}
 # What another process does: it attaches, and then runs a few lines that are given to it.

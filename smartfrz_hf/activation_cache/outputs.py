@@ -1,0 +1,63 @@
+"""The module that runs the front, and what its blocks take and return."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import recursively_apply
+from torch import nn
+
+from ..model.units import BlockStack
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Stands for a tensor in what a block has returned; `shape` is `None` if it is shaped as the hidden states that entered."""
+
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype
+    device: torch.device
+    by_row: bool
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors in nested tuples, lists and mappings."""
+    found: list[torch.Tensor] = []
+    recursively_apply(found.append, value)
+    return found
+
+
+def entry_of(stack: BlockStack) -> nn.Module:
+    """The innermost module that runs the whole front and has a forward pass of its own."""
+    names = [name for unit in stack.units for name in unit.modules]
+    parts = [name.split(".")[:-1] for name in names]
+    common = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    while common:
+        module = stack.model.get_submodule(".".join(common))
+        if not stack.stem.own and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            return module
+        if module is stack.backbone:
+            return module
+        common.pop()
+    return stack.model
+
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and device."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def find_hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The hidden states among the arguments of a block."""
+    values = [kwargs.get("hidden_states"), *args, *kwargs.values()]
+    return next((value for value in values if isinstance(value, torch.Tensor)), None)
+
+
+def replace_hidden(output: Any, hidden: torch.Tensor | None) -> Any:
+    """Put hidden states in the place of the first tensor."""
+    first = iter([hidden])
+    return recursively_apply(lambda tensor: next(first, tensor), output)
