@@ -248,10 +248,11 @@ class Freezer:
         unit = self.stack.units[self.depth].name
         if self.kept or unit in self._explained or torch.compiler.is_compiling():
             return
-        self._explained.add(unit)
         names: dict[torch.Tensor, str] = {p: name for name, p in self.stack.model.named_parameters()}
-        sources = [names.get(leaf, "a tensor that is no parameter of the model") for leaf in leaves(asking)]
+        outside = [leaf for leaf in leaves(asking) if leaf not in self._frozen]  # of others, `check` tells
+        sources = [names.get(leaf, "a tensor that is no parameter of the model") for leaf in outside]
         if sources:
+            self._explained.add(unit)
             logger.warning(
                 f"The input of {unit}, the first unit that trains, requires a gradient because of {_listed(sources)}. It gets "
                 "one, so the backward pass goes on through the frozen units, and freezing saves less. What should freeze with "
