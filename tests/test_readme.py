@@ -1,12 +1,33 @@
-"""The figures in the README and in the other pages are those of the committed results files."""
+"""The README and the pages in docs/ are true: figures come from results files, code runs, links lead somewhere."""
 
+import configparser
 import json
+import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
+PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TABLE = re.compile(r"<!-- table: .*?<!-- end -->", re.DOTALL)
+CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+# Numbers that somebody has measured have a decimal point, or are a share or a factor.
+FIGURE = re.compile(r"\d[\d.]*\.\d+|\d[\d.]*(?= ?%)|\d[\d.]*(?=x\b)")
+# Defaults and thresholds of the code, versions, and what is aimed at: numbers in the pages that nobody has measured.
+SETTINGS = {
+    "README": ["3.11", "torch 2.7", "5.3", "1.10", "25 %", "Apache-2.0"],
+    "activation_cache": ["0.25", "1 %"],
+    "benchmarks": ["0.3 points", "cost of 1 %", "3 %, had", "75 %", "25 %", "0.02"],
+    "distributed": ["1.15"],
+    "policies": ["0.5 %", "5 %", "3 %"],
+    "predictor": ["0.5 %"],
+    "resume": ["5.23"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -16,41 +37,150 @@ def importable(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
 
 
+def python_blocks(name):
+    return [code for kind, code in CODE.findall(PAGES[name].read_text()) if kind == "python"]
+
+
 def results_of(name):
     return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
 
 
+def percent(share):
+    return f"{share:.0%}".replace("%", " %")
+
+
+def with_spread(value, digits=2, sign="+"):
+    return f"{value['mean']:{sign}.{digits}f} ± {value['std']:.{digits}f}"
+
+
+def figures():
+    """By page, the figures in its text, made from the results files."""
+    demo, tasks = results_of("quality/results/demo"), results_of("quality/results/held_out")["tasks"]
+    models, ablation = results_of("speed/results/step_time")["models"], results_of("predictor/results/ablation")
+    headroom, predictor = results_of("quality/results/headroom"), results_of("predictor/results/predictor")
+    again, fixed = (
+        results_of("predictor/results/predictor_39_runs_again"),
+        results_of("speed/results/cached_run_fixed"),
+    )
+    cached = results_of("speed/results/cached_run")
+    families, data_sets = predictor["leave_one_family_out"], predictor["leave_one_task_out"]
+
+    def less(task, key="compute", method="balanced"):
+        return percent(1 - tasks[task][method][key]["mean"])
+
+    def lost(task, method, digits=2):
+        return f"{-tasks[task][method]['difference']['mean']:.{digits}f}"
+
+    def points(task, method):
+        return f"{lost(task, method)} ± {tasks[task][method]['difference']['std']:.2f}"
+
+    def lead(part):
+        return f"{part['ap'] - max(rule['ap'] for rule in part['rules'].values()):.3f}"
+
+    def variant(name):
+        return percent(next(entry["frozen"] for entry in ablation["variants"] if entry["variant"] == name))
+
+    spearman = {
+        key: {k: 100 * v for k, v in demo[f"spearman_{key}"].items()} for key in ("plain", "smartfrz", "difference")
+    }
+    four_of_seven = next(entry for entry in models["minilm"]["depths"] if entry["depth"] == 4)
+    entries = [entry for model in models.values() for entry in model["depths"]]
+    errors = {d: max(e.get(f"error_cache_{d}", 0) for e in entries) for d in ("float16", "bfloat16", "int8")}
+    store = results_of("speed/results/cache_store")["bytes_per_second"]["64x384"]
+
+    def speeds(tier):
+        return f"{store[tier]['write'] / 1e9:.1f} and {store[tier]['read'] / 1e9:.1f} GB/s"
+
+    stsb = headroom["tasks"]["stsb"]
+    return {
+        "README": [
+            f"**{less('all')} ± {percent(tasks['all']['balanced']['compute']['std'])} less compute** | "
+            f"{with_spread(tasks['all']['balanced']['difference'])} points, {less('all', 'seconds')} ± "
+            f"{percent(tasks['all']['balanced']['seconds']['std'])} less time",
+            f"**{percent(1 - demo['train_seconds_ratio']['mean'])} ± {percent(demo['train_seconds_ratio']['std'])} less time** | "
+            f"{with_spread(spearman['difference'])} points",
+            f"**{four_of_seven['full_over_cached']:.1f}x faster steps** | "
+            f"{four_of_seven['full'] / four_of_seven['ours']:.1f}x without the cache",
+            f"{less('stsb')} less compute and {less('stsb', 'seconds')} less time, at "
+            f"{with_spread(tasks['stsb']['balanced']['difference'])} points",
+            f"{less('sentiment')} less compute on sentiment; {less('mnist')} on MNIST",
+            f"loses {points('all', 'as long as balanced')} points",
+            f"loses {points('all', 'static')} points there, but only {points('stsb', 'static')} on STS-B, for "
+            f"{less('stsb', method='static')} less compute",
+            f"about {sum(demo['runs'][0][key]['train_seconds'] for key in ('plain', 'smartfrz')) / 60:.0f} minutes",
+        ],
+        "activation_cache": [
+            f"{errors['float16']:.2%} (`float16`), {errors['bfloat16']:.1%} (`bfloat16`) and {errors['int8']:.0%} (`int8`)"
+        ],
+        "precision": [f"at most {max(e['error_frozen_bfloat16'] for e in entries):.1%}"],
+        "predictor": [f"{predictor['parameters']:,} parameters"],
+        "benchmarks": [
+            f"| {with_spread(spearman['plain'], sign='')} | {with_spread(spearman['smartfrz'], sign='')} |",
+            *(f"| 1 | {with_spread(demo[f'{k}_ratio'], sign='')} |" for k in ("train_seconds", "backward_flops")),
+            f"seed by seed, is {with_spread(spearman['difference'])}",
+            "(22.7 M parameters)",  # of MiniLM, see `test_minilm_has_as_many_parameters`
+            f"saves {less('all')} of the compute, and up to {less('stsb')}",
+            f"lose {lost('all', 'static', 0)} and {lost('all', 'linear', 0)} points, and full training with fewer steps "
+            f"{lost('all', 'as long as balanced', 1)}",
+            f"{less('stsb')} less compute with the cache, {less('stsb', 'compute_without_cache')} without, and "
+            f"{less('stsb', 'seconds')} less time",
+            f"{less('mnist')} less compute, and no less time",
+            f"(MNIST in full again took {tasks['mnist']['as long as balanced']['seconds']['mean']:.2f})",
+            f"{percent(stsb['possible']['balanced']['mean'])} could be frozen at a cost of 1 %; `balanced` freezes "
+            f"{percent(stsb['frozen']['balanced']['mean'])}, at {stsb['cost']['balanced']:.1%}".replace(
+                "0.4%", "0.4 %"
+            ),
+            f"cost {models['minilm']['idle_overhead']:.1%} of a step (ViT: {models['vit']['idle_overhead']:.1%}), and "
+            f"hashing the rows {models['minilm']['hash_overhead']:.2%} ({models['vit']['hash_overhead']:.2%})",
+            f"{fixed['full_over_cached_epochs_2_3']:.2f}x faster than full fine-tuning, and "
+            f"{fixed['frozen_over_cached_epochs_2_3']:.2f}x faster than with the front frozen",
+            f"with dynamic padding {cached['full_over_cached_epochs_2_3']:.2f}x and "
+            f"{cached['frozen_over_cached_epochs_2_3']:.2f}x",
+            f"{speeds('memory')} in memory, and {speeds('lmdb')} on disk",
+            f"free rows had {speeds('arena')}",
+            f"by {lead(families)} on families, and by {lead(data_sets)} on data sets",
+            f"knowing the end of the runs, is {percent(families['frozen_at_most'])}",
+            f"Without it, {variant('without the front probe')} is frozen on families at that cost; with it and without any "
+            f"weights, {variant('without weights')}",
+            f"ROC AUC {again['leave_one_family_out']['auc']:.3f} on families and "
+            f"{again['leave_one_task_out']['auc']:.3f} on data sets, and {percent(again['leave_one_family_out']['frozen'])} "
+            f"and {percent(again['leave_one_task_out']['frozen'])} frozen",
+            f"logistic regression freezes "
+            f"{percent(again['leave_one_task_out']['rules']['logistic regression']['frozen'])}, too",
+        ],
+    }
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_figures_are_those_of_the_results_files(name):
+    text = PAGES[name].read_text()
+    text = " ".join(LINK.sub("", CODE.sub("", TABLE.sub("", text))).split())
+    for figure in [*figures().get(name, []), *SETTINGS.get(name, [])]:
+        assert figure in text, f"{name} does not say {figure!r}"
+        text = text.replace(figure, "")
+    left = FIGURE.search(text)
+    assert left is None, f"no results file gives {text[max(0, left.start() - 60) : left.end() + 20]!r} in {name}"
+
+
 def test_demo_output_is_that_of_the_results_file():
     demo, results = import_module("demo"), results_of("quality/results/demo")
-    readme = (ROOT / "README.md").read_text()
-    assert demo.table(results["runs"][0]) in readme
-    for key in ("spearman_plain", "spearman_smartfrz"):
-        value = results[key]
-        assert f"{100 * value['mean']:.2f} ± {100 * value['std']:.2f}" in readme
-    for key in ("train_seconds_ratio", "backward_flops_ratio"):
-        assert f"{results[key]['mean']:.2f} ± {results[key]['std']:.2f}" in readme
+    assert demo.table(results["runs"][0]) in PAGES["benchmarks"].read_text()
 
 
-def test_step_times_are_those_of_the_results_file():
-    step_time, models = import_module("benchmarks.speed.step_time"), results_of("speed/results/step_time")["models"]
-    readme = (ROOT / "README.md").read_text()
-    assert step_time.table(models["minilm"]) in readme
-    assert step_time.table(models["vit"], 3) in readme
-    words = " ".join(readme.split())
-    for name in ("cached_run", "cached_run_fixed"):
-        run = results_of(f"speed/results/{name}")
-        assert run["equal"]
-        for key in ("full_over_cached_epochs_2_3", "frozen_over_cached_epochs_2_3"):
-            assert f"{run[key]:.2f}x" in words
-    for name in models:
-        assert f"{models[name]['idle_overhead']:.1%}" in words and f"{models[name]['hash_overhead']:.2%}" in words
-    entries = [entry for model in models.values() for entry in model["depths"]]
-    errors = [max(e.get(f"error_cache_{dtype}", 0) for e in entries) for dtype in ("float16", "bfloat16", "int8")]
-    assert f"{errors[0]:.2%}, {errors[1]:.1%} and {errors[2]:.0%} of their standard deviation" in words
-    assert f"(logits: {max(e['error_frozen_bfloat16'] for e in entries):.1%})" in words
-    bandwidth = results_of("speed/results/cache_store")["bytes_per_second"]["64x384"]
-    for tier in ("memory", "lmdb", "arena"):
-        assert f"{bandwidth[tier]['write'] / 1e9:.1f} and {bandwidth[tier]['read'] / 1e9:.1f} GB/s" in words
+def test_minilm_has_as_many_parameters(minilm_dir):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_dir, num_labels=1)
+    assert f"({model.num_parameters() / 1e6:.1f} M parameters)" in PAGES["benchmarks"].read_text()
+
+
+def test_tables_are_those_of_the_results_files():
+    tables = import_module("benchmarks.tables")
+    for page in tables.PAGES:
+        text = page.read_text()
+        assert text.count("<!-- table:") == text.count("<!-- end -->") > 0
+        assert tables.fill(text) == text, f"{page.name}: run `python -m benchmarks.tables`"
+    assert {path for path in PAGES.values() if "<!-- table:" in path.read_text()} <= set(tables.PAGES)
 
 
 def test_model_card_is_that_of_the_results_file():
@@ -62,14 +192,100 @@ def test_model_card_is_that_of_the_results_file():
     )
 
 
-def test_tables_are_those_of_the_results_files():
-    tables = import_module("benchmarks.tables")
-    for page in tables.PAGES:
-        text = page.read_text()
-        assert text.count("<!-- table:") == text.count("<!-- end -->") > 0
-        assert tables.fill(text) == text, f"{page.name}: run `python -m benchmarks.tables`"
-
-
 def test_ddp_sends_only_active_gradients():
     for stage in results_of("speed/results/ddp_bytes")["stages"]:
         assert stage["active_parameter_bytes"] == stage["all_reduced_bytes"]
+
+
+def test_readme_fits_on_a_screen_and_a_half():
+    assert PAGES["README"].stat().st_size <= 8192
+
+
+def test_versions_are_those_of_the_package():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    requires, text = setup["options"]["install_requires"], PAGES["README"].read_text()
+    floors = {
+        name: re.search(rf"^{name}>=([\d.]+)", requires, re.MULTILINE)[1]
+        for name in ("torch", "transformers", "accelerate")
+    }
+    assert ", ".join(f"{name} {floor}" for name, floor in floors.items()) in text
+    assert setup["options"]["python_requires"] == ">=3.11" and "Python 3.11 or newer" in text
+    assert f"{len(ARCHITECTURES)} architectures" in text
+
+
+@pytest.mark.slow
+def test_the_ten_lines_run_and_print_what_they_say(tmp_path):
+    """What was saved depends on how long the cache pays; which unit freezes when, hardly."""
+    (code,) = python_blocks("README")
+    lines = [line for line in code.splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 12
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = [line.removeprefix("# ").split()[:-1] for line in code.splitlines() if line.startswith("# ")]
+    table = done.stdout[done.stdout.index("unit  ") :].splitlines()[: len(said)]
+    printed = [line.split()[:-1] for line in table]
+    assert [row[:2] for row in said] == [row[:2] for row in printed]
+    for (*_, expected), (*_, step) in zip(said[2:], printed[2:], strict=True):
+        assert step == expected or abs(int(step) - int(expected)) <= 50
+
+
+SET_UP = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "tests" / "utils")!r})
+import torch
+from torch.utils.data import DataLoader
+from training import Rows, arguments, build
+from transformers import Trainer, get_linear_schedule_with_warmup
+from smartfrz_hf import SmartFRZConfig, load_predictor
+
+SFTTrainer, folder = Trainer, "checkpoint"
+SmartFRZConfig().save_pretrained("user/repo")
+load_predictor().save_pretrained("USER/NAME")
+
+
+def fresh():
+    global model, args, train_dataset, loader, total_steps, optimizer, scheduler
+    model, args, train_dataset = build("bert"), arguments("output"), Rows()
+    loader, total_steps = DataLoader(train_dataset, batch_size=4), 8
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, total_steps)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "README" and python_blocks(name)])
+def test_code_of_the_pages_runs(tmp_path, name):
+    """All blocks of a page, one after the other, each with a fresh tiny model."""
+    code = SET_UP + "".join(f"\nfresh()\n{block}" for block in python_blocks(name))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*PAGES.values(), ROOT / "CHANGELOG.md", *ROOT.glob("benchmarks/**/*.md"), ROOT / "examples" / "README.md"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_links_lead_to_files_and_headings(path):
+    for link in LINK.findall(CODE.sub("", path.read_text())):
+        if link.startswith(("http:", "https:", "mailto:")):
+            continue
+        file, _, heading = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), f"{path.name}: {link}"
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", CODE.sub("", target.read_text()), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert heading in slugs, f"{path.name}: {link}, of {slugs}"
+
+
+def test_options_in_the_pages_exist():
+    from dataclasses import fields
+
+    from smartfrz_hf import SmartFRZConfig
+
+    for name in ("policies", "activation_cache"):
+        rows = re.findall(r"^\| (`[a-z_`, ]+) \| ", PAGES[name].read_text(), re.MULTILINE)
+        options = [option for row in rows for option in re.findall(r"`(\w+)`", row) if option != "policy"]
+        assert options and set(options) <= {field.name for field in fields(SmartFRZConfig)}

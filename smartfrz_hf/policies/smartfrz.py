@@ -1,4 +1,4 @@
-"""The predictor decides: SmartFRZ (ICLR 2023, arXiv 2401.16720)."""
+"""The policy `smartfrz`: a predictor decides (SmartFRZ, ICLR 2023, arXiv 2401.16720)."""
 
 import torch
 from transformers.utils import logging
@@ -10,20 +10,21 @@ from .base import Decision, Observation, Policy
 logger = logging.get_logger(__name__)
 
 MIN_SNAPSHOTS = 3
+# Nothing freezes in this fraction of the run while the learning rate is at or above this fraction of its peak.
 EARLY, PEAK = 0.2, 0.8
 
 
 class SmartFRZPolicy(Policy):
     """
-    Freezes the front up to the first unit that the predictor does not call converged.
+    Freezes the front up to the first unit whose probability of having converged is below a threshold.
 
-    In the first fifth of a run nothing freezes while the learning rate is near its peak. The weights of the front move
-    most there, and are worse to keep than those before and after; and a schedule that starts at its peak is one on which
-    the predictor has not been trained.
+    In the first fifth of a run, nothing freezes while the learning rate is near its peak: the weights change most there, so
+    a front that froze then would cost more accuracy than one frozen before or after. Few of the runs that the predictor was
+    trained on have a schedule that starts at its peak.
 
     Args:
-        predictor ([`SmartFRZPredictor`]): scores the units.
-        threshold (`float`): probability from which a unit counts as converged.
+        predictor ([`SmartFRZPredictor`]): gives the probabilities.
+        threshold (`float`): probability from which a unit counts as converged, in `[0, 1]`.
     """
 
     def __init__(self, predictor: SmartFRZPredictor, threshold: float):
@@ -34,9 +35,16 @@ class SmartFRZPolicy(Policy):
 
     def decide(self, observation: Observation) -> Decision:
         """
-        Score the active units and freeze the converged ones in front.
+        Freeze the converged units at the front of the active ones. Units that have nothing to train freeze with them.
 
-        A history with NaN or infinity in it means that training has diverged: nothing freezes, and one warning says so.
+        Nothing freezes if the weight history holds NaN or infinite values, since training has diverged then. This is
+        logged once.
+
+        Args:
+            observation ([`Observation`]): with a weight history and, where it works, the front probe.
+
+        Returns:
+            [`Decision`]: the reason gives the probabilities of the units that freeze, or that of the first active unit.
         """
         history, depth = observation.history, observation.depth
         if history is None or history.filled < MIN_SNAPSHOTS or depth == observation.units:
@@ -47,7 +55,9 @@ class SmartFRZPolicy(Policy):
         if not torch.isfinite(snapshots.sum()):
             if not self._warned:
                 self._warned = True
-                logger.warning("The weight history holds NaN or infinite values: SmartFRZ freezes nothing.")
+                logger.warning(
+                    "The weights hold NaN or infinite values, as training has diverged. SmartFRZ freezes nothing."
+                )
             return Decision(depth, "weights are not finite")
         probabilities = self.score(observation, history, snapshots)
         reached = depth
@@ -60,7 +70,17 @@ class SmartFRZPolicy(Policy):
 
     @torch.no_grad()
     def score(self, observation: Observation, history: WeightHistory, snapshots: torch.Tensor) -> list[float]:
-        """Probability, per active unit with these snapshots, that it has converged."""
+        """
+        The probability that each active unit and all units in front of it have converged.
+
+        Args:
+            observation ([`Observation`]): of this freezing stage.
+            history ([`WeightHistory`]): of all units.
+            snapshots (`torch.Tensor` of shape `(active units, window, weights_per_unit)`): those of the active units.
+
+        Returns:
+            `list[float]`: one probability per active unit, front first.
+        """
         device, rates, front = self.predictor.device, observation.rates, observation.probe
         inputs = build_inputs(
             self.predictor.config,
