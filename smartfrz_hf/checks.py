@@ -125,11 +125,6 @@ def check_trainer(args: TrainingArguments, model: nn.Module, config: SmartFRZCon
     if args.n_gpu > 1:
         _refuse_data_parallel(args.n_gpu)
     check_wrapper(model)
-    if args.neftune_noise_alpha is not None and config.policy != "never":
-        logger.warning_once(
-            "NEFTune adds noise to the embeddings only until the stem freezes. Set `max_depth=0` or remove "
-            "`neftune_noise_alpha` if that is not what you want."
-        )
     if kind == DistributedType.FSDP:
         _check_fsdp(args, config, with_mixin)
     elif args.world_size > 1:

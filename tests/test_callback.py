@@ -363,12 +363,3 @@ def test_schedules_of_torch_restart(tmp_path):
     callback = smartfrz(0.9, first_decision=8, decide_every=100)
     train(tmp_path, [callback], model, trainer_kwargs={"optimizers": (optimizer, schedule)})
     assert [(stage.step, stage.depth) for stage in callback.ledger.stages] == [(8, 5), (10, 0), (20, 0)][:2]
-
-
-def test_features_that_end_with_a_frozen_stem_are_told(tmp_path, caplog):
-    transformers_logging.enable_propagation()
-    try:
-        train(tmp_path, [smartfrz(0.5)], max_steps=1, neftune_noise_alpha=5.0)
-        assert "NEFTune adds noise to the embeddings only until the stem freezes" in caplog.text
-    finally:
-        transformers_logging.disable_propagation()
