@@ -140,7 +140,7 @@ class ActivationCache:
         front = self._front
         assert front is not None
         training = front.entry.training
-        if self._bypassed or front.busy or (training and getattr(self.meter, "counting", False)):
+        if self._bypassed or front.busy:
             return front.plain(*args, **kwargs)
         self._padding.settle()
         if self.depth < MIN_DEPTH and (self._padding.unread is not None or not training):
