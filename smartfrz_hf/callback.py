@@ -1,6 +1,5 @@
 """The callback: tells a [`FreezingRun`] what a Trainer does."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from .checks import check_only_callback, check_restart, check_stack, check_train
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger
 from .model.units import find_blocks, unwrap_model
-from .policies import Policy, make_policy
+from .policies import Policy, resolve
 from .predictor import SmartFRZPredictor
 from .run import FreezingRun
 
@@ -40,7 +39,7 @@ class SmartFRZCallback(TrainerCallback):
         ValueError: an option is wrong; and when the `Trainer` is made or training starts, the model has no linear order
             of blocks, nothing in it is left to freeze, the Trainer has two of these callbacks, or freezing does not
             work with the way in which the run is distributed.
-        TypeError: an option is unknown.
+        TypeError: an option is unknown, or of the wrong type.
         OSError: the predictor's files are missing or damaged.
 
     Example:
@@ -58,13 +57,7 @@ class SmartFRZCallback(TrainerCallback):
         policy: Policy | str | None = None,
         **options: Any,
     ):
-        if isinstance(policy, str):
-            options["policy"], policy = policy, None
-        if predictor is not None and not isinstance(predictor, SmartFRZPredictor):
-            options["predictor"], predictor = predictor, None
-        config = SmartFRZConfig(**config) if isinstance(config, dict) else config or SmartFRZConfig()
-        self.config = replace(config, **options)
-        self.policy = policy or make_policy(self.config, predictor)
+        self.config, self.policy = resolve(config, predictor, policy, **options)
         self.ledger = Ledger()
         self.run: FreezingRun | None = None
         self.trainer: Trainer | None = None

@@ -53,6 +53,33 @@ def check_other_run(model: nn.Module, other: Any) -> None:
         )
 
 
+def check_loop(model: nn.Module, optimizer: Any, total_steps: int) -> None:
+    """
+    Refuse what no training loop can go with. An optimizer without any of the model's parameters is worth a warning.
+
+    Args:
+        model (`torch.nn.Module`): the unwrapped model.
+        optimizer (`torch.optim.Optimizer`): plain or prepared by Accelerate.
+        total_steps (`int`): optimizer steps of the run.
+
+    Raises:
+        TypeError: the optimizer is none.
+        ValueError: `total_steps` is no whole number from 1 on.
+    """
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"`optimizer` is a {type(optimizer).__name__}; it must be a `torch.optim.Optimizer`.")
+    if not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(
+            f"`total_steps` is {total_steps!r}; it must be the whole number of optimizer steps of the run."
+        )
+    parameters = set(model.parameters())
+    if not any(p in parameters for group in optimizer.param_groups for p in group["params"]):
+        logger.warning(
+            f"The optimizer holds no parameter of this {type(model).__name__}. Pass the optimizer that trains it: SmartFRZ "
+            "counts its steps."
+        )
+
+
 def check_only_callback(control: Any, callback: Any) -> None:
     """
     Refuse a second callback in one Trainer.
@@ -227,6 +254,10 @@ def check_state(
             "that the run was started with, or delete smartfrz_state.json from the checkpoint to go on with nothing frozen."
         )
 
+    if not isinstance(state, dict) or "units" not in state:
+        raise refuse(
+            f"it is {state!r}, which `FreezingRun.state_dict` never gives; is there a state in the checkpoint?"
+        )
     if state["units"] != units or not 0 <= state["depth"] <= len(units):
         raise refuse(
             f"its model has the units {state['units']}, of which {state['depth']} are frozen; this one has {units}"

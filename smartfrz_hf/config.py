@@ -5,7 +5,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from huggingface_hub import HfApi, hf_hub_download
 from transformers.utils import logging
@@ -37,7 +37,7 @@ class Size(float):
     def __new__(cls, value: float | str) -> "Size":
         """Read a text; raises `ValueError` for one that is no size."""
         if isinstance(value, str):
-            match = re.fullmatch(r"([\d.]+(?:E[+-]?\d+)?) ?([KMGT]I?)?B?", value.strip().upper())
+            match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:E[+-]?\d+)?) ?([KMGT]I?)?B?", value.strip().upper())
             if match is None:
                 raise ValueError(f"{value!r} is no size; give a fraction, bytes, or a text such as '8GB'.")
             value = float(match[1]) * UNITS[match[2] or ""]
@@ -173,8 +173,21 @@ class SmartFRZConfig:
     stem: list[str] | None = _option(None, "Names or patterns of what feeds the first block. Default: found.")
 
     def __post_init__(self) -> None:
-        if self.predictor is not None:
+        if isinstance(self.predictor, os.PathLike):
             self.predictor = os.fspath(self.predictor)
+        for name in ("blocks", "stem"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        for name, kind in get_type_hints(type(self)).items():  # `HfArgumentParser` changes `field.type`
+            value, types = getattr(self, name), get_args(kind) or (kind,)
+            types = tuple(get_origin(kind) or kind for kind in types) + ((int,) if float in types else ())
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                wanted = " or ".join(
+                    "None" if kind is type(None) else kind.__name__ for kind in types if kind is not Size
+                )
+                raise TypeError(
+                    f"`{name}` is {value!r}, of type {type(value).__name__}; it must be of type {wanted}."
+                )
         for name in ("policy", "operating_point", "when_all_frozen", "frozen_dtype", "cache_dtype"):
             option = self.__dataclass_fields__[name]
             value, legal = getattr(self, name), option.metadata["choices"]

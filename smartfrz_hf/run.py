@@ -7,14 +7,14 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .checks import check_other_run, check_stack, check_state, check_wrapper
+from .checks import check_loop, check_other_run, check_stack, check_state, check_wrapper
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger, Stage
 from .distributed.consensus import Ranks
 from .freezing.compile import is_compiled
 from .front import Front
 from .model.units import Unit, find_blocks
-from .policies import Observation, Policy, make_policy
+from .policies import Decision, Observation, Policy, resolve
 from .predictor import SmartFRZPredictor
 from .signals.observer import Observer
 from .signals.schedule import LearningRates
@@ -38,11 +38,11 @@ class FreezingRun:
             The model that the loop calls: plain, or wrapped by DDP, FSDP2, `torch.compile` or PEFT.
         optimizer (`torch.optim.Optimizer`): its optimizer, plain or prepared by Accelerate.
         total_steps (`int`): optimizer steps of the whole run.
-        config ([`SmartFRZConfig`], *optional*): all options.
+        config ([`SmartFRZConfig`] or `dict`, *optional*): all options.
         lr_scheduler (`torch.optim.lr_scheduler.LRScheduler`, *optional*):
             Learning rate schedule of the run. Without it, the rate is taken as constant.
-        predictor ([`SmartFRZPredictor`], *optional*): used in place of the one that the configuration names.
-        policy ([`Policy`], *optional*): used in place of the one that the configuration names.
+        predictor ([`SmartFRZPredictor`] or `str`, *optional*): a predictor, or its name on the Hub or folder.
+        policy ([`Policy`] or `str`, *optional*): a policy of your own, or the name of one.
         steps_per_epoch (`float`, *optional*):
             Optimizer steps in one pass over the data. The activation cache uses it to see whether it pays.
         examples_per_step (`int`, *optional*):
@@ -82,22 +82,23 @@ class FreezingRun:
         model: nn.Module,
         optimizer: Optimizer,
         total_steps: int,
-        config: SmartFRZConfig | None = None,
+        config: SmartFRZConfig | dict[str, Any] | None = None,
         *,
         lr_scheduler: Any = None,
-        predictor: SmartFRZPredictor | None = None,
-        policy: Policy | None = None,
+        predictor: SmartFRZPredictor | str | None = None,
+        policy: Policy | str | None = None,
         steps_per_epoch: float | None = None,
         examples_per_step: int | None = None,
         compiled: bool | None = None,
         timeout: float = 1800.0,
     ):
-        self.config = config = config or SmartFRZConfig()
-        self.policy = policy or make_policy(config, predictor)
+        config, self.policy = resolve(config, predictor, policy)
+        self.config = config
         self.stack = find_blocks(model, config.blocks, config.stem)
         check_wrapper(model)
         check_stack(self.stack)
         check_other_run(self.stack.model, FreezingRun.of(self.stack.model))
+        check_loop(self.stack.model, optimizer, total_steps)
         self.total_steps, self.steps_done = total_steps, 0
         self._begun = self.should_stop = False
         self._trainable = [unit.trainable for unit in self.stack]
@@ -144,7 +145,11 @@ class FreezingRun:
 
     def __enter__(self) -> "FreezingRun":
         if not self._begun:
-            self.begin()
+            try:
+                self.begin()
+            except BaseException:
+                self.close()
+                raise
         return self
 
     def __exit__(self, *_) -> None:
@@ -171,12 +176,14 @@ class FreezingRun:
                 Optimizer steps so far, for a loop that counts them itself (also those that a loss scaler has skipped).
                 Counted here when it is not given.
         """
+        if not self.active:
+            raise ValueError("This FreezingRun is closed. Make a new one to go on freezing.")
         if not self._begun:
             self.begin()
         if steps_done is None:
-            if not self._optimizer_stepped:
-                return
-            steps_done = self.steps_done + 1
+            steps_done = self.steps_done + self._optimizer_stepped
+        if steps_done == self.steps_done:
+            return
         self._optimizer_stepped = False
         self.steps_done = steps_done
         if self.front.cache is not None:
@@ -276,8 +283,11 @@ class FreezingRun:
             probe=self.observer.probe,
         )
         decision = self.policy.decide(observation)
+        if not isinstance(decision, Decision):
+            raise TypeError(f"`decide` of {type(self.policy).__name__} gave {decision!r}; it must give a `Decision`.")
         self.ledger.decisions += 1
-        depth = decision.depth if self.config.max_depth is None else min(decision.depth, self.config.max_depth)
+        most = len(self.stack) if self.config.max_depth is None else self.config.max_depth
+        depth = min(int(decision.depth), most)
         depth = self.ranks.broadcast(depth, f"the freezing stage of step {self.steps_done}")
         if depth > self._deepest:  # else nothing would be left to train
             depth = self._deepest

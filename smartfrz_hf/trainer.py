@@ -39,6 +39,11 @@ class SmartFRZMixin(TrainerHooks):
     ```
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(SmartFRZMixin):
+            raise TypeError(f"`SmartFRZMixin` must come before the Trainer class in the bases of {cls.__name__}.")
+
     def __init__(
         self,
         *args: Any,
@@ -47,6 +52,9 @@ class SmartFRZMixin(TrainerHooks):
         policy: Policy | str | None = None,
         **kwargs: Any,
     ):
+        options = {name: kwargs[name] for name in SmartFRZConfig.__dataclass_fields__ if name in kwargs}
+        if options:
+            raise TypeError(f"Options of SmartFRZ are passed together: `smartfrz={options!r}`.")
         self.smartfrz = SmartFRZCallback(smartfrz, predictor, policy)
         self.smartfrz.trainer = self
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.smartfrz]

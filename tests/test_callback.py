@@ -139,8 +139,6 @@ def test_nan_freezes_nothing_and_is_said_once(tmp_path, caplog):
                 with torch.no_grad():
                     model.bert.encoder.layer[1].output.dense.weight.fill_(float("nan"))
 
-    from transformers.utils import logging as transformers_logging
-
     transformers_logging.enable_propagation()
     callback = smartfrz(0.9, first_decision=5, decide_every=1)
     with caplog.at_level(logging.WARNING):

@@ -73,3 +73,28 @@ def test_needs_no_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.strip().endswith("fine"), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("activation_cache", "false"),
+        ("unfreeze_on_restart", 0),
+        ("max_depth", 2.5),
+        ("max_depth", True),
+        ("max_depth", "3"),
+        ("sampling_seed", "a"),
+        ("static_depth", None),
+        ("freeze_threshold", "0.9"),
+        ("cache_memory", None),
+        ("predictor", 3),
+        ("blocks", 5),
+    ],
+)
+def test_values_of_another_type_are_refused(name, value):
+    with pytest.raises(TypeError, match=f"`{name}` is .* it must be of type"):
+        SmartFRZConfig(**{name: value})
+
+
+def test_one_name_of_blocks_needs_no_list():
+    assert SmartFRZConfig(blocks="encoder.layer.*").blocks == ["encoder.layer.*"]

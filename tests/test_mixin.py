@@ -4,10 +4,10 @@ import pytest
 import torch
 from architectures import build
 from resuming import STAGES, assert_same_end, undecided_predictor
-from training import Rows, predictor_that_says
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from training import Rows, arguments, predictor_that_says
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
-from smartfrz_hf import SmartFRZConfig, SmartFRZMixin
+from smartfrz_hf import SmartFRZConfig, SmartFRZMixin, SmartFRZTrainer
 
 COMMON = {
     "max_steps": 12,
@@ -136,3 +136,13 @@ def test_sentence_transformer_trainer(tmp_path, minilm_dir):
         return trainer
 
     assert_freezes_and_resumes(train, tmp_path)
+
+
+def test_the_mixin_must_come_first():
+    with pytest.raises(TypeError, match="must come before the Trainer"):
+        type("Wrong", (Trainer, SmartFRZMixin), {})
+
+
+def test_options_beside_those_of_the_trainer_are_told(tmp_path):
+    with pytest.raises(TypeError, match="smartfrz="):
+        SmartFRZTrainer(build("bert"), arguments(tmp_path), operating_point="balanced")

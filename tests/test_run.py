@@ -8,6 +8,7 @@ from resuming import undecided_predictor
 from torch.utils.data import DataLoader
 from training import Rows, assert_left_alone, predictor_that_says, train
 from transformers import get_linear_schedule_with_warmup
+from transformers.utils import logging as transformers_logging
 
 from smartfrz_hf import Decision, FreezingRun, Policy, SmartFRZCallback, SmartFRZConfig
 from smartfrz_hf.checkpoint import load_state, save_state
@@ -168,4 +169,85 @@ def test_an_exception_gives_the_model_back():
         FreezingRun(model, optimizer, STEPS, SmartFRZConfig(policy="static"), predictor=predictor_that_says(0.5)),
     ):
         raise KeyboardInterrupt
+    assert_left_alone(model)
+
+
+def test_steps_that_the_loop_counts_are_taken_once():
+    """Also if it says so for each micro-batch."""
+    stages = []
+    for calls in (1, 3):
+        model, optimizer, scheduler, loader = set_up()
+        with FreezingRun(model, optimizer, STEPS, OPTIONS, predictor=undecided_predictor()) as run:
+            for step, batch in zip(range(1, STEPS + 1), batches(loader), strict=False):
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                for _ in range(calls):
+                    run.step(step)
+        stages.append((run.ledger.stages, run.ledger.decisions))
+    assert stages[0] == stages[1]
+
+
+def test_a_run_that_fails_to_begin_can_be_tried_again():
+    model, optimizer, *_ = set_up()
+    with (
+        pytest.raises(ValueError, match="at most 5"),
+        FreezingRun(model, optimizer, STEPS, {"static_depth": 9}, policy="static"),
+    ):
+        pass
+    with FreezingRun(model, optimizer, STEPS, policy="static") as run:
+        assert run.depth == 2
+    assert_left_alone(model)
+
+
+def test_a_closed_run_freezes_nothing():
+    model, optimizer, *_ = set_up()
+    run = FreezingRun(model, optimizer, STEPS, policy="static")
+    run.close()
+    with pytest.raises(ValueError, match="closed"):
+        run.step(1)
+    assert_left_alone(model)
+
+
+def test_wrong_arguments_are_told(caplog):
+    model, optimizer, *_ = set_up()
+    for total_steps in (None, 0, 2.5, "10"):
+        with pytest.raises((ValueError, TypeError), match="`total_steps`"):
+            FreezingRun(model, optimizer, total_steps, policy="never")
+    with pytest.raises(TypeError, match="must be a `torch.nn.Module`"):
+        FreezingRun(optimizer, model, STEPS)
+    with pytest.raises(TypeError, match="did you mean `freeze_threshold`"):
+        SmartFRZCallback(freeze_treshold=0.5)
+    with pytest.raises(TypeError, match="must be a `SmartFRZConfig`"):
+        SmartFRZCallback("conservative")
+    with pytest.raises(TypeError, match="instance of a subclass of `Policy`"):
+        SmartFRZCallback(policy=At)
+    with (
+        pytest.raises(ValueError, match="is there a state"),
+        FreezingRun(model, optimizer, STEPS, policy="never") as run,
+    ):
+        run.load_state_dict(None)
+    assert_left_alone(model)
+
+
+def test_an_optimizer_of_another_model_is_told(caplog):
+    transformers_logging.enable_propagation()
+    try:
+        FreezingRun(build("bert"), set_up()[1], STEPS, policy="never").close()
+        assert "The optimizer holds no parameter of this BertForSequenceClassification" in caplog.text
+    finally:
+        transformers_logging.disable_propagation()
+
+
+def test_answers_of_a_policy_are_checked():
+    class Wrong(Policy):
+        def decide(self, observation):
+            return 3
+
+    model, optimizer, *_ = set_up()
+    with (
+        pytest.raises(TypeError, match="it must give a `Decision`"),
+        FreezingRun(model, optimizer, STEPS, policy=Wrong()),
+    ):
+        pass
     assert_left_alone(model)

@@ -114,7 +114,7 @@ class ActivationCache:
             step (`int`): optimizer steps done.
         """
         if self._monitor.end_of_step(step) and self._front is not None:
-            if not self.savings.rows:
+            if not self.savings.rows and not self._monitor.last_epoch:
                 logger.warning_once(f"The activation cache was not used in a whole epoch: {self._why_unused()}.")
             if reason := self._monitor.loss():
                 self._turn_off(reason)

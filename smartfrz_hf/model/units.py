@@ -184,6 +184,8 @@ def find_blocks(
 
     ```
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` is a {type(model).__name__}; it must be a `torch.nn.Module`.")
     outermost, model = model, unwrap_model(model)
     names = discover(model) if blocks is None else match(model, blocks, "blocks")
     traced = trace(model, outermost, names)

@@ -3,7 +3,7 @@
 from .base import Decision, Observation, Policy
 from .linear import LinearPolicy
 from .never import NeverPolicy
-from .registry import make_policy, register_policy
+from .registry import make_policy, register_policy, resolve
 from .smartfrz import SmartFRZPolicy
 from .static import StaticPolicy
 
@@ -17,4 +17,5 @@ __all__ = [
     "StaticPolicy",
     "make_policy",
     "register_policy",
+    "resolve",
 ]

@@ -1,6 +1,9 @@
 """Policies by name."""
 
 from collections.abc import Callable
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from typing import Any
 
 from ..config import POLICIES, SmartFRZConfig
 from ..predictor import SmartFRZPredictor, load_predictor
@@ -74,3 +77,48 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
     if threshold is None:
         threshold = predictor.config.operating_points[config.operating_point]
     return SmartFRZPolicy(predictor, threshold)
+
+
+def resolve(
+    config: SmartFRZConfig | dict[str, Any] | None,
+    predictor: SmartFRZPredictor | str | None = None,
+    policy: Policy | str | None = None,
+    **options: Any,
+) -> tuple[SmartFRZConfig, Policy]:
+    """
+    The configuration and the policy, from the forms in which users give them.
+
+    Args:
+        config ([`SmartFRZConfig`] or `dict`, *optional*): all options.
+        predictor ([`SmartFRZPredictor`] or `str`, *optional*): a predictor, or its name on the Hub or folder.
+        policy ([`Policy`] or `str`, *optional*): a policy, or the name of one.
+        options: fields of [`SmartFRZConfig`], in place of those of `config`.
+
+    Raises:
+        TypeError: something is of the wrong type, or an option is unknown.
+        ValueError: an option has a value that cannot work.
+        OSError: the predictor cannot be loaded.
+    """
+    if isinstance(policy, str):
+        options["policy"], policy = policy, None
+    if predictor is not None and not isinstance(predictor, SmartFRZPredictor):
+        options["predictor"], predictor = predictor, None
+    if isinstance(config, dict):
+        options, config = {**config, **options}, None
+    if not isinstance(config, SmartFRZConfig | None):
+        raise TypeError(
+            f"The configuration is {config!r}; it must be a `SmartFRZConfig`, a `dict` of its fields, or left out. Options "
+            'are given by name, such as `operating_point="conservative"`.'
+        )
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(
+            f"`policy` is {policy!r}; it must be an instance of a subclass of `Policy`, or the name of one."
+        )
+    known = [f.name for f in fields(SmartFRZConfig)]
+    for name in options:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"the options are {', '.join(known)}."
+            raise TypeError(f"There is no option `{name}`; {hint}")
+    config = replace(config or SmartFRZConfig(), **options)
+    return config, policy or make_policy(config, predictor)
