@@ -185,9 +185,7 @@ class SmartFRZConfig:
                 wanted = " or ".join(
                     "None" if kind is type(None) else kind.__name__ for kind in types if kind is not Size
                 )
-                raise TypeError(
-                    f"`{name}` is {value!r}, of type {type(value).__name__}; it must be of type {wanted}."
-                )
+                raise TypeError(f"`{name}` is {value!r}, of type {type(value).__name__}; it must be of type {wanted}.")
         for name in ("policy", "operating_point", "when_all_frozen", "frozen_dtype", "cache_dtype"):
             option = self.__dataclass_fields__[name]
             value, legal = getattr(self, name), option.metadata["choices"]

@@ -25,7 +25,6 @@ SETTINGS = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2},
     "activation checkpointing": {"activation_checkpointing": True},
-    "no cache": {"config": {"activation_cache": False}},
     "linear": {"policy": "linear"},
 }
 
@@ -42,6 +41,21 @@ def test_resuming_equals_never_having_stopped(tmp_path, name, alone):
             tmp_path, alone, resume=str(tmp_path / f"checkpoint-{step}"), save_strategy="no", **SETTINGS[name]
         )
         assert_same_end(whole, resumed)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback alone"])
+def test_resuming_with_the_cache_is_the_same_up_to_rounding(tmp_path, alone):
+    settings = {"config": {"activation_cache": True}, "dataset": Rows(16)}
+    whole, callback = run(tmp_path, alone, **settings)
+    assert callback.ledger.cache.hits > 0
+    step = callback.ledger.stages[0].step + 1
+    again, resumed = run(tmp_path, alone, resume=str(tmp_path / f"checkpoint-{step}"), save_strategy="no", **settings)
+    assert resumed.ledger.stages == callback.ledger.stages
+    assert losses(again) == pytest.approx(
+        {s: loss for s, loss in losses(whole).items() if s in losses(again)}, abs=1e-4
+    )
+    for key, value in whole.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[key], value, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "resnet", "deberta-v2", "gpt2"])

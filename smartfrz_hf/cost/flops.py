@@ -65,6 +65,7 @@ class ComputeMeter:
         # those beside training, and elements that a cache has left out, by unit.
         self._elements, self._steps, self._skipped = np.zeros(units), np.zeros(units), np.zeros(units)
         self._passes = self._forward_only = self._aside = 0
+        self._new_elements = self._new_passes = self._new_forward_only = 0  # since `_collect`
         # Sums from a checkpoint of format 1.
         self._earlier = {"spent": Flops(), "full": Flops()}
         self._taken = Flops()
@@ -101,6 +102,7 @@ class ComputeMeter:
 
     def freeze_to(self, depth: int) -> None:
         """From now on, `depth` units of the front are frozen: more than before, or fewer."""
+        self._collect()
         self._depth = depth
 
     def count(self) -> None:
@@ -126,6 +128,7 @@ class ComputeMeter:
 
     def end_of_step(self) -> None:
         """To be called after each optimizer step, before its gradients are cleared."""
+        self._collect()
         if self._optimizer is None:
             return
         if not self._update.any():
@@ -165,6 +168,7 @@ class ComputeMeter:
         gradients), `probe_elements`, `skipped_elements` (by unit), `earlier` (`spent` and `full` of a run whose
         checkpoint holds only these sums).
         """
+        self._collect()
         return {
             "costs": None if self._costs is None else self._costs.state_dict(),
             "update": self._update.tolist(),
@@ -196,20 +200,30 @@ class ComputeMeter:
         self._backward = np.zeros((units, units)) if costs is None else np.array(costs.backward)
 
     def _before_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # `torch.compile` may trace this: only numbers are written, and they are the same again in the next step.
         self._latest = main_input_elements(module, (args, kwargs)) if module.training else 0
         if torch.is_grad_enabled():
-            self._elements[self._depth] += self._latest
-            self._passes += module.training
+            self._new_elements += self._latest
+            self._new_passes += module.training
         else:
-            self._forward_only += self._latest
+            self._new_forward_only += self._latest
+
+    def _collect(self) -> None:
+        """Enter the passes since the last call into the account."""
+        self._elements[self._depth] += self._new_elements
+        self._passes += self._new_passes
+        self._forward_only += self._new_forward_only
+        self._new_elements = self._new_passes = self._new_forward_only = 0
 
     def _spent_by_unit(self) -> np.ndarray:
         """Forward, backward and optimizer FLOPs of the units and the head, of shape `(3, units + 1)`."""
+        self._collect()
         ran = self._elements.sum() + self._forward_only + self._aside - self._skipped
         # A unit is updated in the steps at the depths up to its own index.
         return np.stack([self._forward * ran, self._backward @ self._elements, self._update * self._steps.cumsum()])
 
     def _full_by_unit(self) -> np.ndarray:
+        self._collect()
         elements = self._elements.sum()
         ran = elements + self._forward_only
         return np.stack([self._forward * ran, self._backward[:, 0] * elements, self._update * self._steps.sum()])

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from inspect import signature
 from statistics import median
 from typing import Any
 
@@ -30,7 +31,12 @@ GROUPS: dict[str, Callable[[RecordedRun], str]] = {
     "leave_one_family_out": lambda run: run.family,
     "leave_one_task_out": lambda run: run.task,
 }
-CONFIG_KEYS = [key for key in SmartFRZPredictorConfig.__annotations__ if key != "operating_points"]
+# What is written out in the configuration's signature, except for what the evaluation itself finds.
+CONFIG_KEYS = [
+    name
+    for name, parameter in signature(SmartFRZPredictorConfig.__init__).parameters.items()
+    if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in ("self", "operating_points")
+]
 
 
 class _RandomWeights(WeightSampler):

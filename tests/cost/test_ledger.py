@@ -89,7 +89,7 @@ def test_a_ledger_goes_on_from_a_checkpoint_of_format_1():
     old = json.loads(FORMAT_1.read_text())["ledger"]
     run = Ledger(cache=CacheSavings())
     run.load_state_dict(old)
-    assert run.depth == 2 and run.decisions == 3 and run.front.cache.rows == 20
+    assert run.depth == 2 and run.decisions == 3 and run.cache.rows == 20
     assert run.freeze_steps == {"stem": 4, "bert.encoder.layer.0": 4}
 
 

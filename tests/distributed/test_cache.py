@@ -66,8 +66,8 @@ def never_killed(tmp_path_factory):
 def test_two_ranks_find_as_many_rows_as_one(tmp_path):
     two, _ = results(tmp_path / "two")
     one, _ = results(tmp_path / "one", ranks=1)
-    # The first step is not looked up, as its FLOPs are counted; nor is the second one, which tells whether padding is read.
-    assert rows(two) == rows(one) == [32, 48, 48]
+    # The first step is not looked up: it tells whether padding is read.
+    assert rows(two) == rows(one) == [40, 48, 48]
     assert hits(two) == hits(one) == [0, 40, 48]
     assert [part["kept"][-1] for part in two] == [48, 48]
 
@@ -107,7 +107,7 @@ def test_the_budget_is_that_of_the_host(tmp_path):
 def test_each_host_keeps_its_rows(tmp_path):
     found, _ = results(tmp_path / "hosts", "--hosts")
     first, second = (part["kept"] for part in found)
-    assert first[0] == second[0] == 20 and first[1] < 48
+    assert first[0] == second[0] == 24 and first[1] < 48
     assert 0 < hits(found)[1] < hits(found)[2] < 48
 
 

@@ -102,4 +102,4 @@ def test_callback_alone(sharded, tmp_path):
 def test_without_an_accelerator_it_is_ddp_and_says_so(tmp_path):
     done = launch(tmp_path / "ddp", "--steps=2", recipe="fsdp2_cpu")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "asks for FSDP and is one of DDP" in done.stderr
+    assert "asks for FSDP and uses DDP" in done.stderr

@@ -29,6 +29,9 @@ def run(
 ):
     """Train, with a checkpoint at each step, and give the trainer and its callback back."""
     settings = {"policy": policy, "linear_depth": 1.0, "record_every": 1, "freeze_threshold": 0.5} | STAGES
+    settings["activation_cache"] = (
+        False  # with it, a resumed run is the same up to rounding: it starts with an empty cache
+    )
     made = SmartFRZConfig(**settings | (config or {}))
     predictor = predictor or undecided_predictor()
     changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 20, "logging_steps": 1} | changes
