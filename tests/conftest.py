@@ -1,4 +1,4 @@
-"""What every test shares: no network, no GPU unless asked for, two threads, and no deprecated call to transformers."""
+"""What every test shares: no network, no GPU unless asked for, one thread, and no deprecated call to transformers."""
 
 import os
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 class FailOnDeprecation(logging.Handler):

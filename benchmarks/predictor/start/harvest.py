@@ -29,7 +29,7 @@ from smartfrz_hf.freezing.freezer import Freezer
 from smartfrz_hf.model.units import find_blocks
 
 HERE = Path(__file__).parent
-EARLY_ROWS = 300  # held-out rows of the evaluations before the last one
+EARLY_ROWS = 200  # held-out rows of the evaluations before the last one
 EARLY = (1 / 3, 2 / 3)
 
 

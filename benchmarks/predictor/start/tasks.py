@@ -23,7 +23,7 @@ from transformers import (
 from smartfrz_hf.model.units import evaluation_mode
 
 Row = dict[str, Any]
-MAX_HELD_OUT = 1500
+MAX_HELD_OUT = 1000
 
 
 @dataclass(frozen=True)
