@@ -210,10 +210,11 @@ def name_rows(
         of each row, `(0, -1)` where rows have no positions, equal where there is nothing to keep.
     """
     device, rows = call.device, call.rows
-    seeds = _seeds(settings + repr((call.context, without_padding)).encode())
+    trimmed = without_padding and call.mask is not None
+    # With its padding, a row is another one at another length; the hashes do not see zeros at the end.
+    seeds = _seeds(settings + repr(call.context if trimmed else call.layout).encode())
     hashes = torch.tensor(seeds, device=device)[:, None].expand(2, rows)
     starts, ends = torch.zeros(rows, dtype=torch.long, device=device), torch.full((rows,), -1, device=device)
-    trimmed = without_padding and call.mask is not None
     if trimmed:
         assert call.mask is not None
         inside = content(call.mask)

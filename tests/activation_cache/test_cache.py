@@ -7,7 +7,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, build
 from cached import assert_same_losses, cached, losses, run
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
@@ -334,6 +334,10 @@ ROWS = Rows(12).rows
     st.booleans(),
     st.sampled_from(["bert", "llama"]),
 )
+# Padding of zeros behind a row, and then the same row without: kept with its padding, it is another row.
+@example([([0], 1, "right", False), ([0, 1], 0, "left", False)], 2**24, 0, False, "bert")
+@example([([0], 1, "right", False), ([0], 0, "left", False)], 2**24, 1, False, "llama")
+@example([([0], 1, "right", False), ([0], 0, "left", False)], 2**24, 0, False, "bert")
 def test_never_gives_a_wrong_activation(batches, budget, grow_at, without_padding, name):
     """Any order, duplicates, padding, empty masks, growing depth and budget: outputs are those of the plain model."""
     model = build(name).eval()
