@@ -99,6 +99,7 @@ class ActivationCache:
         if self._front is None:
             return
         self._offload.wake()
+        self._pending = None  # of another depth
         self._front.grow(depth)
         self._state.watch(depth, self._front.patches)
         self._verdicts.clear()

@@ -121,8 +121,9 @@ class LmdbTier:
             with self._transaction(write=True) as transaction:
                 for key, blob in blobs.items():
                     before = transaction.get(key)
-                    size = _charge(len(blob)) - (0 if before is None else _charge(len(before)))
-                    if size <= 0 or _used(transaction) + size + mmap.PAGESIZE <= self.budget:
+                    smaller = before is not None and len(blob) <= len(before)
+                    size = max(0, _charge(len(blob)) - (0 if before is None else _charge(len(before))))
+                    if smaller or _used(transaction) + size + mmap.PAGESIZE <= self.budget:
                         transaction.put(key, blob)
                         kept.add(key)
         except lmdb.MapFullError:  # what is free lies in pieces too small; the whole transaction is undone

@@ -50,7 +50,7 @@ trainer = DyingTrainer(
     args=arguments(folder, max_steps=20, save_strategy="steps", save_steps=2),
     train_dataset=Rows(40),
     callbacks=[noting],
-    smartfrz=SmartFRZConfig(activation_cache=False, record_every=1, freeze_threshold=0.5, **STAGES),
+    smartfrz=SmartFRZConfig(record_every=1, freeze_threshold=0.5, **STAGES),
     predictor=undecided_predictor(),
 )
 if moment[:1] == ["step"]:
