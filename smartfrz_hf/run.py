@@ -34,23 +34,18 @@ class FreezingRun:
     the optimizer has taken a step. [`SmartFRZCallback`] and [`SmartFRZTrainer`] use this class.
 
     Args:
-        model (`torch.nn.Module`):
-            The model that the loop calls: plain, or wrapped by DDP, FSDP2, `torch.compile` or PEFT.
+        model (`torch.nn.Module`): what the loop calls: plain, or wrapped by DDP, FSDP2, `torch.compile` or PEFT.
         optimizer (`torch.optim.Optimizer`): its optimizer, plain or prepared by Accelerate.
         total_steps (`int`): optimizer steps of the whole run.
         config ([`SmartFRZConfig`] or `dict`, *optional*): all options.
-        lr_scheduler (`torch.optim.lr_scheduler.LRScheduler`, *optional*):
-            Learning rate schedule of the run. Without it, the rate is taken as constant.
+        lr_scheduler (`torch.optim.lr_scheduler.LRScheduler`, *optional*): its schedule; constant without it.
         predictor ([`SmartFRZPredictor`] or `str`, *optional*): a predictor, or its name on the Hub or folder.
         policy ([`Policy`] or `str`, *optional*): a policy of your own, or the name of one.
         steps_per_epoch (`float`, *optional*):
             Optimizer steps in one pass over the data. The activation cache uses it to see whether it pays.
-        examples_per_step (`int`, *optional*):
-            Examples of one optimizer step in this process. Taken from the first batch when it is not given.
-        compiled (`bool`, *optional*):
-            Whether the loop runs a compiled model. Detected from `model` when it is not given.
-        timeout (`float`, *optional*, defaults to `1800.0`):
-            Seconds that the processes of a distributed run wait for each other's decision.
+        examples_per_step (`int`, *optional*): of one optimizer step in this process; by default, those of a batch.
+        compiled (`bool`, *optional*): whether the loop runs a compiled model. Detected when it is not given.
+        timeout (`float`, *optional*, defaults to `1800.0`): seconds that processes wait for each other's decision.
 
     Attributes:
         ledger ([`Ledger`]): what froze when and why, and what it saved.

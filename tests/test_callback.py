@@ -360,4 +360,4 @@ def test_schedules_of_torch_restart(tmp_path):
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 10)
     callback = smartfrz(0.9, first_decision=8, decide_every=100)
     train(tmp_path, [callback], model, trainer_kwargs={"optimizers": (optimizer, schedule)})
-    assert [(stage.step, stage.depth) for stage in callback.ledger.stages] == [(8, 5), (10, 0), (20, 0)][:2]
+    assert [(stage.step, stage.depth) for stage in callback.ledger.stages] == [(8, 5), (10, 0)]

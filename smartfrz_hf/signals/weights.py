@@ -205,10 +205,6 @@ class WeightHistory:
         oldest = len(self.steps) % self.window
         return torch.cat([self._ring[:, oldest:], self._ring[:, :oldest]], dim=1)  # faster than `roll`
 
-    def mask(self) -> torch.Tensor:
-        """Which of the snapshots were taken: a `bool` tensor of shape `(window,)`."""
-        return torch.arange(self.window, device=self._ring.device) >= self.window - self.filled
-
     def state_dict(self) -> dict[str, Any]:
         """
         What a run needs to continue.
