@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import Node
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .._compat import forget_failed_pass
 from ..distributed.fsdp import is_sharded, reshard
 from .nested import float_tensors
 
@@ -92,8 +92,7 @@ def trace(model: nn.Module, outermost: nn.Module, names: Sequence[str]) -> Trace
             except Exception as error:  # the model's own code, on a batch that it may not expect
                 reason = f"{type(error).__name__}: {error}"
             finally:
-                if isinstance(runs, FSDPModule):
-                    runs.reset_iter_state()
+                forget_failed_pass(runs)
                 reshard(runs)
             logger.debug(f"{type(backbone).__name__} was not traced with {', '.join(batch)}: {reason}")
     return Trace(candidates[0] if candidates else model)
