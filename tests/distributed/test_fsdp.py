@@ -89,6 +89,7 @@ def test_nothing_crosses_for_what_is_frozen(sharded):
         assert not any("embeddings" in name or "layer.0." in name for name in part["states"][-1])
 
 
+@resume_on_two_cpu_ranks
 @pytest.mark.parametrize("step", [4, 12])
 def test_resuming_equals_never_having_stopped(sharded, tmp_path, step):
     resume = f"--resume={sharded[0] / f'checkpoint-{step}'}"
@@ -108,6 +109,7 @@ def test_units_train_again(restarted, tmp_path):
     assert found[0]["sent"] == found[0]["active"]
 
 
+@resume_on_two_cpu_ranks
 def test_resuming_where_units_train_again(restarted, tmp_path):
     """The checkpoint is a whole state dictionary, and holds no optimizer state of them."""
     found, weights = results(
