@@ -17,6 +17,7 @@ from .model.units import Unit, find_blocks
 from .policies import Decision, Observation, Policy, resolve
 from .predictor import SmartFRZPredictor
 from .signals.observer import Observer
+from .signals.pilot import pilot_steps
 from .signals.schedule import LearningRates
 
 logger = logging.get_logger(__name__)
@@ -114,6 +115,7 @@ class FreezingRun:
             config.sampling_seed,
             config.probe_examples if self.policy.front_probe else 0,
             lambda batch: self._decide_every * (examples_per_step or batch),
+            pilot_steps(self.policy.pilot, total_steps),
             self.front.beside_training,
             self.front.meter.add_forward,
         )
@@ -190,7 +192,8 @@ class FreezingRun:
             self.observer.restart(steps_done)
             self._note(units, "the learning rate rises again")
         since_first = steps_done - self._first_decision
-        if since_first >= 0 and since_first % self._decide_every == 0 and steps_done < self.total_steps:
+        due = since_first >= 0 and since_first % self._decide_every == 0 and steps_done < self.total_steps
+        if due or self._pilot_is_over:
             self._decide()
 
     def close(self) -> None:
@@ -210,7 +213,7 @@ class FreezingRun:
 
         Returns:
             `dict` of nested JSON values and tensors: `step`, `units` (names), `depth`, `config`, `ledger`, `meter`,
-            `policy`, `learning_rates`, `weight_history` and `probe_history` (or `None`). Save it with
+            `policy`, `learning_rates`, `weight_history`, `probe_history` and `pilot` (or `None`). Save it with
             [`~smartfrz_hf.checkpoint.save_state`], or beside the state of your own loop.
         """
         return {
@@ -250,7 +253,7 @@ class FreezingRun:
 
     def _before_optimizer_step(self, *_) -> None:
         self.front.before_update()
-        self.observer.before_first_update(self.steps_done)
+        self.observer.before_update(self.steps_done)
 
     def _after_optimizer_step(self, *_) -> None:
         self._optimizer_stepped = True
@@ -264,8 +267,13 @@ class FreezingRun:
         ledger.frozen_parameters = self.front.freezer.frozen_parameters
         ledger.cache = None if cache is None else cache.savings
 
+    @property
+    def _pilot_is_over(self) -> bool:
+        return self.observer.pilot is not None and self.steps_done >= self.observer.pilot_steps
+
     def _decide(self) -> None:
-        """Hold a freezing stage."""
+        """Hold a freezing stage. One at the end of the pilot freezes units with the weights of the start of the run."""
+        pilot = self.observer.pilot if self._pilot_is_over else None
         if self.depth < len(self.stack):
             self.observer.before_decision(self.steps_done)
         observation = Observation(
@@ -276,6 +284,8 @@ class FreezingRun:
             rates=self.rates,
             history=self.observer.history,
             probe=self.observer.probe,
+            pilot=None if pilot is None else pilot.signals(),
+            savings=None if pilot is None else self.front.meter.savings(),
         )
         decision = self.policy.decide(observation)
         if not isinstance(decision, Decision):
@@ -289,7 +299,11 @@ class FreezingRun:
             self.should_stop = self.config.when_all_frozen == "stop"
         self.front.check_consistency(self.steps_done)
         if depth > self.depth:
+            if pilot is not None:
+                pilot.restore(depth)
             self._note(self.front.freeze_to(depth), decision.reason)
+        if pilot is not None:
+            self.observer.pilot = None
 
     def _note(self, units: list[Unit], reason: str) -> None:
         """Enter a change of depth into the ledger and the log."""
