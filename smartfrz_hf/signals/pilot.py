@@ -1,11 +1,11 @@
 """The pilot: the first steps of a run, what their gradients show of each unit, and the weights to go back to."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..model.units import BlockStack, Unit
 from .weights import WeightSampler
@@ -74,7 +74,7 @@ class Pilot:
     def __init__(self, stack: BlockStack, seed: int):
         self._stack = stack
         self._sampler = WeightSampler(stack.units, WEIGHTS_PER_UNIT, seed)
-        self._copies = [{name: _local(t).to("cpu", copy=True) for name, t in _changing(unit).items()} for unit in stack]
+        self._copies = [_copy(unit) for unit in stack]
         head = sum(p.numel() for p in stack.head_parameters().values() if p.requires_grad)
         sizes = [sum(p.numel() for p in unit.named_parameters().values() if p.requires_grad) for unit in stack]
         self._parameters = torch.tensor([*sizes, head], dtype=torch.float64)
@@ -91,7 +91,9 @@ class Pilot:
     def before_update(self) -> None:
         """Take note of the gradients of a step, before it is taken. To be called in all processes."""
         gradients, weights = self._sampler.read_gradients(range(len(self._stack))).cpu(), self._read()
-        self._loss_change += (gradients * (weights - self._previous)).mean(1)  # of the batch after the one that moved it
+        self._loss_change += (gradients * (weights - self._previous)).mean(
+            1
+        )  # of the batch after the one that moved it
         self._sum += gradients
         self._squares += gradients**2
         self._previous = weights
@@ -114,13 +116,17 @@ class Pilot:
     def restore(self, depth: int) -> None:
         """Put the units in front of `depth` back to the weights that they had when the pilot began."""
         for unit, copies in zip(self._stack.units[:depth], self._copies, strict=False):
-            for name, tensor in _changing(unit).items():
-                if name in copies:
-                    _local(tensor).copy_(copies[name])
+            tensors = _tensors(unit)
+            for name, copy in copies.items():
+                _local(tensors[name]).copy_(copy)
+
+    def _convert(self, how: Callable, number: int, copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = _tensors(self._stack.units[number])
+        return {name: how(copy, tensors[name]) for name, copy in copies.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """
-        What a run needs to continue.
+        What a run needs to continue. Under FSDP2 all ranks have to call it.
 
         Returns:
             `dict`: `"steps"`, `"weights"` (by unit, those of the start by name), `"sampled_start"`, `"sampled_previous"`,
@@ -128,7 +134,9 @@ class Pilot:
         """
         return {
             "steps": self.steps,
-            "weights": {str(unit): dict(copies) for unit, copies in enumerate(self._copies)},
+            "weights": {
+                str(number): self._convert(_whole, number, copies) for number, copies in enumerate(self._copies)
+            },
             "sampled_start": self._start,
             "sampled_previous": self._previous,
             "gradient_sum": self._sum,
@@ -137,17 +145,17 @@ class Pilot:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
+        """Continue from a state. Under FSDP2 all ranks have to call it."""
         self.steps = state["steps"]
-        self._copies = [state["weights"][str(unit)] for unit in range(len(self._stack))]
+        self._copies = [self._convert(_part, int(number), weights) for number, weights in state["weights"].items()]
         self._start, self._previous = state["sampled_start"], state["sampled_previous"]
         self._sum, self._squares = state["gradient_sum"], state["gradient_squares"]
         self._loss_change = state["loss_change"]
 
 
-def _changing(unit: Unit) -> dict[str, torch.Tensor]:
-    """The trainable parameters and the buffers of a unit, by dotted name."""
-    parameters = {name: p.detach() for name, p in unit.named_parameters().items() if p.requires_grad}
+def _tensors(unit: Unit) -> dict[str, torch.Tensor]:
+    """The parameters and the buffers of a unit, by dotted name."""
+    parameters = {name: p.detach() for name, p in unit.named_parameters().items()}
     return parameters | {
         f"{prefix}.{name}": buffer
         for prefix, module in unit.modules.items()
@@ -155,5 +163,28 @@ def _changing(unit: Unit) -> dict[str, torch.Tensor]:
     }
 
 
+def _copy(unit: Unit) -> dict[str, torch.Tensor]:
+    """Those that training changes, in host memory."""
+    fixed = {name for name, p in unit.named_parameters().items() if not p.requires_grad}
+    return {name: _local(t).to("cpu", copy=True) for name, t in _tensors(unit).items() if name not in fixed}
+
+
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of which this process holds a part, put together from all processes."""
+    if not isinstance(like, DTensor):
+        return local
+    parts = DTensor.from_local(
+        local.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
+    return parts.full_tensor().cpu()
+
+
+def _part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements).to_local().cpu()

@@ -45,7 +45,9 @@ class Sharding:
         self.bytes = self.gathers = 0
         new = hasattr(dist, "reduce_scatter_single")  # the names that torch has given them since 2.7
         reduce, gather = (
-            ("reduce_scatter_single", "all_gather_single") if new else ("reduce_scatter_tensor", "all_gather_into_tensor")
+            ("reduce_scatter_single", "all_gather_single")
+            if new
+            else ("reduce_scatter_tensor", "all_gather_into_tensor")
         )
         self.reduce_scatter, self.all_gather = getattr(dist, reduce), getattr(dist, gather)
         setattr(dist, reduce, self.reduce)

@@ -93,7 +93,7 @@ def test_signals_against_gradients_at_all_weights():
     assert signals.steps == 5 and signals.parameters[unit] == stack[unit].parameter_count
     assert signals.parameters[-1] == sum(p.numel() for p in stack.head_parameters().values())
     assert signals.signal_to_noise[unit] == pytest.approx(float(total.square().sum() / (5 * squares)), rel=1e-5)
-    assert 0 < float(signals.signal_to_noise.min()) and float(signals.signal_to_noise.max()) <= 1
+    assert float(signals.signal_to_noise.min()) > 0 and float(signals.signal_to_noise.max()) <= 1
     assert signals.gradient[unit] == pytest.approx(float((squares / 5 / count).sqrt()), rel=1e-5)
     change = sum(float((gradients[t + 1] * (weights[t + 1] - weights[t])).sum()) for t in range(4)) / count
     assert signals.loss_change[unit] == pytest.approx(change, rel=1e-3)
