@@ -11,7 +11,9 @@ from ..model.units import BlockStack, Unit
 from .weights import WeightSampler
 
 WEIGHTS_PER_UNIT = 1024  # sampled
+HEAD = "head"
 MIN_STEPS = 4  # of a pilot: a signal to noise ratio needs a few gradients
+MAX_RATE_FACTOR = 4.0
 EPSILON = 1e-30
 
 
@@ -20,20 +22,21 @@ class PilotSignals:
     r"""
     What the first steps of a run show of each unit, at its sampled weights.
 
-    With \(g_t\) the gradient before step \(t\) and \(w_t\) the weights then:
+    With \(g_t\) the gradient before step \(t\) and \(w_t\) the weights then, for each unit and, last, the head (zeros where it
+    has nothing to train):
 
     Attributes:
         steps (`int`): optimizer steps.
-        parameters (`torch.Tensor` of shape `(units + 1,)`): trainable parameters of each unit, and of the head.
-        signal_to_noise (`torch.Tensor` of shape `(units,)`):
+        parameters (`torch.Tensor` of shape `(units + 1,)`): trainable parameters.
+        signal_to_noise (`torch.Tensor` of shape `(units + 1,)`):
             \(\|\sum_t g_t\|^2 / (T \sum_t \|g_t\|^2)\): 1 if all gradients are the same, \(1/T\) if they are noise. 0 in a
             unit without gradients. (Liu et al., ICLR 2020; McCandlish et al., arXiv 1812.06162.)
-        gradient (`torch.Tensor` of shape `(units,)`): root mean square of the gradient of one weight.
-        loss_change (`torch.Tensor` of shape `(units,)`):
+        gradient (`torch.Tensor` of shape `(units + 1,)`): root mean square of the gradient of one weight.
+        loss_change (`torch.Tensor` of shape `(units + 1,)`):
             \(\sum_t g_{t+1} \cdot (w_{t+1} - w_t)\), the change of the loss that the unit's motion has brought, for one
             weight ("loss change allocation", Lan et al., NeurIPS 2019).
-        weight (`torch.Tensor` of shape `(units,)`): root mean square of the weights at the start.
-        displacement (`torch.Tensor` of shape `(units,)`): root mean square of \(w_T - w_0\).
+        weight (`torch.Tensor` of shape `(units + 1,)`): root mean square of the weights at the start.
+        displacement (`torch.Tensor` of shape `(units + 1,)`): root mean square of \(w_T - w_0\).
     """
 
     steps: int
@@ -43,6 +46,19 @@ class PilotSignals:
     loss_change: torch.Tensor
     weight: torch.Tensor
     displacement: torch.Tensor
+
+    def rate_factor(self, depth: int) -> float:
+        r"""
+        What the learning rate of the rest has to be multiplied with if the front is frozen, so that the loss falls as fast as
+        it would with everything training: \(1 / (1 - c)\), with \(c\) the share of the front in the change of the loss. At
+        most 4.
+
+        Args:
+            depth (`int`): frozen units.
+        """
+        change = (-self.loss_change.double() * self.parameters).clamp(min=0)
+        rest = float(change[depth:].sum() / change.sum().clamp(min=EPSILON))
+        return min(MAX_RATE_FACTOR, 1 / rest) if rest > 0 else 1.0
 
 
 def pilot_steps(length: float, total_steps: int) -> int:
@@ -73,24 +89,26 @@ class Pilot:
 
     def __init__(self, stack: BlockStack, seed: int):
         self._stack = stack
-        self._sampler = WeightSampler(stack.units, WEIGHTS_PER_UNIT, seed)
+        head = {name: p for name, p in stack.head_parameters().items() if p.requires_grad}
+        units = [*stack.units, *([Unit(HEAD, {}, head)] if head else [])]
+        self._sampler = WeightSampler(units, WEIGHTS_PER_UNIT, seed)
+        self._recorded = range(len(units))
         self._copies = [_copy(unit) for unit in stack]
-        head = sum(p.numel() for p in stack.head_parameters().values() if p.requires_grad)
-        sizes = [sum(p.numel() for p in unit.named_parameters().values() if p.requires_grad) for unit in stack]
-        self._parameters = torch.tensor([*sizes, head], dtype=torch.float64)
+        sizes = [sum(p.numel() for p in unit.named_parameters().values() if p.requires_grad) for unit in units]
+        self._parameters = torch.tensor(sizes, dtype=torch.float64)
         self._start = self._read()
         self._previous = self._start
         self._sum, self._squares = torch.zeros_like(self._start), torch.zeros_like(self._start)
-        self._loss_change = torch.zeros(len(stack))
+        self._loss_change = torch.zeros(len(units))
         self.steps = 0
 
     def _read(self) -> torch.Tensor:
-        return self._sampler.read_all(range(len(self._stack))).cpu()
+        return self._sampler.read_all(self._recorded).cpu()
 
     @torch.no_grad()
     def before_update(self) -> None:
         """Take note of the gradients of a step, before it is taken. To be called in all processes."""
-        gradients, weights = self._sampler.read_gradients(range(len(self._stack))).cpu(), self._read()
+        gradients, weights = self._sampler.read_gradients(self._recorded).cpu(), self._read()
         self._loss_change += (gradients * (weights - self._previous)).mean(
             1
         )  # of the batch after the one that moved it
@@ -102,15 +120,16 @@ class Pilot:
     def signals(self) -> PilotSignals:
         """What the steps so far have shown."""
         squares, moved = self._squares.mean(1), self._read() - self._start
-        return PilotSignals(
-            self.steps,
+        found = [
             self._parameters,
             (self._sum**2).mean(1) / (self.steps * squares).clamp(min=EPSILON),
             (squares / max(1, self.steps)).sqrt(),
             self._loss_change,
             (self._start**2).mean(1).sqrt(),
             (moved**2).mean(1).sqrt(),
-        )
+        ]
+        missing = len(self._stack) + 1 - len(self._recorded)
+        return PilotSignals(self.steps, *(torch.nn.functional.pad(values, (0, missing)) for values in found))
 
     @torch.no_grad()
     def restore(self, depth: int) -> None:
@@ -130,7 +149,7 @@ class Pilot:
 
         Returns:
             `dict`: `"steps"`, `"weights"` (by unit, those of the start by name), `"sampled_start"`, `"sampled_previous"`,
-            `"gradient_sum"`, `"gradient_squares"` (`(units, weights_per_unit)`) and `"loss_change"` (`(units,)`).
+            `"gradient_sum"`, `"gradient_squares"` (a row for each unit, and the head if it trains) and `"loss_change"`.
         """
         return {
             "steps": self.steps,
