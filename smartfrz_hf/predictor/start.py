@@ -75,7 +75,9 @@ class StartPredictor(nn.Module):
         self.register_buffer("std", torch.ones(START_FEATURES))
         self.encode = nn.Sequential(nn.Linear(START_FEATURES, size), nn.ReLU(), nn.Linear(size, size))
         self.query, self.key, self.value = (nn.Linear(size, size) for _ in range(3))
-        self.head = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 1))
+        last = nn.Linear(size, 1)
+        nn.init.constant_(last.bias, -2.0)  # begin with little that is lost
+        self.head = nn.Sequential(nn.Linear(size, size), nn.ReLU(), last)
 
     def forward(self, features: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
         """

@@ -141,7 +141,6 @@ def fit_start(
     rows = torch.cat([pair.features for pair in pairs])
     model.mean.copy_(rows.mean(0))
     model.std.copy_(rows.std(0).clamp(min=1e-3))
-    nn.init.constant_(model.head[-1].bias, -2.0)
     most = max(len(pair.features) for pair in pairs)
     features = torch.stack([nn.functional.pad(p.features, (0, 0, 0, most - len(p.features))) for p in pairs])
     active = torch.stack([torch.arange(most) < len(pair.features) for pair in pairs])
