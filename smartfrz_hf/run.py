@@ -12,7 +12,6 @@ from .config import SmartFRZConfig
 from .cost.ledger import Ledger, Stage
 from .distributed.consensus import Ranks
 from .freezing.compile import is_compiled
-from .freezing.rate import RateFactor
 from .front import Front
 from .model.units import Unit, find_blocks
 from .policies import Decision, Observation, Policy, resolve
@@ -53,7 +52,6 @@ class FreezingRun:
         ledger ([`Ledger`]): what froze when and why, and what it saved.
         depth (`int`): frozen units now, counted from the front.
         steps_done (`int`): optimizer steps so far.
-        rate ([`RateFactor`]): what the learning rate is multiplied with since a front froze from the start.
         should_stop (`bool`): whether nothing is left to train and `when_all_frozen="stop"` asks to stop then.
 
     Raises:
@@ -123,7 +121,6 @@ class FreezingRun:
         )
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
         self._optimizer_stepped = False
-        self.rate = RateFactor(self._optimizer)
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_optimizer_step),
             self._optimizer.register_step_post_hook(self._after_optimizer_step),
@@ -192,7 +189,6 @@ class FreezingRun:
         rises = self.rates.observe(steps_done, self._optimizer.param_groups[0]["lr"])
         if rises and self.depth and self.config.unfreeze_on_restart and self.policy.history_size:
             units = self.front.unfreeze()
-            self.rate.factor = 1.0
             self.observer.restart(steps_done)
             self._note(units, "the learning rate rises again")
         since_first = steps_done - self._first_decision
@@ -229,7 +225,7 @@ class FreezingRun:
             "meter": self.front.meter.state_dict(),
             "policy": self.policy.state_dict(),
             "learning_rates": self.rates.state_dict(),
-            "rate_factor": self.rate.factor,
+            "rate_factor": self.front.rate.factor,
             **self.observer.state_dict(),
         }
 
@@ -251,7 +247,7 @@ class FreezingRun:
         self.policy.load_state_dict(state["policy"])
         if state["learning_rates"] is not None:
             self.rates.load_state_dict(state["learning_rates"])
-        self.rate.factor = state.get("rate_factor", 1.0)  # checkpoints of earlier versions have none
+        self.front.rate.factor = state.get("rate_factor", 1.0)  # checkpoints of earlier versions have none
         self.observer.load_state_dict(state)
         self._update_ledger()
         if state["depth"]:
@@ -260,12 +256,10 @@ class FreezingRun:
     def _before_optimizer_step(self, *_) -> None:
         self.front.before_update()
         self.observer.before_update(self.steps_done)
-        self.rate.before_step()
 
     def _after_optimizer_step(self, *_) -> None:
-        self.rate.after_step()
         self._optimizer_stepped = True
-        self.front.meter.end_of_step()
+        self.front.after_update()
         self._update_ledger()
 
     def _update_ledger(self) -> None:
@@ -307,13 +301,13 @@ class FreezingRun:
             self.should_stop = self.config.when_all_frozen == "stop"
         self.front.check_consistency(self.steps_done)
         if depth > self.depth:
-            reason = decision.reason
-            if pilot is not None:
-                if self.config.compensate_rate:
-                    self.rate.factor = pilot.signals().rate_factor(depth)
-                    reason += f"; the learning rate of the rest is multiplied by {self.rate.factor:.2f}"
-                pilot.restore(depth)
-            self._note(self.front.freeze_to(depth), reason)
+            units = self.front.freeze_to(depth, pilot)
+            rate = (
+                f"; the rest trains at {self.front.rate.factor:.2f} times the learning rate"
+                if pilot is not None
+                else ""
+            )
+            self._note(units, decision.reason + rate)
         if pilot is not None:
             self.observer.pilot = None
 

@@ -27,7 +27,8 @@ class RateFactor:
         if self.factor != 1.0:
             self._rates = [group["lr"] for group in self.optimizer.param_groups]
             for group in self.optimizer.param_groups:
-                group["lr"] = group["lr"] * self.factor
+                if group["lr"] is not None:  # Adafactor may choose it by itself
+                    group["lr"] = group["lr"] * self.factor
 
     def after_step(self) -> None:
         """To be called right after a step."""

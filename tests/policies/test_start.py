@@ -35,7 +35,7 @@ def test_the_deepest_front_within_the_tolerance(tmp_path, point, depth):
     if depth:
         (stage,) = ledger.stages
         assert stage.step == 4 and f"and to lose {0.2 * depth:.1f} points" in stage.reason
-        assert "the learning rate of the rest is multiplied by" in stage.reason
+        assert "the rest trains at" in stage.reason
 
 
 def test_it_can_be_turned_off(tmp_path):

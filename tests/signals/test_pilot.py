@@ -124,12 +124,12 @@ def test_the_rate_of_the_rest_rises_in_the_steps_only():
                 optimizer.step()
                 optimizer.zero_grad()
                 assert optimizer.param_groups[0]["lr"] == 0.01
-                rate = 0.01 * started.rate.factor
+                rate = 0.01 * started.front.rate.factor
                 torch.testing.assert_close(model.classifier.weight.detach(), before - rate * gradient)
                 started.step()
                 if number == 10:
                     state = started.state_dict()
-        ends.append(started.rate.factor)
+        ends.append(started.front.rate.factor)
     factor = policy.seen[0].pilot.rate_factor(3)
     assert ends == [factor, 1.0] and 1 < factor < 4
     change = (-policy.seen[0].pilot.loss_change * policy.seen[0].pilot.parameters).clamp(min=0)
@@ -153,7 +153,7 @@ def test_the_rate_is_put_back_when_everything_trains_again():
             schedule.step()
             optimizer.zero_grad()
             started.step()
-            factors.append(started.rate.factor)
+            factors.append(started.front.rate.factor)
     assert factors[10] > 1 and factors[-1] == 1 and [stage.depth for stage in started.ledger.stages] == [3, 0]
 
 
