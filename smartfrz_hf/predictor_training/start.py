@@ -201,3 +201,66 @@ def judge(rule: Rule, pairs: Sequence[StartPair], tolerance: float) -> dict[str,
         "points": sum(points) / count,
         "loss": sum(loss) / count,
     }
+
+
+def cross_validate(pairs: Sequence[StartPair], group: str, seeds: int = 3) -> dict[str, torch.Tensor]:
+    """
+    What predictors say of each pair that were fitted to the pairs of other groups.
+
+    Args:
+        pairs (`Sequence[StartPair]`): all of them.
+        group (`str`): `"family"` or `"task"`: what is held out together.
+        seeds (`int`, *optional*, defaults to `3`): predictors whose mean is taken.
+
+    Returns:
+        `dict[str, torch.Tensor]`: by name of the pair, points lost of shape `(units,)`.
+    """
+    said: dict[str, torch.Tensor] = {}
+    for held_out in sorted({getattr(pair, group) for pair in pairs}):
+        others = [pair for pair in pairs if getattr(pair, group) != held_out]
+        models = [fit_start(others, seed=seed) for seed in range(seeds)] if others else []
+        with torch.no_grad():
+            for pair in pairs:
+                if models and getattr(pair, group) == held_out:
+                    said[pair.name] = torch.stack([model(pair.features) for model in models]).mean(0)
+    return said
+
+
+def fixed(share: float) -> Rule:
+    """Freeze a fixed share of the blocks: scores of 0 up to there, and infinite behind."""
+
+    def score(pair: StartPair) -> torch.Tensor:
+        place = torch.arange(len(pair.features)) / (len(pair.features) - 1)
+        return torch.where(place <= share + 1e-6, 0.0, torch.inf)
+
+    return score
+
+
+def front_share(pair: StartPair) -> torch.Tensor:
+    """The share of the front in the change of the loss during the pilot, as a rule of its own."""
+    return 10 ** pair.features[:, 2]
+
+
+def evaluate_start(pairs: Sequence[StartPair]) -> dict[str, Any]:
+    """
+    Judge the predictor and simple rules on pairs of families, and of tasks, that they have not seen.
+
+    Args:
+        pairs (`Sequence[StartPair]`): all of them.
+
+    Returns:
+        `dict`: by `"family"` and `"task"`: for each rule and tolerance what [`judge`] gives; the predictor's tolerances are in
+        points.
+    """
+    results: dict[str, Any] = {"pairs": len(pairs), "runs": sum(len(pair.depths) for pair in pairs)}
+    for group in ("family", "task"):
+        said = cross_validate(pairs, group)
+        seen = [pair for pair in pairs if pair.name in said]
+        results[group] = {
+            "predictor": {
+                str(t): judge(lambda p, said=said: said[p.name], seen, t) for t in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
+            },
+            "share of the loss change": {str(t): judge(front_share, seen, t) for t in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)},
+            **{f"fixed {share:.2f}": {"-": judge(fixed(share), seen, 0.0)} for share in (1 / 3, 1 / 2, 2 / 3, 5 / 6)},
+        }
+    return results
