@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,10 @@ def fixed(share: float) -> Rule:
     return score
 
 
+def _said(said: dict[str, torch.Tensor], pair: StartPair) -> torch.Tensor:
+    return said[pair.name]
+
+
 def front_share(pair: StartPair) -> torch.Tensor:
     """The share of the front in the change of the loss during the pilot, as a rule of its own."""
     return 10 ** pair.features[:, 2]
@@ -257,9 +262,7 @@ def evaluate_start(pairs: Sequence[StartPair]) -> dict[str, Any]:
         said = cross_validate(pairs, group)
         seen = [pair for pair in pairs if pair.name in said]
         results[group] = {
-            "predictor": {
-                str(t): judge(lambda p, said=said: said[p.name], seen, t) for t in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
-            },
+            "predictor": {str(t): judge(partial(_said, said), seen, t) for t in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)},
             "share of the loss change": {str(t): judge(front_share, seen, t) for t in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)},
             **{f"fixed {share:.2f}": {"-": judge(fixed(share), seen, 0.0)} for share in (1 / 3, 1 / 2, 2 / 3, 5 / 6)},
         }
