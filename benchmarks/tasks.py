@@ -238,7 +238,7 @@ def load_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path, spare
         return Task(loaded, train, held_out, probe or held_out[:spare], _pad, labels, vocabulary)
     train, probe, held_out = (_pixels(part, config.image_size) for part in parts)
     if "from_scratch" in model:
-        loaded = AutoModelForImageClassification.from_config(config)
+        loaded = AutoModelForImageClassification.from_config(config, attn_implementation="eager")
     else:
         loaded = AutoModelForImageClassification.from_pretrained(folder, ignore_mismatched_sizes=True, **loading)
     training = _stack_moved_images if pair.augment else None

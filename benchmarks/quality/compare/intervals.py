@@ -55,11 +55,3 @@ def interpolate(curve: Sequence[tuple[float, float]], at: float) -> float | None
     """
     places, values = zip(*sorted(curve), strict=True)
     return None if at < places[0] else float(np.interp(at, places, values))
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """For points (cost, lost): whether no other one is better in one and at least as good in the other."""
-    return [
-        not any(other[0] <= cost and other[1] <= lost and other != (cost, lost) for other in points)
-        for cost, lost in points
-    ]
