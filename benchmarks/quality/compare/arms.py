@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from peft import LoraConfig, TaskType, get_peft_model
 from transformers import PreTrainedModel, TrainerCallback
 
 from benchmarks.quality.compare.plan import Arm
@@ -61,6 +60,8 @@ def make_method(arm: Arm, task: Task, ratio: float | None = None) -> Method:
 
 def add_lora(task: Task, r: int, alpha: int | None = None) -> Method:
     """LoRA on all linear layers; the head trains as a whole. `alpha` is twice `r` unless it is given."""
+    from peft import LoraConfig, TaskType, get_peft_model  # takes a second, which most runs need not spend
+
     kind = {0: TaskType.CAUSAL_LM}.get(task.labels, TaskType.SEQ_CLS)
     head = None
     if task.model.main_input_name == "pixel_values":
