@@ -14,7 +14,7 @@ class EgeriaPolicy(Policy):
     Freezes the front block once its plasticity has become steady, then looks at the next one; trains all again when the
     learning rate has dropped.
 
-    The plasticity of unit $l$ is the similarity-preserving loss (Tung & Mori, 2019, equation 4) between its outputs $A$
+    The plasticity of unit $l$ is the similarity-preserving loss (arXiv 1907.09682, equation 4) between its outputs $A$
     for some rows and those of a reference, $B$: $P_l = \|G_A - G_B\|_F^2 / b^2$, where $G$ holds the scalar products
     of the $b$ rows, each row of $G$ scaled to length 1. It is smoothed by a moving average over `window` freezing stages.
     The front active unit freezes when the slope of a straight line through the last `window` values has been at most
