@@ -180,34 +180,28 @@ def start(folder, *words):
 @pytest.mark.slow
 def test_runs_are_killed_resumed_and_reported(folder):
     chosen = ["--arms", "full", "smartfrz-balanced", "--tasks", "dots"]
+    full, ours = (folder / "out" / "dots" / f"{name}.1.json" for name in ("full", "smartfrz-balanced"))
     process = start(folder, *chosen)
-    deadline = time.monotonic() + 120
-    while not (folder / "out" / "dots" / "full.1.json").exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while not full.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(2)  # in the second run
+    time.sleep(1)  # in the second run
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    files = sorted(path.name for path in (folder / "out" / "dots").iterdir())
-    before = (folder / "out" / "dots" / "full.1.json").stat().st_mtime_ns
-    assert files == ["full.1.json"]
+    assert [path.name for path in full.parent.iterdir()] == ["full.1.json"]
+    before = full.stat().st_mtime_ns
 
-    process = start(folder, *chosen, "--most", "3")
-    said = process.communicate(timeout=180)[0]
+    process = start(folder, *chosen, "--most", "1")
+    said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
-    assert [line.split()[1] for line in said.splitlines()[:3]] == [
-        "dots/smartfrz-balanced.1",
-        "dots/full.2",
-        "dots/smartfrz-balanced.2",
-    ]
-    assert (folder / "out" / "dots" / "full.1.json").stat().st_mtime_ns == before, "made again"
-    known = json.loads((folder / "out" / "dots" / "smartfrz-balanced.2.json").read_text())
-    assert known["steps"] == 9 and [e["step"] for e in known["evaluations"]] == [3, 6, 9]
+    assert said.split()[1] == "dots/smartfrz-balanced.1" and "2 runs of this shard are missing, 0 have failed" in said
+    assert full.stat().st_mtime_ns == before, "made again"
+    known = json.loads(ours.read_text())
+    assert known["steps"] == 9 and [entry["step"] for entry in known["evaluations"]] == [3, 6, 9]
     assert set(known["flops"]) == {"forward", "backward", "optimizer"} and known["freezing"]["units"] == 4
     assert known["versions"]["torch"] and known["machine"]["threads"] == 1
     assert known["seconds"]["processor"]["training"] > 0 and known["memory"]["peak"] > known["memory"]["before"]
 
-    process = start(folder, *chosen, "--list")
-    assert "0 runs" in process.communicate(timeout=60)[0]
     module("report").make(module("plan").Plan.read(folder / "plan"), folder / "out", folder / "report")
     arms = json.loads((folder / "report" / "summary.json").read_text())["tasks"]["dots"]["arms"]
     assert set(arms) == {"full", "smartfrz-balanced"}
