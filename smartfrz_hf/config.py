@@ -13,7 +13,9 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 OPERATING_POINTS = ("conservative", "balanced", "aggressive")
-POLICIES = ["linear", "never", "smartfrz", "static"]  # `register_policy` adds to it
+# `register_policy` adds to it.
+POLICIES = ["linear", "never", "smartfrz", "static"]
+POLICIES += ["autofreeze", "egeria", "freezeout", "grades", "random", "self_cka"]
 FROZEN_DTYPES = ("float16", "bfloat16")
 CACHE_DTYPES = ("exact", "float16", "bfloat16", "int8")
 CONFIG_NAME = "smartfrz_config.json"
@@ -59,8 +61,9 @@ class SmartFRZConfig:
     Parameters that control the decision:
         policy (`str`, *optional*, defaults to `"smartfrz"`):
             What decides: `"smartfrz"` (the predictor), `"static"` (a fixed number of units from the start), `"linear"`
-            (a number that grows evenly, as in Composer's layer freezing), `"never"`, or a name that was given to
-            [`register_policy`].
+            (a number that grows evenly, as in Composer's layer freezing), `"never"`, a rule of another paper with its
+            published settings (`"autofreeze"`, `"egeria"`, `"freezeout"`, `"grades"`, `"self_cka"`), `"random"`, or a name
+            that was given to [`register_policy`].
         predictor (`str`, *optional*, defaults to `"smartfrz-base"`):
             Predictor on the Hub or in a folder. `"smartfrz-base"` comes with the package and needs no network.
         predictor_revision (`str`, *optional*):

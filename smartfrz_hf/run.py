@@ -12,6 +12,7 @@ from .config import SmartFRZConfig
 from .cost.ledger import Ledger, Stage
 from .distributed.consensus import Ranks
 from .freezing.compile import is_compiled
+from .freezing.steps import follow_steps
 from .front import Front
 from .model.units import Unit, find_blocks
 from .policies import Decision, Observation, Policy, resolve
@@ -124,6 +125,9 @@ class FreezingRun:
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_optimizer_step),
             self._optimizer.register_step_post_hook(self._after_optimizer_step),
+            *follow_steps(
+                self.policy, self.stack, self._optimizer, lambda: (self.steps_done, total_steps, self.depth)
+            ),
         ]
         self.active = True
         _active[self.stack.model] = weakref.ref(self)
@@ -294,8 +298,12 @@ class FreezingRun:
             raise TypeError(f"`decide` of {type(self.policy).__name__} gave {decision!r}; it must give a `Decision`.")
         self.ledger.decisions += 1
         most = len(self.stack) if self.config.max_depth is None else self.config.max_depth
-        depth = min(int(decision.depth), most)
-        depth = self.ranks.broadcast(depth, f"the freezing stage of step {self.steps_done}")
+        depth = max(0, min(int(decision.depth), most))
+        message = -1 - depth if decision.unfreeze else depth
+        message = self.ranks.broadcast(message, f"the freezing stage of step {self.steps_done}")
+        depth = max(message, -1 - message)
+        if message < 0 and self.depth:
+            self._note(self.front.unfreeze(), decision.reason)
         if depth > self._deepest:  # else nothing would be left to train
             depth = self._deepest
             self.should_stop = self.config.when_all_frozen == "stop"

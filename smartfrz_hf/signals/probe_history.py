@@ -50,6 +50,16 @@ class ProbeHistory:
         self.changes: torch.Tensor | None = None
         self._snapshots: dict[int, ProbeSnapshot] = {}
 
+    @property
+    def first(self) -> ProbeSnapshot | None:
+        """The snapshot before the first step of the run, or since the last restart; `None` before it is taken."""
+        return self._snapshots.get(0)
+
+    @property
+    def last(self) -> ProbeSnapshot | None:
+        """The latest snapshot; `None` before the first one."""
+        return self._snapshots.get(len(self.steps) - 1)
+
     def record(self, step: int) -> None:
         """
         Take a snapshot.

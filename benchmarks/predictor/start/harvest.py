@@ -2,7 +2,7 @@
 Fine-tunes each (model, task) pair of `pairs.json` in full and with its front frozen from the first step, and keeps what each
 run came to: one JSON file a run in `results/`. Runs that are there are not repeated; one that was cut off is.
 
-    python benchmarks/predictor/start/harvest.py --model_dir MODELS --data_dir DATA MORE_DATA
+    python -m benchmarks.predictor.start.harvest --model_dir MODELS --data_dir DATA MORE_DATA
 """
 
 import argparse
@@ -20,11 +20,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from signals import SAMPLES, Signals, WatchedTrainer, rounded
-from tasks import Pair, Plan, Task, find_data, load_task, losses, points
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from benchmarks.predictor.start.signals import SAMPLES, Signals, WatchedTrainer, rounded
+from benchmarks.tasks import Pair, Plan, Task, find_data, load_task, losses, points
 from smartfrz_hf.freezing.freezer import Freezer
 from smartfrz_hf.model.units import find_blocks
 

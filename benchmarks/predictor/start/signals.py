@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tasks import Row, Task, losses
 from transformers import Trainer
 
+from benchmarks.tasks import Row, Task, losses
 from smartfrz_hf.model.units import BlockStack, Unit
 from smartfrz_hf.signals.weights import WeightSampler
 
