@@ -42,7 +42,9 @@ class HuggingFaceDocstrings(griffe.Extension):
             return
         for item in documented(pkg):
             assert item.docstring is not None
-            text = MATH.sub(r"`\1`", item.docstring.value)  # no renderer of formulas is needed, nor loaded from elsewhere
+            text = MATH.sub(
+                r"`\1`", item.docstring.value
+            )  # no renderer of formulas is needed, nor loaded from elsewhere
             item.docstring.value = link(sections(text), item)
 
 

@@ -290,7 +290,7 @@ class FreezingRun:
         decision = self.policy.decide(observation)
         if not isinstance(decision, Decision):
             raise TypeError(f"`decide` of {type(self.policy).__name__} gave {decision!r}; it must give a `Decision`.")
-        self.ledger.decisions += 1
+        self.ledger.record(self.steps_done, decision.probabilities)
         most = len(self.stack) if self.config.max_depth is None else self.config.max_depth
         depth = min(int(decision.depth), most)
         depth = self.ranks.broadcast(depth, f"the freezing stage of step {self.steps_done}")

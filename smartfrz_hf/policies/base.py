@@ -58,10 +58,12 @@ class Decision:
     Attributes:
         depth (`int`): units to freeze, counted from the front. A depth below the current one changes nothing.
         reason (`str`): why, for the ledger and the log.
+        probabilities (`list[float]`, *optional*): that each active unit has converged, front first, for the report.
     """
 
     depth: int
     reason: str
+    probabilities: list[float] | None = None
 
 
 class Policy(ABC):

@@ -66,7 +66,7 @@ class SmartFRZPolicy(Policy):
         ):
             reached += 1
         listed = ", ".join(f"{p:.3f}" for p in probabilities[: max(1, reached - depth)])
-        return Decision(reached, f"probability {listed} against {self.threshold:g}")
+        return Decision(reached, f"probability {listed} against {self.threshold:g}", probabilities)
 
     @torch.no_grad()
     def score(self, observation: Observation, history: WeightHistory, snapshots: torch.Tensor) -> list[float]:

@@ -20,10 +20,8 @@ def template(node: ast.expr) -> str:
 def raised(path: Path) -> Iterator[str]:
     """Messages of the exceptions that a file raises."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Raise | ast.Return) and isinstance(node.value if isinstance(node, ast.Return) else node.exc, ast.Call):
-            call = node.value if isinstance(node, ast.Return) else node.exc
-            if getattr(call.func, "id", "").endswith("Error") and call.args and template(call.args[0]):
-                yield template(call.args[0])
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "").endswith("Error") and node.args:
+            yield template(node.args[0])
 
 
 def warned(path: Path) -> Iterator[str]:
