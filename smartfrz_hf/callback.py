@@ -14,6 +14,7 @@ from .cost.ledger import Ledger
 from .model.units import find_blocks, unwrap_model
 from .policies import Policy, resolve
 from .predictor import SmartFRZPredictor
+from .reporting import Reporter
 from .run import FreezingRun
 
 logger = logging.get_logger(__name__)
@@ -62,10 +63,12 @@ class SmartFRZCallback(TrainerCallback):
         self.run: FreezingRun | None = None
         self.trainer: Trainer | None = None
         self.resume_from: str | None = None
+        self._reporter = Reporter(self.config)
         self._saved_step = -1
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Refuse what cannot work before any time is spent."""
+        self._reporter.attach()
         self._check(args, control, model)
         check_stack(find_blocks(model, self.config.blocks, self.config.stem))
 
@@ -93,11 +96,13 @@ class SmartFRZCallback(TrainerCallback):
             self.run, self.resume_from or _checkpoint(args, state), state.global_step
         ):
             self.run.begin(state.global_step)
+        self._reporter.begin(state, self.run)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Take a snapshot and hold a freezing stage where they are due."""
         if self.run is not None:
             self.run.step(state.global_step)
+            self._reporter.show_depth()
             control.should_training_stop |= self.run.should_stop
             if control.should_save and not control.should_evaluate:
                 self._save_before_trainer(args, state)
@@ -115,6 +120,7 @@ class SmartFRZCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """Leave the model as it was found, except for its weights, and with the best ones if that was asked for."""
         self.release()
+        self._reporter.end(state, model)
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None:
             load_renamed(unwrap_model(model), best)

@@ -296,7 +296,7 @@ class FreezingRun:
         decision = self.policy.decide(observation)
         if not isinstance(decision, Decision):
             raise TypeError(f"`decide` of {type(self.policy).__name__} gave {decision!r}; it must give a `Decision`.")
-        self.ledger.decisions += 1
+        self.ledger.record(self.steps_done, decision.probabilities)
         most = len(self.stack) if self.config.max_depth is None else self.config.max_depth
         depth = max(0, min(int(decision.depth), most))
         message = -1 - depth if decision.unfreeze else depth

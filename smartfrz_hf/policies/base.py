@@ -60,11 +60,13 @@ class Decision:
         depth (`int`): units to freeze, counted from the front. A depth below the current one changes nothing.
         reason (`str`): why, for the ledger and the log.
         unfreeze (`bool`): whether all units train again first.
+        probabilities (`list[float]`, *optional*): that each active unit has converged, front first, for the report.
     """
 
     depth: int
     reason: str
     unfreeze: bool = False
+    probabilities: list[float] | None = None
 
 
 class Policy(ABC):

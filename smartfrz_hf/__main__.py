@@ -1,0 +1,5 @@
+"""`python -m smartfrz_hf`: the command line, where `smartfrz` is not on the path."""
+
+from .cli import app
+
+app(prog_name="smartfrz")
