@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -65,9 +66,10 @@ def draw_case(seed: int) -> dict:
         "accumulation": draw.choice([1, 1, 2]),
         "events": events,
         "lora": model in LORA and draw.random() < 0.6,
+        "mean_pooling": text and draw.random() < 0.4,  # a loss outside the model, which reads no padding
         "reference_pass": draw.random() < 0.5,
         "evaluate": draw.random() < 0.5,
-        "evaluate_in": draw.choice(["fp32", "bf16", None]),
+        "evaluate_in": draw.choice(["fp32", "bf16", "both", None]),
         "order": draw.choice(["shuffled", "shuffled", "shuffled", "given", "by length"]),
         "labels_at_padding": draw.random() < 0.2,
         "segments": model in TWO_SEGMENTS and draw.random() < 0.5,
@@ -85,7 +87,9 @@ def draw_events(draw: random.Random, steps: int, batch: int) -> list[dict]:
     at, events = draw.choice([0, draw.randint(0, max(1, steps // 3))]), []
 
     def grow(step: int) -> None:
-        events.append({"step": step, "what": "grow", "units": draw.choice(["one", "one", "some", "all"]), "to": draw.random()})
+        events.append(
+            {"step": step, "what": "grow", "units": draw.choice(["one", "one", "some", "all"]), "to": draw.random()}
+        )
 
     for _ in range(draw.randint(1, 4)):
         grow(at)
@@ -266,13 +270,21 @@ class Run:
                     for child in module.modules():
                         child.training = True
 
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not self.case["mean_pooling"]:
+            return self.model(**batch).loss
+        model = self.model.get_base_model() if self.case["lora"] else self.model
+        hidden = model.base_model(**{name: value for name, value in batch.items() if name != "labels"})[0]
+        mask = batch["attention_mask"].unsqueeze(-1)
+        return ((hidden * mask).sum(1) / mask.sum(1)).float().square().mean()
+
     def forward(self, chosen: list[int], bf16: bool) -> torch.Tensor:
         batch = collate(self.case, [self.rows[i] for i in chosen])
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = self.model(**batch).loss
+            loss = self.loss(batch)
             if self.case["lora"] and self.case["reference_pass"]:
                 with torch.no_grad(), self.model.disable_adapter():
-                    self.losses.append(float(self.model(**batch).loss))
+                    self.losses.append(float(self.loss(batch)))
         self.losses.append(float(loss.detach()))
         return loss
 
@@ -302,9 +314,9 @@ class Run:
                     self.cache.end_of_step(self.step)
             if case["evaluate"]:
                 self.model.eval()
-                in_bf16 = bf16 if case["evaluate_in"] is None else case["evaluate_in"] == "bf16"
+                formats = {"both": [True, False], "bf16": [True], "fp32": [False]}.get(case["evaluate_in"], [bf16])
                 with torch.no_grad(), averaged(self.model, case["average_for_evaluation"]):
-                    for first in range(0, case["rows"], 6):
+                    for in_bf16, first in itertools.product(formats, range(0, case["rows"], 6)):
                         self.forward(list(range(case["rows"]))[first : first + 6], in_bf16)
         self.stop()
 
@@ -328,7 +340,8 @@ def check(seed: int) -> dict:
     pairs = list(zip(plain.losses, cached.losses, strict=True))
     worst = max((abs(a - b) / max(1, abs(a)) if math.isfinite(b) else math.inf) for a, b in pairs)
     # A narrower format for what is kept rounds on purpose.
-    exact = "bf16" not in (case["precision"], case["evaluate_in"]) and case["kept_as"] == "exact"
+    evaluated = case["evaluate_in"] if case["evaluate"] else None
+    exact = case["precision"] == "fp32" and evaluated in (None, "fp32") and case["kept_as"] == "exact"
     kind, wrong = "fp32" if exact else "bf16", None
     if worst > TOLERANCE[kind]:
         wrong = f"losses differ by {worst:.3g}"
@@ -366,7 +379,15 @@ def begin(options: argparse.Namespace) -> dict:
         found = json.loads(options.out.read_text())
         if all(found.get(key) == value for key, value in about.items()):
             return found
-    return about | {"next": options.first, "looked_up": 0, "hits": 0, "compared": 0, "seconds": 0.0, "worst": {}, "wrong": []}
+    return about | {
+        "next": options.first,
+        "looked_up": 0,
+        "hits": 0,
+        "compared": 0,
+        "seconds": 0.0,
+        "worst": {},
+        "wrong": [],
+    }
 
 
 def main() -> None:
