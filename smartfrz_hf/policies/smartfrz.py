@@ -83,7 +83,7 @@ class SmartFRZPolicy(Policy):
         ):
             reached += 1
         listed = ", ".join(f"{p:.3f}" for p in probabilities[: max(1, reached - depth)])
-        return Decision(reached, f"probability {listed} against {self.threshold:g}", probabilities)
+        return Decision(reached, f"probability {listed} against {self.threshold:g}", probabilities=probabilities)
 
     @torch.no_grad()
     def start(self, observation: Observation, pilot: PilotSignals) -> Decision:
