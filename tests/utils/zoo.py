@@ -70,17 +70,30 @@ SIZES: list[tuple[str, Any]] = [
     (r"num_labels", 2),
 ]
 SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
-MLA = {"num_key_value_heads": 4, "head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+VISION_ROPE = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    "head_dim": 8,
+}
 FOUR = {"num_hidden_layers": 4}
 SERIES = {"prediction_length": 4, "context_length": 8, "d_model": 32, "lags_sequence": [1, 2], "num_time_features": 1}
 RESNET = {
+    "model_type": "resnet",
     "embedding_size": 8,
     "hidden_sizes": [8, 16],
     "depths": [1, 1],
     "layer_type": "basic",
     "out_features": ["stage2"],
 }
-DETR = {"use_timm_backbone": False, "use_pretrained_backbone": False, "num_queries": 4}
+DETR = {"backbone_config": RESNET, "num_queries": 4}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2}
 # What the rules do not give.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -112,15 +125,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "reformer": {
         "axial_pos_embds_dim": [16, 16],
-        "axial_pos_shape": [4, 4],
+        "axial_pos_shape": [2, 4],
         "hash_seed": 0,
         "attn_layers": ["local", "local"],
         "local_attn_chunk_length": 4,
         "attention_head_size": 8,
-        "is_decoder": True,
         "num_buckets": 4,
     },
-    "deepseek_v2": MLA,
+    "deepseek_v2": MLA | {"topk_group": 1, "n_group": 1, "num_experts_per_tok": 2},
     "deepseek_v3": MLA,
     "minicpm3": MLA,
     "glm4_moe_lite": MLA,
@@ -153,7 +165,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
     "detr": DETR,
     "conditional_detr": DETR,
-    "deformable_detr": DETR,
+    "deformable_detr": DETR | {"num_feature_levels": 1, "encoder_n_points": 2, "decoder_n_points": 2},
     "table-transformer": DETR,
     "dab-detr": DETR,
     "yolos": {"num_detection_tokens": 4, "image_size": [32, 32]},
@@ -166,14 +178,11 @@ CHANGES: dict[str, dict[str, Any]] = {
         "num_self_attends_per_block": 2,
     },
     "levit": {
-        "hidden_sizes": [16, 32],
-        "num_attention_heads": [2, 2],
-        "depths": [1, 1],
-        "key_dim": [8, 8],
+        "hidden_sizes": [16, 32, 48],
+        "num_attention_heads": [2, 2, 2],
+        "depths": [1, 1, 1],
+        "key_dim": [8, 8, 8],
         "image_size": 64,
-        "mlp_ratio": [2, 2],
-        "attention_ratio": [2, 2],
-        "down_ops": None,
     },
     "efficientnet": {"hidden_dim": 320, "width_coefficient": 0.25, "depth_coefficient": 0.5, "image_size": 64},
     "layoutlmv3": {"input_size": 32, "patch_size": 8, "coordinate_size": 5, "shape_size": 6},
@@ -187,8 +196,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "bit": {"hidden_sizes": [32, 32, 32, 32], "embedding_size": 32, "num_groups": 2},
     "cvt": {"num_heads": [1, 2, 2], "embed_dim": [16, 16, 32], "depth": [1, 1, 2]},
-    "hgnet_v2": {},
-    "mamba": {},
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_ocr_text", "glm_image_text"), VISION_ROPE),
+    "glm4v_moe_text": VISION_ROPE | {"partial_rotary_factor": 1.0},
+    "qwen4_exp_text": FOUR,
+    "qwen2_5_vl_vision": {"window_size": 32},
+    "blip-2": {"image_token_index": 110},
+    "instructblip": {"image_token_index": 110},
+    "timm_wrapper": {"architecture": "vit_tiny_patch16_224"},
 }
 TOKENS = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 1, "cls": 3, "sep": 4, "mask": 5, "unk": 6}
 FIRST_SPECIAL = 100  # tokens that stand for images and sounds
@@ -226,7 +240,7 @@ def tiny_config(cls: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig
         if name == "rope_parameters" and isinstance(default, dict) and "mrope_section" in default:
             fields[name] = default | {"mrope_section": [2, 1, 1]}
             fields["head_dim"] = 8
-    return cls(**fields | changes)
+    return cls(**fields | CHANGES.get(cls.model_type, {}) | changes)
 
 
 def _sizes(name: str, default: list[int]) -> list[int]:
@@ -258,7 +272,7 @@ def build_tiny(model_type: str, head: str | None = None, **changes: Any) -> PreT
     """A tiny model with seeded weights, in training mode."""
     torch.manual_seed(0)
     cls = model_class(model_type, head)
-    config = tiny_config(CONFIG_MAPPING[model_type], **CHANGES.get(model_type, {}) | changes)
+    config = tiny_config(CONFIG_MAPPING[model_type], **changes)
     config._attn_implementation = None
     return cls(config).train()
 
@@ -268,6 +282,7 @@ def make_batch(model: PreTrainedModel) -> dict[str, Any]:
     ids = torch.randint(7, FIRST_SPECIAL, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     takes = inspect.signature(model.forward).parameters
     problem: Exception | None = None
+    latest: Exception | None = None
     for batch in arguments_for(model):
         batch = {name: value for name, value in batch.items() if name in takes}
         if "use_cache" in takes:
@@ -287,8 +302,9 @@ def make_batch(model: PreTrainedModel) -> dict[str, Any]:
                     if not more or output.loss.isfinite():
                         return batch | more
                 except Exception as error:
-                    problem = error
-            features = re.search(r"(?:tokens: 0,? )?features:? (\d+)", str(problem))
+                    problem = problem or error
+                    latest = error
+            features = re.search(r"(?:tokens: 0,? )?features:? (\d+)", str(latest))
             if not features or "input_ids" not in batch:
                 break
             batch |= with_features(model.config, batch["input_ids"], int(features[1]))
@@ -355,6 +371,13 @@ def arguments_for(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         "future_values": noise(4),
         "future_time_features": noise(4, 1),
         "is_longer": torch.zeros(ROWS, 1, dtype=torch.bool),
+        "qformer_attention_mask": torch.ones_like(ids),
+        "future_observed_mask": torch.ones(ROWS, 4),
+        "states": noise(4, size("state_dim", default=2)),
+        "actions": noise(4, size("act_dim", default=2)),
+        "rewards": noise(4, 1),
+        "returns_to_go": noise(4, 1),
+        "timesteps": torch.arange(4).expand(ROWS, 4),
     }
     if "input_ids" not in takes:
         del known["attention_mask"]
@@ -365,6 +388,10 @@ def arguments_for(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         known["image_grid_thw"] = torch.tensor([[1, 2 * merge, 2 * merge]] * ROWS)
         known["pixel_values"] = noise(4 * merge * merge, channels * frames * patch * patch).flatten(0, 1)
         known |= with_features(config, ids, 4 * ROWS)
+    if "spatial_shapes" in takes:
+        patch = size("patch_size")
+        known["pixel_values"], known["spatial_shapes"] = noise(4, channels * patch * patch), torch.tensor([[2, 2]] * ROWS)
+        known["pixel_attention_mask"] = torch.ones(ROWS, 4, dtype=torch.long)
     mels = size("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels")
     mels = mels or (size("input_dim") if "input_features" in takes else None)
     if mels:
