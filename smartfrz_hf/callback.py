@@ -1,5 +1,6 @@
 """The callback: tells a [`FreezingRun`] what a Trainer does."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from .checkpoint import load_renamed, load_run, save_state
 from .checks import check_only_callback, check_restart, check_stack, check_trainer
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger
-from .model.units import find_blocks, unwrap_model
+from .model.batches import first_rows_of
+from .model.units import NoOrderError, find_blocks, unwrap_model
 from .policies import Policy, resolve
 from .predictor import SmartFRZPredictor
 from .reporting import Reporter
@@ -70,9 +72,12 @@ class SmartFRZCallback(TrainerCallback):
         """Refuse what cannot work before any time is spent."""
         self._reporter.attach()
         self._check(args, control, model)
-        check_stack(find_blocks(model, self.config.blocks, self.config.stem))
+        with suppress(NoOrderError):  # the first rows of the training data may show the order
+            check_stack(find_blocks(model, self.config.blocks, self.config.stem))
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+    def on_train_begin(
+        self, args, state, control, model=None, optimizer=None, lr_scheduler=None, train_dataloader=None, **kwargs
+    ):
         """Start a run, or go on with the one in the checkpoint."""
         if self.run is not None and self.run.active and self.trainer is None:
             check_restart(args, self.run.depth)
@@ -90,6 +95,7 @@ class SmartFRZCallback(TrainerCallback):
             examples_per_step=args.gradient_accumulation_steps * args.train_batch_size,
             compiled=True if args.torch_compile else None,
             timeout=args.ddp_timeout,
+            inputs=lambda: first_rows_of(train_dataloader, args.device),
         )
         self.ledger, self._saved_step = self.run.ledger, -1
         if not state.global_step or not load_run(

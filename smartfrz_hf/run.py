@@ -14,6 +14,7 @@ from .distributed.consensus import Ranks
 from .freezing.compile import is_compiled
 from .freezing.steps import follow_steps
 from .front import Front
+from .model.tracing import Inputs
 from .model.units import Unit, find_blocks
 from .policies import Decision, Observation, Policy, resolve
 from .predictor import SmartFRZPredictor
@@ -48,6 +49,8 @@ class FreezingRun:
         examples_per_step (`int`, *optional*): of one optimizer step in this process; by default, those of a batch.
         compiled (`bool`, *optional*): whether the loop runs a compiled model. Detected when it is not given.
         timeout (`float`, *optional*, defaults to `1800.0`): seconds that processes wait for each other's decision.
+        inputs (`Mapping` or `Callable`, *optional*):
+            Keyword arguments of the model for a row or two, or a function that returns them, see [`find_blocks`].
 
     Attributes:
         ledger ([`Ledger`]): what froze when and why, and what it saved.
@@ -88,10 +91,13 @@ class FreezingRun:
         examples_per_step: int | None = None,
         compiled: bool | None = None,
         timeout: float = 1800.0,
+        inputs: Inputs = None,
     ):
         config, self.policy = resolve(config, predictor, policy)
         self.config = config
-        self.stack = find_blocks(model, config.blocks, config.stem)
+        self.stack = find_blocks(model, config.blocks, config.stem, inputs)
+        if self.stack.problem:
+            logger.warning(self.stack.problem)
         check_wrapper(model)
         check_stack(self.stack)
         check_other_run(self.stack.model, FreezingRun.of(self.stack.model))
