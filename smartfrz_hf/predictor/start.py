@@ -19,7 +19,7 @@ def start_features(signals: PilotSignals, total_steps: int, spent: float) -> tor
     Of the unit \\(u\\), with all that is in front of it:
 
     1. its place, as a fraction of the units;
-    2. \\(\log_{10}\\) of its share in the change of the loss during the pilot;
+    2. \\(\log_{10}\\) of its share in the change of the loss that all units bring during the pilot;
     3. the share of all units up to it, \\(c_u\\), as \\(\log_{10} (c_u + 0.001)\\);
     4. \\(\log_{10}\\) of the signal to noise ratio of its gradients;
     5. \\(\log_{10}\\) of the parameters that still train if the front up to it is frozen;
@@ -38,8 +38,8 @@ def start_features(signals: PilotSignals, total_steps: int, spent: float) -> tor
     """
     parameters = signals.parameters.double()
     units = len(parameters) - 1
-    change = (-signals.loss_change.double() * parameters).clamp(min=0)
-    share = (change / change.sum().clamp(min=TINY))[:-1]
+    change = (-signals.loss_change.double() * parameters)[:-1].clamp(min=0)
+    share = change / change.sum().clamp(min=TINY)
     left = parameters.flip(0).cumsum(0).flip(0)[1:]  # behind each unit, with the head
     pace = change.sum() / max(spent, 1e-6)
     columns = [

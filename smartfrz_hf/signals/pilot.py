@@ -22,21 +22,21 @@ class PilotSignals:
     r"""
     What the first steps of a run show of each unit, at its sampled weights.
 
-    With \(g_t\) the gradient before step \(t\) and \(w_t\) the weights then, for each unit and, last, the head (zeros where it
+    With \\(g_t\\) the gradient before step \\(t\\) and \\(w_t\\) the weights then, for each unit and, last, the head (zeros where it
     has nothing to train):
 
     Attributes:
         steps (`int`): optimizer steps.
         parameters (`torch.Tensor` of shape `(units + 1,)`): trainable parameters.
         signal_to_noise (`torch.Tensor` of shape `(units + 1,)`):
-            \(\|\sum_t g_t\|^2 / (T \sum_t \|g_t\|^2)\): 1 if all gradients are the same, \(1/T\) if they are noise. 0 in a
+            \\(\\|\sum_t g_t\\|^2 / (T \sum_t \\|g_t\\|^2)\\): 1 if all gradients are the same, \\(1/T\\) if they are noise. 0 in a
             unit without gradients. (Liu et al., ICLR 2020; McCandlish et al., arXiv 1812.06162.)
         gradient (`torch.Tensor` of shape `(units + 1,)`): root mean square of the gradient of one weight.
         loss_change (`torch.Tensor` of shape `(units + 1,)`):
-            \(\sum_t g_{t+1} \cdot (w_{t+1} - w_t)\), the change of the loss that the unit's motion has brought, for one
+            \\(\sum_t g_{t+1} \cdot (w_{t+1} - w_t)\\), the change of the loss that the unit's motion has brought, for one
             weight ("loss change allocation", Lan et al., NeurIPS 2019).
         weight (`torch.Tensor` of shape `(units + 1,)`): root mean square of the weights at the start.
-        displacement (`torch.Tensor` of shape `(units + 1,)`): root mean square of \(w_T - w_0\).
+        displacement (`torch.Tensor` of shape `(units + 1,)`): root mean square of \\(w_T - w_0\\).
     """
 
     steps: int
@@ -50,15 +50,15 @@ class PilotSignals:
     def rate_factor(self, depth: int) -> float:
         r"""
         What the learning rate of the rest has to be multiplied with if the front is frozen, so that the loss falls as fast as
-        it would with everything training: \(1 / (1 - c)\), with \(c\) the share of the front in the change of the loss. At
-        most 4.
+        it would with everything training: \\(1 / (1 - c)\\), with \\(c\\) the share of the front in the change of the loss that
+        all units have brought. At most 4. The head is left out: it brings much in the pilot, and soon no longer.
 
         Args:
             depth (`int`): frozen units.
         """
-        change = (-self.loss_change.double() * self.parameters).clamp(min=0)
-        rest = float(change[depth:].sum() / change.sum().clamp(min=EPSILON))
-        return min(MAX_RATE_FACTOR, 1 / rest) if rest > 0 else 1.0
+        change = (-self.loss_change.double() * self.parameters)[:-1].clamp(min=0)
+        total, rest = float(change.sum()), float(change[depth:].sum())
+        return min(MAX_RATE_FACTOR, total / max(rest, EPSILON)) if total > 0 else 1.0
 
 
 def pilot_steps(length: float, total_steps: int) -> int:

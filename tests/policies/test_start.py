@@ -102,7 +102,7 @@ def test_features_against_worked_numbers():
         displacement=torch.ones(3),
     )
     features = start_features(signals, total_steps=1000, spent=0.01)
-    shares, left = torch.tensor([0.1, 0.3]), torch.tensor([900.0, 600.0])
+    shares, left = torch.tensor([0.25, 0.75]), torch.tensor([900.0, 600.0])
     wanted = [
         torch.tensor([0.5, 1.0]),
         (shares + 1e-4).log10(),
@@ -111,8 +111,8 @@ def test_features_against_worked_numbers():
         (left + 1).log10(),
         (left / 1000).log10(),
         torch.full((2,), 3.0),
-        torch.full((2,), 1.001).log10(),
+        torch.full((2,), 0.401).log10(),
     ]
     torch.testing.assert_close(features, torch.stack(wanted, dim=1))
-    assert signals.rate_factor(1) == pytest.approx(1 / 0.9) and signals.rate_factor(2) == pytest.approx(1 / 0.6)
+    assert signals.rate_factor(1) == pytest.approx(1 / 0.75) and signals.rate_factor(2) == 4.0
     assert signals.rate_factor(0) == 1.0
