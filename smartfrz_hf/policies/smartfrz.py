@@ -104,6 +104,8 @@ class SmartFRZPolicy(Policy):
             enough = (depth for depth, saving in enumerate(savings) if saving >= self.target_saving)
             depth = max(next(enough, observation.units), observation.depth)
             return Decision(depth, f"from the start, to save {savings[depth]:.0%} of the compute")
+        if pilot.agreement <= 0:
+            return Decision(observation.depth, "the loss does not fall in the pilot")
         assert self.predictor.start is not None
         spent = float(observation.rates.spent[observation.step])
         features = start_features(pilot, observation.max_steps, spent).to(self.predictor.device)

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..signals.pilot import PilotSignals
 
-START_FEATURES = 8
+START_FEATURES = 9
 TINY = 1e-12
 CLIP = 3.0  # standard deviations at which features are clipped, so that none lies far outside of what was trained on
 
@@ -19,14 +19,15 @@ def start_features(signals: PilotSignals, total_steps: int, spent: float) -> tor
     Of the unit \\(u\\), with all that is in front of it:
 
     1. its place, as a fraction of the units;
-    2. \\(\log_{10}\\) of its share in the change of the loss that all units bring during the pilot;
+    2. \\(\log_{10}\\) of its share in the [`~PilotSignals.contributions`] of all units;
     3. the share of all units up to it, \\(c_u\\), as \\(\log_{10} (c_u + 0.001)\\);
     4. \\(\log_{10}\\) of the signal to noise ratio of its gradients;
     5. \\(\log_{10}\\) of the parameters that still train if the front up to it is frozen;
     6. \\(\log_{10}\\) of their share;
     7. \\(\log_{10}\\) of the optimizer steps of the run;
-    8. \\(\log_{10}\\) of the change of the loss during the pilot over the share of the summed learning rate that the pilot
-       has spent: how much the whole run would change the loss at this pace.
+    8. \\(\log_{10}\\) of all contributions over the share of the summed learning rate that the pilot has spent: how much the
+       whole run would change the loss at this pace;
+    9. the [`~PilotSignals.agreement`].
 
     Args:
         signals ([`PilotSignals`]): what the pilot has shown.
@@ -34,14 +35,14 @@ def start_features(signals: PilotSignals, total_steps: int, spent: float) -> tor
         spent (`float`): share of the run's summed learning rate that the pilot has spent.
 
     Returns:
-        `torch.Tensor` of shape `(units, 8)`.
+        `torch.Tensor` of shape `(units, 9)`.
     """
     parameters = signals.parameters.double()
     units = len(parameters) - 1
-    change = (-signals.loss_change.double() * parameters)[:-1].clamp(min=0)
-    share = change / change.sum().clamp(min=TINY)
+    contributions = signals.contributions
+    share = contributions / contributions.sum().clamp(min=TINY)
     left = parameters.flip(0).cumsum(0).flip(0)[1:]  # behind each unit, with the head
-    pace = change.sum() / max(spent, 1e-6)
+    pace = contributions.sum() / max(spent, 1e-6)
     columns = [
         torch.arange(1, units + 1, dtype=torch.float64) / units,
         (share + 1e-4).log10(),
@@ -51,6 +52,7 @@ def start_features(signals: PilotSignals, total_steps: int, spent: float) -> tor
         (left / parameters.sum()).clamp(min=1e-6).log10(),
         torch.full((units,), math.log10(total_steps), dtype=torch.float64),
         (pace + 1e-3).log10().expand(units),
+        torch.full((units,), signals.agreement, dtype=torch.float64),
     ]
     return torch.stack(columns, dim=1).float()
 
@@ -82,7 +84,7 @@ class StartPredictor(nn.Module):
     def forward(self, features: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            features (`torch.Tensor` of shape `(..., units, 8)`): as [`start_features`] gives them.
+            features (`torch.Tensor` of shape `(..., units, 9)`): as [`start_features`] gives them.
             active (`torch.Tensor` of shape `(..., units)`, `bool`, *optional*): units that exist. Defaults to all.
 
         Returns:

@@ -69,13 +69,19 @@ def read_pairs(folder: Path, moment: str = "0.05") -> list[StartPair]:
     return pairs
 
 
-def _pair(name: str, runs: dict[int | None, Any], moment: str) -> StartPair:
-    full = runs.pop(None)
-    signals, known = full["signals"], full["signals"]["moments"]
+def pilot_signals(signals: dict[str, Any], moment: str) -> PilotSignals:
+    """
+    What the pilot of a full run would have shown, from its recorded signals.
+
+    Args:
+        signals (`dict`): of the full run.
+        moment (`str`): when the pilot is over, or the earliest later moment that was recorded.
+    """
+    known = signals["moments"]
     seen = known.get(moment) or known[min(known, key=float)]
     squares = torch.tensor([*seen["sampled_gradient_square_norm"], 0.0]) / WEIGHTS_PER_UNIT
     head = seen.get("head_loss_change", 0.0) / max(1, signals["head_parameters"])
-    pilot = PilotSignals(
+    return PilotSignals(
         seen["step"] + 1,
         torch.tensor([*signals["unit_parameters"], signals["head_parameters"]], dtype=torch.float64),
         torch.tensor([*seen["sampled_mean_gradient_square_norm"], 0.0])
@@ -83,10 +89,16 @@ def _pair(name: str, runs: dict[int | None, Any], moment: str) -> StartPair:
         / squares.clamp(min=EPSILON),
         squares.sqrt(),
         torch.tensor([*(change / WEIGHTS_PER_UNIT for change in seen["sampled_loss_change"]), head]),
-        torch.zeros(0),
-        torch.zeros(0),
+        torch.zeros(len(squares)),
+        torch.tensor([*seen["sampled_displacement"], 0.0]) / WEIGHTS_PER_UNIT**0.5,
     )
-    spent = spent_share(seen["step"], full["steps"], full["pair"]["warmup"])
+
+
+def _pair(name: str, runs: dict[int | None, Any], moment: str) -> StartPair:
+    full = runs.pop(None)
+    signals = full["signals"]
+    pilot = pilot_signals(signals, moment)
+    spent = spent_share(pilot.steps - 1, full["steps"], full["pair"]["warmup"])
     depths = sorted(blocks for blocks in runs if blocks is not None)
     before = full["evaluations"][-1]
     points = torch.tensor([before["points"] - runs[blocks]["evaluations"][-1]["points"] for blocks in depths])

@@ -14,6 +14,7 @@ WEIGHTS_PER_UNIT = 1024  # sampled
 HEAD = "head"
 MIN_STEPS = 4  # of a pilot: a signal to noise ratio needs a few gradients
 MAX_RATE_FACTOR = 4.0
+REACH_SHARE = 0.1
 EPSILON = 1e-30
 
 
@@ -47,17 +48,39 @@ class PilotSignals:
     weight: torch.Tensor
     displacement: torch.Tensor
 
+    @property
+    def reach(self) -> torch.Tensor:
+        """
+        By how much each unit's motion could have changed the loss at most, `(units,)`: the root mean squares of its gradient and
+        of its motion, times its parameters.
+        """
+        return (self.gradient.double() * self.displacement * self.parameters)[:-1]
+
+    @property
+    def contributions(self) -> torch.Tensor:
+        """
+        By how much each unit's motion has lowered the loss, `(units,)`. A tenth of its reach is added, since a few steps show
+        little, and no unit is worth nothing.
+        """
+        lowered = (-self.loss_change.double() * self.parameters)[:-1].clamp(min=0)
+        return lowered + REACH_SHARE * self.reach
+
+    @property
+    def agreement(self) -> float:
+        """Change of the loss that the motion of all units has brought, over their reach; positive where the loss falls."""
+        lowered = -float((self.loss_change.double() * self.parameters)[:-1].sum())
+        return lowered / max(float(self.reach.sum()), EPSILON)
+
     def rate_factor(self, depth: int) -> float:
         r"""
         What the learning rate of the rest has to be multiplied with if the front is frozen, so that the loss falls as fast as
-        it would with everything training: \\(1 / (1 - c)\\), with \\(c\\) the share of the front in the change of the loss that
-        all units have brought. At most 4. The head is left out: it brings much in the pilot, and soon no longer.
+        it would with everything training: \\(1 / (1 - c)\\), with \\(c\\) the share of the front in the contributions of all
+        units. At most 4. The head is left out: it brings much in the pilot, and soon no longer.
 
         Args:
             depth (`int`): frozen units.
         """
-        change = (-self.loss_change.double() * self.parameters)[:-1].clamp(min=0)
-        total, rest = float(change.sum()), float(change[depth:].sum())
+        total, rest = float(self.contributions.sum()), float(self.contributions[depth:].sum())
         return min(MAX_RATE_FACTOR, total / max(rest, EPSILON)) if total > 0 else 1.0
 
 

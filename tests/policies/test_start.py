@@ -74,7 +74,7 @@ def test_saved_and_loaded(tmp_path):
     predictor = SmartFRZPredictor(config).eval()
     predictor.save_pretrained(tmp_path)
     loaded = load_predictor(tmp_path)
-    features = torch.randn(5, 8)
+    features = torch.randn(5, 9)
     assert torch.equal(loaded.start(features), predictor.start(features))
     assert loaded.config.start_tolerances == tolerances
     with pytest.raises(ValueError, match="start_tolerances"):
@@ -84,7 +84,7 @@ def test_saved_and_loaded(tmp_path):
 def test_deeper_costs_more_and_padding_changes_nothing():
     torch.manual_seed(0)
     model = StartPredictor(8)
-    features = torch.randn(2, 6, 8)
+    features = torch.randn(2, 6, 9)
     active = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     lost = model(features, active)
     assert bool((lost.diff(dim=-1) > 0).all())
@@ -96,13 +96,19 @@ def test_features_against_worked_numbers():
         steps=5,
         parameters=torch.tensor([100.0, 300.0, 600.0]),
         signal_to_noise=torch.tensor([0.5, 0.099, 1.0]),
-        gradient=torch.ones(3),
-        loss_change=torch.tensor([-1e-5, -1e-5, -1e-5]),
+        gradient=torch.tensor([0.01, 0.02, 1.0]),
+        loss_change=torch.tensor([-1e-5, 1e-5, -1e-5]),
         weight=torch.ones(3),
-        displacement=torch.ones(3),
+        displacement=torch.tensor([0.001, 0.001, 1.0]),
     )
+    torch.testing.assert_close(signals.reach, torch.tensor([0.001, 0.006]).double())
+    contributions = torch.tensor([0.0011, 0.0006]).double()  # the second unit has raised the loss
+    torch.testing.assert_close(signals.contributions, contributions)
+    assert signals.agreement == pytest.approx((0.001 - 0.003) / 0.007)
+    assert signals.rate_factor(0) == 1.0 and signals.rate_factor(1) == pytest.approx(17 / 6)
+    assert signals.rate_factor(2) == 4.0
     features = start_features(signals, total_steps=1000, spent=0.01)
-    shares, left = torch.tensor([0.25, 0.75]), torch.tensor([900.0, 600.0])
+    shares, left = torch.tensor([11 / 17, 6 / 17]), torch.tensor([900.0, 600.0])
     wanted = [
         torch.tensor([0.5, 1.0]),
         (shares + 1e-4).log10(),
@@ -111,8 +117,7 @@ def test_features_against_worked_numbers():
         (left + 1).log10(),
         (left / 1000).log10(),
         torch.full((2,), 3.0),
-        torch.full((2,), 0.401).log10(),
+        torch.full((2,), 0.171).log10(),
+        torch.full((2,), -2 / 7),
     ]
     torch.testing.assert_close(features, torch.stack(wanted, dim=1))
-    assert signals.rate_factor(1) == pytest.approx(1 / 0.75) and signals.rate_factor(2) == 4.0
-    assert signals.rate_factor(0) == 1.0
