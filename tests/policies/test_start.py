@@ -29,13 +29,19 @@ def run(folder, predictor, **config):
 
 
 @pytest.mark.parametrize(("point", "depth"), [("conservative", 0), ("balanced", 1), ("aggressive", 4)])
-def test_the_deepest_front_within_the_tolerance(tmp_path, point, depth):
+def test_the_deepest_front_within_the_tolerance(tmp_path, monkeypatch, point, depth):
+    monkeypatch.setattr(PilotSignals, "agreement", 0.1)  # of a random model in four steps it has any sign
     ledger = run(tmp_path, predictor_that_loses(0.2), operating_point=point)
     assert ledger.depth == depth
     if depth:
         (stage,) = ledger.stages
         assert stage.step == 4 and f"and to lose {0.2 * depth:.1f} points" in stage.reason
         assert "the rest trains at" in stage.reason
+
+
+def test_nothing_freezes_where_the_loss_does_not_fall(tmp_path, monkeypatch):
+    monkeypatch.setattr(PilotSignals, "agreement", -0.1)
+    assert run(tmp_path, predictor_that_loses(0.01), operating_point="aggressive").depth == 0
 
 
 def test_it_can_be_turned_off(tmp_path):
