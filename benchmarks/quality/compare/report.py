@@ -224,7 +224,6 @@ def chart(title: str, found: list[Row], path: Path) -> None:
             axis.errorbar(costs, lost, yerr=errors, label=name, linewidth=width, elinewidth=0.5, markersize=5, **style)
         axis.axhline(MEAN_LOST, color="grey", linestyle=":", linewidth=1)
         axis.set_xlabel(f"{by} of full training")
-        axis.invert_yaxis()
     axes[0].set_ylabel("points lost")
     figure.suptitle(title)
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
