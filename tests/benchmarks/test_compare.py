@@ -165,7 +165,7 @@ def test_the_report_has_the_paired_ratios_and_the_best_fixed_schedule(folder):
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     # Full training as long as ours, by a straight line from half of the steps (3 lost) to all: 1.5 and 2.7 lost.
     assert cells[3:] == ["yes", "0.75", "0.55", "0.55", "0.50", "0.50", "+1.50", "+2.70", "2"]
-    assert "| dots | scratch | no | smartfrz-balanced, 1.82x | none |" in text and "| 62% |" in text
+    assert "| dots | scratch | no | smartfrz-balanced, 1.82x | static-50, 2.00x | 1.10 |  | 62% |" in text
     assert (folder / "report" / "charts" / "dots.png").stat().st_size > 5000
     assert report.family("smartfrz-lora-8") == "smartfrz-lora" and report.family("linear-0-50") == "linear"
     assert report.family("grades-by-unit-tuned") == "grades-by-unit"

@@ -8,7 +8,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
@@ -20,6 +20,7 @@ from benchmarks.quality.compare.plan import HERE, Plan, Result, Task
 from benchmarks.utils import markdown_table
 
 FULL, OURS, HINDSIGHT = "full", "smartfrz", "hindsight"
+RULES = ("autofreeze", "egeria", "freezeout", "grades", "grades-by-unit", "linear", "self_cka")
 SUFFIX = re.compile(r"-(tuned|conservative|balanced|aggressive|\d+)$")
 
 
@@ -50,6 +51,16 @@ class Row:
     @property
     def ours(self) -> bool:
         return self.arm.startswith(OURS)
+
+    @property
+    def equal(self) -> bool:
+        """Whether the accuracy counts as equal to full training's. One seed says nothing of that."""
+        return self.arm == FULL or (self.seeds > 1 and self.lost.equal)
+
+    @property
+    def rule(self) -> bool:
+        """Whether it is a freezing rule of another paper."""
+        return family(self.arm) in RULES
 
 
 def family(arm: str) -> str:
@@ -114,11 +125,10 @@ def hindsight(plan: Plan, found: list[Row]) -> Row | None:
     """
     fixed = {arm.name for arm in plan.arms if arm.hindsight}
     candidates = [row for row in found if row.arm in fixed or row.arm == FULL]
-    equal = [row for row in candidates if row.lost.equal]
     if len(candidates) < 2:
         return None
-    best = min(equal, key=lambda row: row.compute)
-    return Row(**best.__dict__ | {"arm": HINDSIGHT})
+    cheapest = min((row for row in candidates if row.equal), key=lambda row: row.compute)
+    return Row(**cheapest.__dict__ | {"arm": HINDSIGHT})
 
 
 def fewer_steps(found: list[Row], by: str) -> list[tuple[float, float]]:
@@ -138,11 +148,11 @@ def table(found: list[Row]) -> str:
         return "" if value is None else f"{value:.2f}"
 
     body = []
-    for row in sorted(found, key=lambda row: (not row.lost.equal, row.seconds)):
+    for row in sorted(found, key=lambda row: (not row.equal, row.seconds)):
         lost = f"{row.lost.mean:+.2f} [{row.lost.low:+.2f}, {row.lost.high:+.2f}]" if row.arm != FULL else ""
         name = f"**{row.arm}**" if row.ours else row.arm
         numbers = [number(value) for value in (row.compute, row.seconds, row.wall, row.memory, row.frozen)]
-        equal = "yes" if row.lost.equal else "no"
+        equal = "yes" if row.equal else "no" if row.seeds > 1 else "one seed"
         body.append(
             [
                 name,
@@ -160,10 +170,9 @@ def table(found: list[Row]) -> str:
     return markdown_table(header, body)
 
 
-def best(found: list[Row], ours: bool, by: str) -> Row | None:
-    """The cheapest arm of equal accuracy, of ours or of the others; fixed schedules and full training are no rivals."""
-    rivals = [row for row in found if row.lost.equal and row.ours == ours and family(row.arm) != FULL]
-    rivals = [row for row in rivals if row.arm != HINDSIGHT and not row.arm.startswith("static")]
+def best(found: list[Row], by: str, among: Callable[[Row], bool]) -> Row | None:
+    """The cheapest arm of equal accuracy among some, full training and hindsight aside."""
+    rivals = [row for row in found if row.equal and row.arm not in (FULL, HINDSIGHT) and among(row)]
     return min(rivals, key=lambda row: getattr(row, by), default=None)
 
 
@@ -171,31 +180,24 @@ def overview(tasks: list[Task], found: dict[str, list[Row]]) -> Iterator[str]:
     """What the tables come to: ours against the best other arm and against hindsight, task by task; then each arm over all."""
     body = []
     for task in tasks:
-        mine, other = best(found[task.name], True, "seconds"), best(found[task.name], False, "seconds")
-        limit = next((row for row in found[task.name] if row.arm == HINDSIGHT), None)
-        reached = ""
-        if mine and limit and limit.compute < 1:
-            reached = f"{(1 - mine.compute) / (1 - limit.compute):.0%}"
+        part = found[task.name]
+        mine, other = best(part, "seconds", lambda row: row.ours), best(part, "seconds", lambda row: not row.ours)
+        cheap, rule = best(part, "compute", lambda row: row.ours), best(part, "compute", lambda row: row.rule)
+        limit = next((row for row in part if row.arm == HINDSIGHT), None)
         cells = [f"{row.arm}, {1 / row.seconds:.2f}x" if row else "none" for row in (mine, other)]
-        ratio = f"{mine.seconds / other.seconds:.2f}" if mine and other else ""
-        compute = (best(found[task.name], True, "compute"), best(found[task.name], False, "compute"))
-        less = f"{1 - compute[0].compute / compute[1].compute:+.0%}" if compute[0] and compute[1] else ""
-        body.append([task.name, task.kind, "yes" if task.seen else "no", *cells, ratio, less, reached])
-    header = [
-        "task",
-        "",
-        "data seen",
-        "best of ours",
-        "best other",
-        "our seconds against it",
-        "compute saved against the best",
-    ]
-    yield markdown_table([*header, "of hindsight's saving"], body)
+        cells.append(f"{mine.seconds / other.seconds:.2f}" if mine and other else "")
+        cells.append(f"{1 - cheap.compute / rule.compute:+.0%}" if cheap and rule else "")
+        saves = cheap is not None and limit is not None and limit.compute < 1
+        cells.append(f"{(1 - cheap.compute) / (1 - limit.compute):.0%}" if saves else "")
+        body.append([task.name, task.kind, "yes" if task.seen else "no", *cells])
+    header = ["task", "", "data seen", "fastest of ours", "fastest other", "our seconds against it"]
+    header += ["our compute saved against the best other rule", "of hindsight's saving"]
+    yield markdown_table(header, body)
     names = dict.fromkeys(row.arm for part in found.values() for row in part)
     body = []
     for name in names:
         mine = [row for part in found.values() for row in part if row.arm == name]
-        equal = [row for row in mine if row.lost.equal]
+        equal = [row for row in mine if row.equal]
         cells = [f"{exp(mean(log(getattr(row, by)) for row in mine)):.2f}" for by in ("compute", "seconds")]
         body.append([name, len(mine), len(equal), f"{mean(row.lost.mean for row in mine):+.2f}", *cells])
     yield markdown_table(["arm", "tasks", "of equal accuracy", "points lost", "compute", "seconds"], body)
@@ -222,7 +224,6 @@ def chart(title: str, found: list[Row], path: Path) -> None:
             axis.errorbar(costs, lost, yerr=errors, label=name, linewidth=width, elinewidth=0.5, markersize=5, **style)
         axis.axhline(MEAN_LOST, color="grey", linestyle=":", linewidth=1)
         axis.set_xlabel(f"{by} of full training")
-        axis.invert_yaxis()
     axes[0].set_ylabel("points lost")
     figure.suptitle(title)
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
