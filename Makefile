@@ -67,6 +67,7 @@ predictor: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Make the s
 	$(BIN)/smartfrz harvest benchmarks/predictor/run_lists/base.json --out runs/base --processes 2 $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 	$(BIN)/smartfrz evaluate runs/base --out benchmarks/predictor/results/predictor.json
 	$(BIN)/smartfrz fit runs/base --evaluation benchmarks/predictor/results/predictor.json --out predictor_weights/smartfrz-base
+	$(BIN)/smartfrz fit-start benchmarks/predictor/start/results predictor_weights/smartfrz-base --out benchmarks/predictor/results/start.json
 
 predictor-smoke: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## The same steps in minutes, with tiny models and data from packages
 	$(BIN)/python -m benchmarks.package_data runs/smoke/data digits glue/stsb

@@ -151,6 +151,43 @@ def fit(
 
 
 @app.command()
+def fit_start(
+    results: Annotated[
+        Path,
+        typer.Argument(help="Folder that benchmarks/predictor/start/harvest.py wrote.", exists=True, file_okay=False),
+    ],
+    predictor: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a predictor; the start predictor is added to it.", exists=True, file_okay=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="JSON file for the evaluation on held-out families and tasks.")],
+) -> None:
+    """Fit what decides which front freezes from the start, evaluate it, and add it to a predictor."""
+    from .predictor import load_predictor
+
+    start = _import("start")
+    try:
+        pairs = start.read_pairs(results)
+        evaluation = start.evaluate_start(pairs)
+        joined = start.add_start(load_predictor(predictor.resolve()), pairs, evaluation["tolerances"])
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(evaluation, indent=2) + "\n")
+    joined.save_pretrained(predictor)
+    for group in ("family", "task"):
+        for rule, by_tolerance in evaluation[group].items():
+            for tolerance, found in by_tolerance.items():
+                typer.echo(
+                    f"{group} held out, {rule} {tolerance}: saved {found['saved']:.1%}, points lost "
+                    f"{found['points_lost']:+.2f} (worst {found['worst']:+.2f})"
+                )
+    typer.echo(f"Tolerances: {evaluation['tolerances']}. Added to {predictor}.")
+
+
+@app.command()
 def card(
     predictor: Annotated[Path, typer.Argument(help="Folder of the predictor.", exists=True, file_okay=False)],
     evaluation: EvaluationFile,

@@ -107,8 +107,7 @@ class SmartFRZPolicy(Policy):
         if pilot.agreement <= 0:
             return Decision(observation.depth, "the loss does not fall in the pilot")
         assert self.predictor.start is not None
-        spent = float(observation.rates.spent[observation.step])
-        features = start_features(pilot, observation.max_steps, spent).to(self.predictor.device)
+        features = start_features(pilot).to(self.predictor.device)
         if not torch.isfinite(features).all():
             return Decision(observation.depth, "gradients of the pilot are not finite")
         lost = [0.0, *self.predictor.start(features).tolist()]

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from ..predictor import StartPredictor, start_features
+from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig, StartPredictor, start_features
 from ..signals.pilot import EPSILON, WEIGHTS_PER_UNIT, PilotSignals
 
 # Loss that is added counts as so many points lost: over the harvest, a change of the held-out loss by 0.1 goes with one of about
 # 4 points. The mean of both is less noisy than the points of a thousand rows.
 POINTS_PER_LOSS = 40.0
+QUANTILE = 0.7  # of the points lost that is predicted: more than the median, as a loss that was not foreseen is worse
 MOST_POINTS = 30.0  # at which labels are cut off: how bad a very bad front is does not matter
 
 
@@ -27,7 +28,8 @@ class StartPair:
 
     Attributes:
         name (`str`), family (`str`), task (`str`): of the pair, its model and its data set.
-        features (`torch.Tensor` of shape `(units, 8)`): as [`start_features`] gives them.
+        features (`torch.Tensor` of shape `(units, 2)`): as [`start_features`] gives them.
+        falls (`bool`): whether the loss falls in the pilot; the policy freezes nothing from the start otherwise.
         depths (`torch.Tensor` of shape `(runs,)`, `int`): frozen units of each run.
         points_lost (`torch.Tensor` of shape `(runs,)`): what each run lost against the full one, from points and loss.
         points, loss (`torch.Tensor` of shape `(runs,)`): lost points and added held-out loss, as measured.
@@ -38,6 +40,7 @@ class StartPair:
     family: str
     task: str
     features: torch.Tensor
+    falls: bool
     depths: torch.Tensor
     points_lost: torch.Tensor
     points: torch.Tensor
@@ -98,7 +101,6 @@ def _pair(name: str, runs: dict[int | None, Any], moment: str) -> StartPair:
     full = runs.pop(None)
     signals = full["signals"]
     pilot = pilot_signals(signals, moment)
-    spent = spent_share(pilot.steps - 1, full["steps"], full["pair"]["warmup"])
     depths = sorted(blocks for blocks in runs if blocks is not None)
     before = full["evaluations"][-1]
     points = torch.tensor([before["points"] - runs[blocks]["evaluations"][-1]["points"] for blocks in depths])
@@ -109,20 +111,14 @@ def _pair(name: str, runs: dict[int | None, Any], moment: str) -> StartPair:
         name,
         full["pair"]["model"].split("-")[0],
         full["pair"]["task"],
-        start_features(pilot, full["steps"], spent),
+        start_features(pilot),
+        pilot.agreement > 0,
         torch.tensor(depths) + 1,
         both.clamp(max=MOST_POINTS),
         points,
         loss,
         compute_saved(units),
     )
-
-
-def spent_share(step: int, steps: int, warmup: float) -> float:
-    """Share of the summed learning rate before a step, of a schedule with a linear warm-up and a linear decay."""
-    up = max(1, round(steps * warmup))
-    rates = [min((s + 1) / up, (steps - s) / max(1, steps - up)) for s in range(steps)]
-    return sum(rates[:step]) / sum(rates)
 
 
 def compute_saved(units: int) -> torch.Tensor:
@@ -134,7 +130,7 @@ def compute_saved(units: int) -> torch.Tensor:
 
 
 def fit_start(
-    pairs: Sequence[StartPair], size: int = 16, epochs: int = 400, weight_decay: float = 0.1, seed: int = 0
+    pairs: Sequence[StartPair], size: int = 16, epochs: int = 200, weight_decay: float = 0.1, seed: int = 0
 ) -> StartPredictor:
     """
     Fit a start predictor.
@@ -142,7 +138,7 @@ def fit_start(
     Args:
         pairs (`Sequence[StartPair]`): what it learns from.
         size (`int`, *optional*, defaults to `16`): its width.
-        epochs (`int`, *optional*, defaults to `400`): steps of AdamW, each over all pairs.
+        epochs (`int`, *optional*, defaults to `200`): steps of AdamW, each over all pairs.
         weight_decay (`float`, *optional*, defaults to `0.1`): of AdamW.
         seed (`int`, *optional*, defaults to `0`): of the first weights.
 
@@ -235,7 +231,11 @@ def cross_validate(pairs: Sequence[StartPair], group: str, seeds: int = 3) -> di
         with torch.no_grad():
             for pair in pairs:
                 if models and getattr(pair, group) == held_out:
-                    said[pair.name] = torch.stack([model(pair.features) for model in models]).mean(0)
+                    lost = torch.stack([model(pair.features) for model in models]).mean(0)
+                    falls = (
+                        pair.features[0, -1] > 0
+                    )  # as the policy, which freezes nothing where the loss does not fall
+                    said[pair.name] = lost if falls else torch.full_like(lost, torch.inf)
     return said
 
 
@@ -254,8 +254,31 @@ def _said(said: dict[str, torch.Tensor], pair: StartPair) -> torch.Tensor:
 
 
 def front_share(pair: StartPair) -> torch.Tensor:
-    """The share of the front in the change of the loss during the pilot, as a rule of its own."""
-    return 10 ** pair.features[:, 2]
+    """The share of the front in the contributions of all units during the pilot, as a rule of its own."""
+    return 10 ** pair.features[:, 0]
+
+
+# What the choice of a tolerance allows on held-out pairs: mean points lost, and those of the worst pair.
+ALLOWED = {"conservative": (0.0, 1.0), "balanced": (0.1, 2.0), "aggressive": (0.5, 4.0)}
+GRID = [round(0.05 * step, 2) for step in range(61)]
+
+
+def choose_tolerances(pairs: Sequence[StartPair], said: dict[str, torch.Tensor]) -> dict[str, float]:
+    """
+    The highest tolerance for each operating point with which held-out pairs lose no more than is allowed.
+
+    Args:
+        pairs (`Sequence[StartPair]`): those that were held out.
+        said (`dict[str, torch.Tensor]`): what [`cross_validate`] gave for them.
+    """
+    chosen = {}
+    for point, (mean, worst) in ALLOWED.items():
+        chosen[point] = 0.0
+        for tolerance in GRID:
+            found = judge(partial(_said, said), pairs, tolerance)
+            if found["points_lost"] <= mean and found["worst"] <= worst:
+                chosen[point] = tolerance
+    return chosen
 
 
 def evaluate_start(pairs: Sequence[StartPair]) -> dict[str, Any]:
@@ -266,16 +289,41 @@ def evaluate_start(pairs: Sequence[StartPair]) -> dict[str, Any]:
         pairs (`Sequence[StartPair]`): all of them.
 
     Returns:
-        `dict`: by `"family"` and `"task"`: for each rule and tolerance what [`judge`] gives; the predictor's tolerances are in
-        points.
+        `dict`: `pairs` and `runs` (counts), `tolerances` (by operating point, chosen on held-out tasks), and by `"family"` and
+        `"task"`: for each rule and tolerance what [`judge`] gives; the predictor's tolerances are in points.
     """
     results: dict[str, Any] = {"pairs": len(pairs), "runs": sum(len(pair.depths) for pair in pairs)}
     for group in ("family", "task"):
         said = cross_validate(pairs, group)
         seen = [pair for pair in pairs if pair.name in said]
+        if group == "task":
+            results["tolerances"] = choose_tolerances(seen, said)
         results[group] = {
             "predictor": {str(t): judge(partial(_said, said), seen, t) for t in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)},
-            "share of the loss change": {str(t): judge(front_share, seen, t) for t in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)},
+            "share of the contributions": {
+                str(t): judge(front_share, seen, t) for t in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
+            },
             **{f"fixed {share:.2f}": {"-": judge(fixed(share), seen, 0.0)} for share in (1 / 3, 1 / 2, 2 / 3, 5 / 6)},
         }
     return results
+
+
+def add_start(
+    predictor: SmartFRZPredictor, pairs: Sequence[StartPair], tolerances: dict[str, float]
+) -> SmartFRZPredictor:
+    """
+    A predictor with a start predictor that was fitted to all pairs.
+
+    Args:
+        predictor ([`SmartFRZPredictor`]): its other weights are kept.
+        pairs (`Sequence[StartPair]`): what the start predictor learns from.
+        tolerances (`dict[str, float]`): points that may be lost, by operating point.
+    """
+    start = fit_start(pairs)
+    config = SmartFRZPredictorConfig.from_dict(
+        predictor.config.to_dict() | {"start_size": start.query.in_features, "start_tolerances": tolerances}
+    )
+    joined = SmartFRZPredictor(config)
+    kept = {name: value for name, value in predictor.state_dict().items() if not name.startswith("start.")}
+    joined.load_state_dict(kept | {f"start.{name}": value for name, value in start.state_dict().items()})
+    return joined.eval()
