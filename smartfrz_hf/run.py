@@ -121,6 +121,7 @@ class FreezingRun:
             config.steps("record_every", total_steps),
             config.sampling_seed,
             config.probe_examples if self.policy.front_probe else 0,
+            self.policy.min_probe_examples,
             lambda batch: self._decide_every * (examples_per_step or batch),
             pilot_steps(self.policy.pilot, total_steps),
             self.front.beside_training,

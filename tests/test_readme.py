@@ -23,8 +23,10 @@ SETTINGS = {
     "README": ["3.11", "torch 2.7", "5.3", "1.10", "25 %", "Apache-2.0"],
     "activation_cache": ["0.25", "1 %"],
     "benchmarks": ["0.3 points", "cost of 1 %", "3 %, had", "75 %", "25 %", "0.02"],
+    "concepts": ["first 3 %"],
     "distributed": ["1.15"],
-    "policies": ["0.5 %", "5 %", "3 %"],
+    "migrating": ["0.5"],
+    "policies": ["0.5 %", "5 %", "1 %", "3 %", "40 %"],
     "predictor": ["0.5 %"],
     "resume": ["5.23"],
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from versions import RENAMED
 
 REPO = Path(__file__).parents[1]
 # Neither the environment nor what earlier builds left behind may find its way into the wheel.
@@ -89,4 +90,5 @@ import sys
 import smartfrz_hf
 print(*{"evaluate", "matplotlib", "sklearn", "tensorboard", "trackio"} & set(sys.modules))
 """
-    assert run_python(code, site, tmp_path).split() == []
+    loaded = set(run_python(code, site, tmp_path).split())
+    assert loaded <= (set() if RENAMED else {"sklearn"})  # which earlier versions of Transformers import

@@ -78,6 +78,8 @@ class Policy(ABC):
         history_size (`tuple[int, int]`, *optional*): snapshots in the weight history that it needs, and weights in each
             snapshot. Without it no history is recorded.
         front_probe (`bool`): whether it needs the front probe.
+        min_probe_examples (`int`):
+            Examples that the probe has at least. By default there is no probe where it would take more than 1 % of a run.
         pilot (`float`):
             Length of the pilot, as a fraction of the run; 0 for none. When it ends, the policy is asked with
             `observation.pilot`, and units that it freezes then go back to the weights that they had at the start.
@@ -97,6 +99,7 @@ class Policy(ABC):
 
     history_size: tuple[int, int] | None = None
     front_probe: bool = False
+    min_probe_examples: int = 0
     pilot: float = 0.0
 
     @abstractmethod

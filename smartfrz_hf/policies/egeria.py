@@ -35,6 +35,7 @@ class EgeriaPolicy(Policy):
     """
 
     front_probe = True
+    min_probe_examples = 4
 
     def __init__(self, window: int = 5, tolerance: float = 0.2, renew_every: int = 5, drop: float = 0.1):
         self.window, self.tolerance, self.renew_every, self.drop = window, tolerance, renew_every, drop

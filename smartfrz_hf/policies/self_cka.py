@@ -25,6 +25,7 @@ class SelfCKAPolicy(Policy):
     """
 
     front_probe = True
+    min_probe_examples = 4
 
     def __init__(self, tolerance: float = 0.01):
         self.tolerance = tolerance

@@ -26,7 +26,7 @@ class Observer:
             Snapshots in the weight history, and weights in each snapshot. No history when it is not given.
         record_every (`int`): steps between snapshots.
         sampling_seed (`int`): seed of the sampled positions.
-        probe_examples (`int`): most examples of the front probe; 0 for none.
+        probe_examples, min_probe_examples (`int`): most and fewest examples of the front probe; at most 0 for none.
         examples_between (`Callable[[int], int]`):
             From the examples of the first training batch to those that are trained between two freezing stages. The
             probe may take 1 % of that time; there is none if this is too little for one example.
@@ -47,6 +47,7 @@ class Observer:
         record_every: int,
         sampling_seed: int,
         probe_examples: int,
+        min_probe_examples: int,
         examples_between: Callable[[int], int],
         pilot_steps: int,
         alone: Callable[[], AbstractContextManager],
@@ -63,7 +64,10 @@ class Observer:
             self.history = WeightHistory(len(stack), window, weights_per_unit, device)
         self.probe: ProbeHistory | None = None
         if probe_examples:
-            probe = FrontProbe(stack, lambda batch: min(affordable_rows(examples_between(batch)), probe_examples))
+            probe = FrontProbe(
+                stack,
+                lambda batch: min(max(affordable_rows(examples_between(batch)), min_probe_examples), probe_examples),
+            )
             probe.on_pass = on_pass
             self.probe = ProbeHistory(probe)
 
