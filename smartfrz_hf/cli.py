@@ -171,7 +171,7 @@ def fit_start(
     try:
         pairs = start.read_pairs(results)
         evaluation = start.evaluate_start(pairs)
-        joined = start.add_start(load_predictor(predictor.resolve()), pairs, evaluation["tolerances"])
+        joined = start.add_start(load_predictor(predictor.resolve()), pairs, evaluation)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 import torch
 from transformers.utils import logging
 
-from ..predictor import SmartFRZPredictor, build_inputs, start_features
+from ..predictor import SmartFRZPredictor, build_inputs
 from ..signals.pilot import PilotSignals
 from ..signals.weights import WeightHistory
 from .base import Decision, Observation, Policy
@@ -27,22 +27,23 @@ class SmartFRZPolicy(Policy):
     Args:
         predictor ([`SmartFRZPredictor`]): gives the probabilities.
         threshold (`float`): probability from which a unit counts as converged, in `[0, 1]`.
-        tolerance (`float`, *optional*):
-            Points that a front which freezes from the start of the run may cost, as the predictor's [`StartPredictor`] sees
-            it at the end of the pilot. Without it nothing freezes from the start.
-        target_saving (`float`, *optional*): share of the compute to be saved, in place of the tolerance.
+        start (`tuple[float, float]`, *optional*):
+            What limits a front that freezes from the start of the run, at the end of the pilot: the points that it may cost, as
+            the predictor's [`StartPredictor`] sees it, and its share in the contributions of all units. Without it nothing
+            freezes from the start.
+        target_saving (`float`, *optional*): share of the compute to be saved, in place of these limits.
     """
 
     def __init__(
         self,
         predictor: SmartFRZPredictor,
         threshold: float,
-        tolerance: float | None = None,
+        start: tuple[float, float] | None = None,
         target_saving: float | None = None,
     ):
         self.predictor, self.threshold = predictor.eval(), threshold
-        self.tolerance, self.target_saving = tolerance, target_saving
-        if target_saving is not None or (tolerance is not None and predictor.start is not None):
+        self.limits, self.target_saving = start, target_saving
+        if target_saving is not None or (start is not None and predictor.start is not None):
             self.pilot = PILOT
         self.history_size = (predictor.config.window, predictor.config.weights_per_unit)
         self.front_probe = predictor.config.front_probe
@@ -104,15 +105,13 @@ class SmartFRZPolicy(Policy):
             enough = (depth for depth, saving in enumerate(savings) if saving >= self.target_saving)
             depth = max(next(enough, observation.units), observation.depth)
             return Decision(depth, f"from the start, to save {savings[depth]:.0%} of the compute")
-        if pilot.agreement <= 0:
+        if not pilot.agreement > 0:  # also where it is not a number
             return Decision(observation.depth, "the loss does not fall in the pilot")
-        assert self.predictor.start is not None
-        features = start_features(pilot).to(self.predictor.device)
-        if not torch.isfinite(features).all():
-            return Decision(observation.depth, "gradients of the pilot are not finite")
-        lost = [0.0, *self.predictor.start(features).tolist()]
-        within = (d for d, points in enumerate(lost) if points <= (self.tolerance or 0.0))
-        depth = max(observation.depth, *within)
+        assert self.predictor.start is not None and self.limits is not None
+        lost = [0.0, *self.predictor.start.predict(pilot).tolist()]
+        shares = [0.0, *pilot.front_shares.tolist()]
+        fit = (d for d in range(len(lost)) if lost[d] <= self.limits[0] and shares[d] <= self.limits[1])
+        depth = max(observation.depth, *fit)
         return Decision(
             depth,
             f"from the start: expected to save {savings[depth]:.0%} of the compute and to lose {lost[depth]:.1f} points",

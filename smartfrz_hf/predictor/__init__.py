@@ -4,7 +4,7 @@ from .configuration import SmartFRZPredictorConfig
 from .features import PredictorInputs, build_inputs
 from .hub import FILES, default_predictor_path, load_predictor, push_predictor
 from .modeling import SmartFRZPredictor, SmartFRZPredictorOutput
-from .start import StartPredictor, start_features
+from .start import StartPredictor
 
 __all__ = [
     "FILES",
@@ -17,5 +17,4 @@ __all__ = [
     "default_predictor_path",
     "load_predictor",
     "push_predictor",
-    "start_features",
 ]

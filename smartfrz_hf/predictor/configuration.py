@@ -11,6 +11,7 @@ logger = logging.get_logger(__name__)
 
 FORMS = ("dynamics", "weights")
 DEFAULT_POINTS = {"conservative": 0.9, "balanced": 0.7, "aggressive": 0.5}
+DEFAULT_SHARES = {"conservative": 0.2, "balanced": 0.4, "aggressive": 0.7}
 DEFAULT_TOLERANCES = {"conservative": 0.1, "balanced": 0.3, "aggressive": 1.0}
 SIZES = ("window", "weights_per_unit", "encoder_size", "attention_size", "unit_size", "head_size")
 RENAMED = {"samples": "weights_per_unit"}
@@ -45,10 +46,13 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         operating_points (`dict[str, float]`, *optional*):
             Probability from which a unit counts as converged, for `"conservative"`, `"balanced"` and `"aggressive"`
             freezing.
-        start_size (`int`, *optional*, defaults to `0`):
-            Width of the [`StartPredictor`], which decides what freezes from the first step on. 0 for none.
+        start_stage (`bool`, *optional*, defaults to `False`):
+            Whether there is a [`StartPredictor`], which decides what freezes from the first step on.
         start_tolerances (`dict[str, float]`, *optional*):
             Points that freezing from the first step on may cost by its prediction, for each of the three.
+        start_shares (`dict[str, float]`, *optional*):
+            The largest share in the contributions of all units that a front may have that freezes from the first step on, for
+            each of the three.
 
     Raises:
         ValueError: `form` is unknown or has no front probe, a size is below 1, or an operating point is no
@@ -80,8 +84,9 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         front_probe: bool = False,
         head_size: int = 16,
         operating_points: dict[str, float] | None = None,
-        start_size: int = 0,
+        start_stage: bool = False,
         start_tolerances: dict[str, float] | None = None,
+        start_shares: dict[str, float] | None = None,
         **kwargs: Any,
     ):
         # Written out: Transformers makes no arguments of annotated fields before version 5.4.
@@ -90,8 +95,9 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         self.unit_attention, self.front_sum, self.front_probe = unit_attention, front_sum, front_probe
         self.head_size = head_size
         self.operating_points = dict(DEFAULT_POINTS if operating_points is None else operating_points)
-        self.start_size = start_size
+        self.start_stage = start_stage
         self.start_tolerances = dict(DEFAULT_TOLERANCES if start_tolerances is None else start_tolerances)
+        self.start_shares = dict(DEFAULT_SHARES if start_shares is None else start_shares)
         for old, new in RENAMED.items():
             if old in kwargs:
                 setattr(self, new, kwargs.pop(old))
@@ -117,11 +123,11 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
                 f"`operating_points` is {points!r}; it must have a probability for each of "
                 f"{', '.join(OPERATING_POINTS)}."
             )
-        if set(self.start_tolerances) != set(OPERATING_POINTS):
-            raise ValueError(
-                f"`start_tolerances` is {self.start_tolerances!r}; it must have the points that may be lost for each of "
-                f"{', '.join(OPERATING_POINTS)}."
-            )
+        for name in ("start_tolerances", "start_shares"):
+            if set(getattr(self, name)) != set(OPERATING_POINTS):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}; it must have a number for each of {', '.join(OPERATING_POINTS)}."
+                )
 
     @property
     def input_size(self) -> int:

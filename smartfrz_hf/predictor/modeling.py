@@ -113,7 +113,7 @@ class SmartFRZPredictor(PreTrainedModel):
             if config.unit_attention:
                 self.unit_query, self.unit_key, self.unit_value = (nn.Linear(unit_size, unit_size) for _ in range(3))
         self.head = mlp(unit_size, config.head_size, config.head_size, 1)
-        self.start = StartPredictor(config.start_size) if config.start_size else None
+        self.start = StartPredictor() if config.start_stage else None
         self.register_buffer("offset", torch.zeros(()))
         self.register_buffer("temperature", torch.ones(()))
         self.post_init()

@@ -3,15 +3,13 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import set_seed
 
-from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig, StartPredictor, start_features
+from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig, StartPredictor
+from ..predictor.configuration import DEFAULT_SHARES
 from ..signals.pilot import EPSILON, WEIGHTS_PER_UNIT, PilotSignals
 
 # Loss that is added counts as so many points lost: over the harvest, a change of the held-out loss by 0.1 goes with one of about
@@ -28,8 +26,7 @@ class StartPair:
 
     Attributes:
         name (`str`), family (`str`), task (`str`): of the pair, its model and its data set.
-        features (`torch.Tensor` of shape `(units, 2)`): as [`start_features`] gives them.
-        falls (`bool`): whether the loss falls in the pilot; the policy freezes nothing from the start otherwise.
+        pilot ([`PilotSignals`]): what the first steps of the full run have shown.
         depths (`torch.Tensor` of shape `(runs,)`, `int`): frozen units of each run.
         points_lost (`torch.Tensor` of shape `(runs,)`): what each run lost against the full one, from points and loss.
         points, loss (`torch.Tensor` of shape `(runs,)`): lost points and added held-out loss, as measured.
@@ -39,8 +36,7 @@ class StartPair:
     name: str
     family: str
     task: str
-    features: torch.Tensor
-    falls: bool
+    pilot: PilotSignals
     depths: torch.Tensor
     points_lost: torch.Tensor
     points: torch.Tensor
@@ -111,8 +107,7 @@ def _pair(name: str, runs: dict[int | None, Any], moment: str) -> StartPair:
         name,
         full["pair"]["model"].split("-")[0],
         full["pair"]["task"],
-        start_features(pilot),
-        pilot.agreement > 0,
+        pilot,
         torch.tensor(depths) + 1,
         both.clamp(max=MOST_POINTS),
         points,
@@ -129,47 +124,29 @@ def compute_saved(units: int) -> torch.Tensor:
     return torch.tensor([0.0, *(2 / 3 * block / (units - 1) for block in range(units))])
 
 
-def fit_start(
-    pairs: Sequence[StartPair], size: int = 16, epochs: int = 200, weight_decay: float = 0.1, seed: int = 0
-) -> StartPredictor:
+def fit_start(pairs: Sequence[StartPair], steps: int = 300) -> StartPredictor:
     """
-    Fit a start predictor.
+    Fit a start predictor. Each pair counts as much as any other, and points are squashed: a tenth of a point matters where
+    little is lost only.
 
     Args:
         pairs (`Sequence[StartPair]`): what it learns from.
-        size (`int`, *optional*, defaults to `16`): its width.
-        epochs (`int`, *optional*, defaults to `200`): steps of AdamW, each over all pairs.
-        weight_decay (`float`, *optional*, defaults to `0.1`): of AdamW.
-        seed (`int`, *optional*, defaults to `0`): of the first weights.
+        steps (`int`, *optional*, defaults to `300`): of Adam, each over all pairs.
 
     Returns:
-        [`StartPredictor`] in evaluation mode.
+        [`StartPredictor`]
     """
-    set_seed(seed)
-    model = StartPredictor(size)
-    rows = torch.cat([pair.features for pair in pairs])
-    model.mean.copy_(rows.mean(0))
-    model.std.copy_(rows.std(0).clamp(min=1e-3))
-    most = max(len(pair.features) for pair in pairs)
-    features = torch.stack([nn.functional.pad(p.features, (0, 0, 0, most - len(p.features))) for p in pairs])
-    active = torch.stack([torch.arange(most) < len(pair.features) for pair in pairs])
-    where = [(i, int(depth) - 1) for i, pair in enumerate(pairs) for depth in pair.depths]
-    at = tuple(torch.tensor(column) for column in zip(*where, strict=True))
-    wanted = squashed(torch.cat([pair.points_lost for pair in pairs]))
-    # Each pair counts as much as any other.
-    share = torch.cat([torch.full((len(pair.depths),), 1 / len(pair.depths)) for pair in pairs])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for _ in range(epochs):
-        errors = nn.functional.smooth_l1_loss(
-            squashed(model(features, active)[at]), wanted, reduction="none", beta=0.5
-        )
-        loss = (errors * share).sum() / share.sum()
+    model = StartPredictor()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(steps):
+        loss = torch.zeros(())
+        for pair in pairs:
+            missing = squashed(pair.points_lost) - squashed(model.predict(pair.pilot)[pair.depths - 1])
+            loss = loss + torch.where(missing > 0, QUANTILE * missing, (QUANTILE - 1) * missing).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
-    return model.eval()
+    return model
 
 
 def squashed(points: torch.Tensor) -> torch.Tensor:
@@ -180,104 +157,88 @@ def squashed(points: torch.Tensor) -> torch.Tensor:
 Rule = Callable[[StartPair], torch.Tensor]
 
 
-def judge(rule: Rule, pairs: Sequence[StartPair], tolerance: float) -> dict[str, float]:
+def judge(rule: Rule, pairs: Sequence[StartPair], tolerance: float, share: float = 1.0) -> dict[str, float]:
     """
     What a rule comes to that freezes the deepest front for which it gives at most a tolerance, among the depths that were run.
+    As in the policy, nothing freezes where the loss does not fall in the pilot.
 
     Args:
         rule (`Callable`): from a pair to `(units,)` scores, which are compared with the tolerance.
         pairs (`Sequence[StartPair]`): not those that it learned from.
         tolerance (`float`): highest score that freezes.
+        share (`float`, *optional*, defaults to `1.0`): largest share of a front in the contributions of all units.
 
     Returns:
         `dict`: `saved` (mean share of the compute), `points_lost` (mean, from points and loss), `worst` (most points lost),
         `points` and `loss` (means as measured).
     """
-    saved, lost, points, loss = [], [], [], []
+    columns = []
     for pair in pairs:
-        scores = rule(pair)
-        fit = [i for i, depth in enumerate(pair.depths.tolist()) if scores[depth - 1] <= tolerance]
-        chosen = fit[-1] if fit else None
-        saved.append(float(pair.saved[pair.depths[chosen]]) if chosen is not None else 0.0)
-        lost.append(float(pair.points_lost[chosen]) if chosen is not None else 0.0)
-        points.append(float(pair.points[chosen]) if chosen is not None else 0.0)
-        loss.append(float(pair.loss[chosen]) if chosen is not None else 0.0)
-    count = len(pairs)
-    return {
-        "saved": sum(saved) / count,
-        "points_lost": sum(lost) / count,
-        "worst": max(lost),
-        "points": sum(points) / count,
-        "loss": sum(loss) / count,
-    }
+        allowed = (rule(pair) <= tolerance) & (pair.pilot.front_shares <= share)
+        fit = [
+            run for run, depth in enumerate(pair.depths.tolist()) if allowed[depth - 1] and pair.pilot.agreement > 0
+        ]
+        columns.append(
+            [
+                float(pair.saved[pair.depths[fit[-1]]]),
+                *(float(c[fit[-1]]) for c in (pair.points_lost, pair.points, pair.loss)),
+            ]
+            if fit
+            else [0.0] * 4
+        )
+    table = torch.tensor(columns)
+    saved, lost, points, loss = table.mean(0).tolist()
+    return {"saved": saved, "points_lost": lost, "worst": float(table[:, 1].max()), "points": points, "loss": loss}
 
 
-def cross_validate(pairs: Sequence[StartPair], group: str, seeds: int = 3) -> dict[str, torch.Tensor]:
+def cross_validate(pairs: Sequence[StartPair], group: str) -> Rule:
     """
-    What predictors say of each pair that were fitted to the pairs of other groups.
+    A rule that says of each pair what a predictor says that was fitted to the pairs of other groups.
 
     Args:
-        pairs (`Sequence[StartPair]`): all of them.
+        pairs (`Sequence[StartPair]`): all of them, of two groups or more.
         group (`str`): `"family"` or `"task"`: what is held out together.
-        seeds (`int`, *optional*, defaults to `3`): predictors whose mean is taken.
-
-    Returns:
-        `dict[str, torch.Tensor]`: by name of the pair, points lost of shape `(units,)`.
     """
     said: dict[str, torch.Tensor] = {}
     for held_out in sorted({getattr(pair, group) for pair in pairs}):
-        others = [pair for pair in pairs if getattr(pair, group) != held_out]
-        models = [fit_start(others, seed=seed) for seed in range(seeds)] if others else []
+        model = fit_start([pair for pair in pairs if getattr(pair, group) != held_out])
         with torch.no_grad():
-            for pair in pairs:
-                if models and getattr(pair, group) == held_out:
-                    lost = torch.stack([model(pair.features) for model in models]).mean(0)
-                    falls = (
-                        pair.features[0, -1] > 0
-                    )  # as the policy, which freezes nothing where the loss does not fall
-                    said[pair.name] = lost if falls else torch.full_like(lost, torch.inf)
-    return said
+            said |= {pair.name: model.predict(pair.pilot) for pair in pairs if getattr(pair, group) == held_out}
+    return lambda pair: said[pair.name]
 
 
 def fixed(share: float) -> Rule:
     """Freeze a fixed share of the blocks: scores of 0 up to there, and infinite behind."""
 
     def score(pair: StartPair) -> torch.Tensor:
-        place = torch.arange(len(pair.features)) / (len(pair.features) - 1)
-        return torch.where(place <= share + 1e-6, 0.0, torch.inf)
+        units = len(pair.pilot.parameters) - 1
+        return torch.where(torch.arange(units) / (units - 1) <= share + 1e-6, 0.0, torch.inf)
 
     return score
 
 
-def _said(said: dict[str, torch.Tensor], pair: StartPair) -> torch.Tensor:
-    return said[pair.name]
+# What the choice of a tolerance allows on held-out tasks: mean points lost, and those of the worst pair.
+ALLOWED = {"conservative": (0.0, 1.0), "balanced": (0.1, 1.0), "aggressive": (0.5, 4.0)}
+GRID = [round(0.05 * step, 2) for step in range(1, 41)]
 
 
-def front_share(pair: StartPair) -> torch.Tensor:
-    """The share of the front in the contributions of all units during the pilot, as a rule of its own."""
-    return 10 ** pair.features[:, 0]
-
-
-# What the choice of a tolerance allows on held-out pairs: mean points lost, and those of the worst pair.
-ALLOWED = {"conservative": (0.0, 1.0), "balanced": (0.1, 2.0), "aggressive": (0.5, 4.0)}
-GRID = [round(0.05 * step, 2) for step in range(61)]
-
-
-def choose_tolerances(pairs: Sequence[StartPair], said: dict[str, torch.Tensor]) -> dict[str, float]:
+def choose_tolerances(rule: Rule, pairs: Sequence[StartPair], shares: dict[str, float]) -> dict[str, float]:
     """
-    The highest tolerance for each operating point with which held-out pairs lose no more than is allowed.
+    The highest tolerance for each operating point with which held-out pairs lose no more than is allowed, and less would do no
+    harm either.
 
     Args:
-        pairs (`Sequence[StartPair]`): those that were held out.
-        said (`dict[str, torch.Tensor]`): what [`cross_validate`] gave for them.
+        rule (`Callable`): what predictors say of pairs that they have not seen.
+        pairs (`Sequence[StartPair]`): all of them.
+        shares (`dict[str, float]`): largest share of a front, by operating point.
     """
-    chosen = {}
+    chosen = dict.fromkeys(ALLOWED, 0.0)
     for point, (mean, worst) in ALLOWED.items():
-        chosen[point] = 0.0
         for tolerance in GRID:
-            found = judge(partial(_said, said), pairs, tolerance)
-            if found["points_lost"] <= mean and found["worst"] <= worst:
-                chosen[point] = tolerance
+            found = judge(rule, pairs, tolerance, shares[point])
+            if found["points_lost"] > mean or found["worst"] > worst:
+                break
+            chosen[point] = tolerance
     return chosen
 
 
@@ -289,27 +250,32 @@ def evaluate_start(pairs: Sequence[StartPair]) -> dict[str, Any]:
         pairs (`Sequence[StartPair]`): all of them.
 
     Returns:
-        `dict`: `pairs` and `runs` (counts), `tolerances` (by operating point, chosen on held-out tasks), and by `"family"` and
-        `"task"`: for each rule and tolerance what [`judge`] gives; the predictor's tolerances are in points.
+        `dict`: `pairs` and `runs` (counts), `shares` and `tolerances` (by operating point), and by `"family"` and `"task"`:
+        `operating_points`, and for each rule and tolerance what [`judge`] gives.
     """
-    results: dict[str, Any] = {"pairs": len(pairs), "runs": sum(len(pair.depths) for pair in pairs)}
+    shares = DEFAULT_SHARES
+    tolerances = choose_tolerances(cross_validate(pairs, "task"), pairs, shares)
+    results: dict[str, Any] = {
+        "pairs": len(pairs),
+        "runs": sum(len(pair.depths) for pair in pairs),
+        "shares": shares,
+        "tolerances": tolerances,
+    }
     for group in ("family", "task"):
         said = cross_validate(pairs, group)
-        seen = [pair for pair in pairs if pair.name in said]
-        if group == "task":
-            results["tolerances"] = choose_tolerances(seen, said)
         results[group] = {
-            "predictor": {str(t): judge(partial(_said, said), seen, t) for t in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)},
-            "share of the contributions": {
-                str(t): judge(front_share, seen, t) for t in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
+            "operating points": {point: judge(said, pairs, tolerances[point], shares[point]) for point in tolerances},
+            "predictor": {str(t): judge(said, pairs, t) for t in (0.1, 0.2, 0.3, 0.5, 1.0, 2.0)},
+            "share": {
+                str(t): judge(lambda pair: pair.pilot.front_shares, pairs, t) for t in (0.1, 0.2, 0.3, 0.5, 0.7)
             },
-            **{f"fixed {share:.2f}": {"-": judge(fixed(share), seen, 0.0)} for share in (1 / 3, 1 / 2, 2 / 3, 5 / 6)},
+            **{f"fixed {share:.2f}": {"-": judge(fixed(share), pairs, 0.0)} for share in (1 / 3, 1 / 2, 2 / 3, 5 / 6)},
         }
     return results
 
 
 def add_start(
-    predictor: SmartFRZPredictor, pairs: Sequence[StartPair], tolerances: dict[str, float]
+    predictor: SmartFRZPredictor, pairs: Sequence[StartPair], evaluation: dict[str, Any]
 ) -> SmartFRZPredictor:
     """
     A predictor with a start predictor that was fitted to all pairs.
@@ -317,13 +283,12 @@ def add_start(
     Args:
         predictor ([`SmartFRZPredictor`]): its other weights are kept.
         pairs (`Sequence[StartPair]`): what the start predictor learns from.
-        tolerances (`dict[str, float]`): points that may be lost, by operating point.
+        evaluation (`dict`): of [`evaluate_start`], which has chosen the tolerances.
     """
-    start = fit_start(pairs)
-    config = SmartFRZPredictorConfig.from_dict(
-        predictor.config.to_dict() | {"start_size": start.query.in_features, "start_tolerances": tolerances}
-    )
+    limits = {"start_tolerances": evaluation["tolerances"], "start_shares": evaluation["shares"]}
+    config = SmartFRZPredictorConfig.from_dict(predictor.config.to_dict() | {"start_stage": True} | limits)
     joined = SmartFRZPredictor(config)
     kept = {name: value for name, value in predictor.state_dict().items() if not name.startswith("start.")}
-    joined.load_state_dict(kept | {f"start.{name}": value for name, value in start.state_dict().items()})
+    start = {f"start.{name}": value for name, value in fit_start(pairs).state_dict().items()}
+    joined.load_state_dict(kept | start)
     return joined.eval()

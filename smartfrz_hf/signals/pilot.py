@@ -66,6 +66,16 @@ class PilotSignals:
         return lowered + REACH_SHARE * self.reach
 
     @property
+    def front_shares(self) -> torch.Tensor:
+        """The share of each unit and all in front of it in the contributions of all units, `(units,)`."""
+        return self.contributions.cumsum(0) / self.contributions.sum().clamp(min=EPSILON)
+
+    @property
+    def parameters_left(self) -> torch.Tensor:
+        """The parameters that still train if the front up to each unit is frozen, with the head, `(units,)`."""
+        return self.parameters.double().flip(0).cumsum(0).flip(0)[1:]
+
+    @property
     def agreement(self) -> float:
         """Change of the loss that the motion of all units has brought, over their reach; positive where the loss falls."""
         lowered = -float((self.loss_change.double() * self.parameters)[:-1].sum())

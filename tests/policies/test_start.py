@@ -1,25 +1,35 @@
 """What freezes from the start of a run: by the start predictor's points, or by the compute that is to be saved."""
 
+import math
+
 import pytest
 import torch
 from architectures import build
 from training import Rows, predictor_that_says, train
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictor, SmartFRZPredictorConfig, load_predictor
-from smartfrz_hf.predictor import StartPredictor, start_features
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictorConfig, load_predictor
+from smartfrz_hf.predictor import StartPredictor
 from smartfrz_hf.signals.pilot import PilotSignals
 
 STEPS = 40
 
 
 def predictor_that_loses(points, never=0.1, **config):
-    """Freezing each further unit costs so many points, whatever the pilot shows; nothing freezes later."""
-    predictor = predictor_that_says(never, start_size=4, **config)
+    """Freezing all costs so many points, and less in proportion to the share of the front; nothing freezes later."""
+    shares = {"start_shares": {"conservative": 0.5, "balanced": 1.0, "aggressive": 1.0}}
+    predictor = predictor_that_says(never, start_stage=True, **shares | config)
     with torch.no_grad():
-        for parameter in predictor.start.parameters():
-            parameter.zero_()
-        predictor.start.head[-1].bias.fill_(float(torch.tensor(points).expm1().log()))  # the inverse of softplus
+        predictor.start.log_scale.fill_(math.log(points))
+        predictor.start.log_share_power.fill_(0.0)
+        predictor.start.log_size_power.fill_(-50.0)
     return predictor
+
+
+@pytest.fixture
+def shares(monkeypatch):
+    """All units contribute the same, and the loss falls: what tiny random models show in four steps is anything."""
+    monkeypatch.setattr(PilotSignals, "agreement", 0.1)
+    monkeypatch.setattr(PilotSignals, "contributions", torch.ones(5))
 
 
 def run(folder, predictor, **config):
@@ -28,15 +38,14 @@ def run(folder, predictor, **config):
     return callback.ledger
 
 
-@pytest.mark.parametrize(("point", "depth"), [("conservative", 0), ("balanced", 1), ("aggressive", 4)])
-def test_the_deepest_front_within_the_tolerance(tmp_path, monkeypatch, point, depth):
-    monkeypatch.setattr(PilotSignals, "agreement", 0.1)  # of a random model in four steps it has any sign
-    ledger = run(tmp_path, predictor_that_loses(0.2), operating_point=point)
-    assert ledger.depth == depth
-    if depth:
-        (stage,) = ledger.stages
-        assert stage.step == 4 and f"and to lose {0.2 * depth:.1f} points" in stage.reason
-        assert "the rest trains at" in stage.reason
+@pytest.mark.parametrize(
+    ("point", "points", "depth"), [("conservative", 0.4, 1), ("conservative", 0.1, 2), ("balanced", 0.4, 3)]
+)
+def test_the_deepest_front_within_the_limits(tmp_path, shares, point, points, depth):
+    ledger = run(tmp_path, predictor_that_loses(points), operating_point=point)
+    (stage,) = ledger.stages
+    assert (ledger.depth, stage.step) == (depth, 4) and f"and to lose {points * depth / 5:.1f} points" in stage.reason
+    assert f"the rest trains at {5 / (5 - depth):.2f} times the learning rate" in stage.reason
 
 
 def test_nothing_freezes_where_the_loss_does_not_fall(tmp_path, monkeypatch):
@@ -45,7 +54,7 @@ def test_nothing_freezes_where_the_loss_does_not_fall(tmp_path, monkeypatch):
 
 
 def test_it_can_be_turned_off(tmp_path):
-    assert run(tmp_path, predictor_that_loses(0.2), start_stage=False).depth == 0
+    assert run(tmp_path, predictor_that_loses(0.01), start_stage=False).depth == 0
     assert run(tmp_path, predictor_that_says(0.1)).depth == 0, "this predictor knows no start stage"
 
 
@@ -74,30 +83,29 @@ def test_weights_that_are_not_finite_freeze_nothing(tmp_path):
 
 
 def test_saved_and_loaded(tmp_path):
-    torch.manual_seed(0)
     tolerances = {"conservative": 0.0, "balanced": 0.5, "aggressive": 2.0}
-    config = SmartFRZPredictorConfig(window=4, weights_per_unit=32, start_size=8, start_tolerances=tolerances)
-    predictor = SmartFRZPredictor(config).eval()
+    predictor = predictor_that_loses(3.0, start_tolerances=tolerances)
     predictor.save_pretrained(tmp_path)
     loaded = load_predictor(tmp_path)
-    features = torch.randn(5, 2)
-    assert torch.equal(loaded.start(features), predictor.start(features))
+    inputs = torch.rand(5), 1e6 * torch.rand(5)
+    assert torch.equal(loaded.start(*inputs), predictor.start(*inputs))
     assert loaded.config.start_tolerances == tolerances
-    with pytest.raises(ValueError, match="start_tolerances"):
-        SmartFRZPredictorConfig(start_tolerances={"balanced": 1.0})
+    for name in ("start_tolerances", "start_shares"):
+        with pytest.raises(ValueError, match=name):
+            SmartFRZPredictorConfig(**{name: {"balanced": 1.0}})
 
 
-def test_deeper_costs_more_and_padding_changes_nothing():
-    torch.manual_seed(0)
-    model = StartPredictor(8)
-    features = torch.randn(2, 6, 2)
-    active = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    lost = model(features, active)
-    assert bool((lost.diff(dim=-1) > 0).all())
-    torch.testing.assert_close(lost[1, :4], model(features[1, :4]))
+def test_the_formula():
+    model = StartPredictor()
+    with torch.no_grad():
+        model.log_scale.fill_(math.log(2.0))
+        model.log_share_power.fill_(math.log(0.5))
+        model.log_size_power.fill_(math.log(1.5))
+    lost = model(torch.tensor([0.25, 0.0, 1.0]), torch.tensor([20e6, 5e6, 0.0]))
+    torch.testing.assert_close(lost, torch.tensor([2 * 0.5 / 8, 2 * 0.001**0.5, 100.0]))
 
 
-def test_features_against_worked_numbers():
+def test_what_the_pilot_shows_against_worked_numbers():
     signals = PilotSignals(
         steps=5,
         parameters=torch.tensor([100.0, 300.0, 600.0]),
@@ -113,6 +121,5 @@ def test_features_against_worked_numbers():
     assert signals.agreement == pytest.approx((0.001 - 0.003) / 0.007)
     assert signals.rate_factor(0) == 1.0 and signals.rate_factor(1) == pytest.approx(17 / 6)
     assert signals.rate_factor(2) == 4.0
-    shares, left = torch.tensor([11 / 17, 1.0]), torch.tensor([900.0, 600.0])
-    wanted = torch.stack([(shares + 1e-3).log10(), (left + 1).log10()], dim=1)
-    torch.testing.assert_close(start_features(signals), wanted)
+    torch.testing.assert_close(signals.front_shares, torch.tensor([11 / 17, 1.0]).double())
+    assert signals.parameters_left.tolist() == [900.0, 600.0]
