@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..cost.flops import ComputeMeter
 from ..cost.ledger import CacheSavings
+from ..freezing.compile import is_compiled
 from ..freezing.weights import FrozenWeights
 from ..model.units import BlockStack
 from .calls import Call, name_rows, read_call
@@ -19,10 +20,11 @@ from .front import Front, UnsupportedModelError
 from .monitor import CacheMonitor
 from .offload import Offload
 from .padding import PaddingWatch
-from .proof import Verdict, prove, random_state, set_random_state
+from .proof import Verdict, prove
 from .rows import Span, assemble, cut, left_out, plan
 from .state import FrontState
 from .store import ActivationStore
+from .trial import random_state, set_random_state
 
 logger = logging.get_logger(__name__)
 
@@ -132,6 +134,8 @@ class ActivationCache:
             self.store.close()
 
     def _why_unused(self) -> str:
+        if is_compiled(self.stack.model):
+            return "it does not work with `torch.compile`"
         if self._reasons:
             return self._reasons.most_common(1)[0][0]
         return f"the forward pass of {type(self.stack.backbone).__name__} was not called, or no row came again"
@@ -140,9 +144,9 @@ class ActivationCache:
         """Stands in for the forward pass of the backbone."""
         front = self._front
         assert front is not None
-        training = front.entry.training
-        if self._bypassed or front.busy:
+        if self._bypassed or front.busy or torch.compiler.is_compiling():
             return front.plain(*args, **kwargs)
+        training = front.entry.training
         self._padding.settle()
         if self.depth < MIN_DEPTH and (self._padding.unread is not None or not training):
             return front.plain(*args, **kwargs)
