@@ -55,6 +55,7 @@ class ActivationCache:
 
     Attributes:
         savings ([`CacheSavings`]): what it has saved so far.
+        checks ([`SpotChecks`]): of what it serves.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ActivationCache:
         # How long a pass over an iterable dataset is, nobody knows; a quarter of the run is time enough for rows to come again.
         self._monitor = CacheMonitor(total_steps, total_steps / 4 if steps_per_epoch is None else steps_per_epoch)
         self._verdicts: dict[tuple, Verdict | str] = {}
-        self._checks = SpotChecks(self.savings, store.dtype)
+        self.checks = SpotChecks(self.savings, store.dtype)
         self._reasons: Counter[str] = Counter()
         self._pending: tuple[Call, bytes, torch.Tensor] | None = None
         self._bypassed = 0
@@ -105,7 +106,7 @@ class ActivationCache:
         self._front.grow(depth)
         self._state.watch(depth, self._front.patches)
         self._verdicts.clear()
-        self._checks.start()
+        self.checks.start()
         if depth >= MIN_DEPTH:
             self._monitor.start()
 
@@ -210,13 +211,13 @@ class ActivationCache:
         at_hand = {row: entry[1] for row, entry in enumerate(found) if entry is not None and depths[row]}
         self.savings.bytes_read += sum(row.nbytes for row in at_hand.values())
         hidden = assemble(front, call, spans, at_hand, groups)
-        checked = self._checks.check(front, call, spans, hidden, groups, self._monitor.steps_left)
+        checked = self.checks.check(front, call, spans, hidden, groups, self._monitor.steps_left)
         if checked and self.meter is not None and training:
             self.meter.skip([-1.0] * self.depth)
         if keep:
             self._keep(keys, spans, hidden, [row for rows in groups.values() for row in rows])
-        if self._checks.row_seconds is not None:
-            self._gain(call.rows * self._checks.row_seconds - (perf_counter() - began) + checked, training)
+        if self.checks.row_seconds is not None:
+            self._gain(call.rows * self.checks.row_seconds - (perf_counter() - began) + checked, training)
         if self.meter is not None and training:
             self.meter.skip(left_out(groups, call.rows, self.depth))
         output = front.serve(call, hidden)
@@ -275,7 +276,7 @@ class ActivationCache:
         training = front.entry.training
 
         def cross(hidden: torch.Tensor) -> None:
-            self._checks.time_rows(time_of(hidden) - began, call.rows)
+            self.checks.time_rows(time_of(hidden) - began, call.rows)
             began_keeping = perf_counter()
             try:
                 self._keep(keys, spans, hidden, keep)

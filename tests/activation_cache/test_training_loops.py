@@ -7,6 +7,7 @@ from architectures import IMAGE, TEXT, build
 from odd_models import llava
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from versions import checkpoint_activations
 
 from smartfrz_hf import Freezer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
@@ -192,11 +193,9 @@ def a_forward_pass_that_changes_the_model(with_cache):
 def checkpointing_in_between(with_cache):
     loop = Loop(make(), with_cache)
     loop.run(5)
-    loop.model.gradient_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(loop.model, reentrant=True)
     loop.model.enable_input_require_grads()
-    loop.run(6)
-    loop.model.gradient_checkpointing_disable()
-    loop.run(5)
+    loop.run(10)
     return loop
 
 
@@ -236,8 +235,9 @@ class Blocks(nn.Module):
     def __init__(self, before=lambda model, hidden, labels: hidden, norm=nn.Identity):
         super().__init__()
         self.before = before
-        self.embed, self.labels, self.head = nn.Embedding(99, 16), nn.Embedding(2, 16), nn.Linear(16, 2)
+        self.embed, self.labels = nn.Embedding(99, 16), nn.Embedding(2, 16)
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), norm(), nn.Tanh()) for _ in range(4))
+        self.head = nn.Linear(16, 2)
 
     def forward(self, input_ids, attention_mask=None, labels=None):
         hidden = self.before(self, self.embed(input_ids), labels)
