@@ -243,7 +243,8 @@ class Blocks(nn.Module):
         hidden = self.before(self, self.embed(input_ids), labels)
         for layer in self.layers:
             hidden = layer(hidden)
-        logits = self.head(hidden.mean(1))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        logits = self.head((hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True))
         return {
             "loss": logits.sum() if labels is None else nn.functional.cross_entropy(logits, labels),
             "logits": logits,
@@ -324,6 +325,32 @@ def test_losses_are_those_without_the_cache(what):
     assert len(plain) > 10
     torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-4)
     assert FOUND[what] is None or (cache.savings.hits > 0) == FOUND[what], cache.savings
+
+
+def test_padding_is_tried_on_both_sides():
+    class AddFirst(nn.Module):
+        """Reads padding in front of a row, and none behind it."""
+
+        def forward(self, hidden):
+            return hidden + hidden[:, :1]
+
+    model = Blocks(norm=AddFirst).eval()
+    stack = find_blocks(model)
+    Freezer(stack).freeze_to(3)
+    cache = ActivationCache(stack, ActivationStore(2**24))
+    cache._padding.unread = True
+    cache.freeze_to(3)
+    ids = torch.randint(5, 99, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[1, 6:] = 0
+    with torch.no_grad():
+        for filler in (1, 1, 2):
+            batch = {"input_ids": ids.masked_fill(mask == 0, filler), "attention_mask": mask}
+            found = model(**batch)["logits"]
+            with cache.bypassed():
+                torch.testing.assert_close(found, model(**batch)["logits"])
+    assert cache.savings.hits and cache.savings.off is None
+    cache.close()
 
 
 # Models of two kinds of input, their blocks named by hand.
