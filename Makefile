@@ -34,7 +34,7 @@ test-distributed: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run the tests wit
 	$(PYTEST) tests/distributed $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.stamp-test ## Compare 2,000 short trainings with and without the activation cache
-	$(BIN)/python tests/fuzz/fuzz.py 0 2000
+	$(BIN)/python tests/fuzz/fuzz.py 0 2000 --out tests/data/fuzz.json
 
 bench-demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Repeat the demo with three seeds (benchmarks/quality)
 	$(BIN)/python -m benchmarks.quality.demo
