@@ -34,7 +34,7 @@ test-distributed: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run the tests wit
 	$(PYTEST) tests/distributed $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.stamp-test ## Compare 2,000 short trainings with and without the activation cache
-	$(BIN)/python tests/fuzz/fuzz.py 0 2000
+	$(BIN)/python tests/fuzz/fuzz.py 0 2000 --out tests/data/fuzz.json
 
 # Folders of models and data for `make bench`, see benchmarks/quality/compare/README.md.
 MODEL_DIR ?= runs/compare/models

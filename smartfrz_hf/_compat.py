@@ -18,7 +18,7 @@ from accelerate.utils import ParallelismConfig
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -180,6 +180,19 @@ def require_checkpoint_grads(block: nn.Module) -> Callable[[], None]:
 def has_input_grads(model: nn.Module) -> bool:
     """Whether `enable_input_require_grads` is in force. Transformers has a method to turn it on and one to turn it off only."""
     return bool(getattr(model, "_require_grads_hooks", None))
+
+
+def disable_input_grads(model: PreTrainedModel) -> None:
+    """
+    Undo `enable_input_require_grads`, however often it was called: PEFT and the Trainer both call it, and
+    `disable_input_require_grads` removes the hooks of the last call only.
+    """
+    model.disable_input_require_grads()
+    name = "enable_input_require_grads.<locals>.make_inputs_require_grads"
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__qualname__", "").endswith(name):
+                del module._forward_hooks[key]
 
 
 # Transformers: the Trainer

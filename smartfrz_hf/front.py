@@ -89,7 +89,7 @@ class Front:
             self.cache.close()
             self.cache = self._make_cache()
             if self.cache is not None:
-                self.cache.savings = savings
+                self.cache.savings = self.cache.checks.savings = savings
                 if savings.off is not None:
                     self.cache.close()
         self.rate.factor = 1.0

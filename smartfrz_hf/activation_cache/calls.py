@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-# The frozen front does not read them: they reach the head, or only choose the form of the output.
-NOT_READ = ("labels", "num_items_in_batch", "return_dict", "return_loss")
+# The frozen front does not read them: they reach the loss, or only choose the form of the output.
+NOT_READ = ("num_items_in_batch", "return_dict", "return_loss")
 # What they ask for comes from inside the front, so the front has to run.
 NEEDS_FULL_FORWARD = ("output_attentions", "output_hidden_states", "output_router_logits", "use_cache")
 
@@ -127,6 +127,8 @@ def read_call(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any],
             return f"`{name}` is asked for"
     tensors: dict[str, torch.Tensor] = {}
     others: dict[str, Any] = {name: bound.pop(name) for name in NOT_READ if name in bound}
+    if not isinstance(bound.get("labels"), torch.Tensor):  # else a decoder may be fed with them
+        others |= {name: bound.pop(name) for name in ("labels",) if name in bound}
     plain: list[tuple[str, Any]] = []
     for name, value in bound.items():
         if isinstance(value, torch.Tensor):

@@ -12,7 +12,8 @@ from .front import Front
 from .proof import agree, tolerance
 from .rows import Span, cut
 
-# Batches that are computed and compared: the first ones after each growth, then one in so many, in this share of the time.
+# Batches that are computed and compared: the first ones after each growth, then one in so many. All but the very first wait
+# until they fit into this share of the time.
 FIRST_CHECKS, CHECK_EVERY, CHECK_TIME = 2, 100, 0.01
 
 
@@ -36,7 +37,8 @@ class SpotChecks:
         self.savings, self.kept_as = savings, kept_as
         self.row_seconds: float | None = None
         self._done: Counter[tuple] = Counter()
-        self._served, self._last, self._random = 0, perf_counter(), random.Random(0)
+        self._served, self._random = 0, random.Random(0)
+        self._began = self._last = perf_counter()
 
     def start(self) -> None:
         """Begin anew, at another depth."""
@@ -84,13 +86,14 @@ class SpotChecks:
             raise WrongActivationError("an activation was not finite")
         self._served += 1
         kind = (call.context, *sorted(groups))
-        first = self._done[kind] < FIRST_CHECKS
+        first, began, count = self._done[kind] < FIRST_CHECKS, perf_counter(), call.rows
         if not first and self._served % CHECK_EVERY:
             return 0.0
+        if self._done[kind] and self.savings.check_seconds > CHECK_TIME * (began - self._began):
+            return 0.0  # later
         self._done[kind] += 1
-        began, count = perf_counter(), call.rows
         if first:
-            count = int(min(call.rows, max(2, CHECK_TIME / FIRST_CHECKS * steps_left * count)))
+            count = int(min(call.rows, max(1, CHECK_TIME / FIRST_CHECKS * steps_left * count)))
         elif self.row_seconds:
             count = max(1, min(count, int(CHECK_TIME * (began - self._last) / self.row_seconds)))
         rows = sorted(self._random.sample(range(call.rows), count))

@@ -1,18 +1,14 @@
 """Trying, on two rows, whether the front of a model can be left out, and telling rounding from a difference."""
 
-import contextlib
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 from .calls import Call, content
 from .front import Front, Pass, UnsupportedModelError
 from .outputs import tensors_in
+from .trial import generators_left_as_found, model_left_as_found, random_state, random_states, set_random_state
 
 # Relative error, in the norm of a row, that the order of sums can make, by what the front computes in.
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
@@ -86,7 +82,7 @@ def prove(front: Front, call: Call, without_padding: bool) -> Verdict:
 
     The front is computed twice, and has to give the same values and draw no random number. Then the outputs of the whole model,
     its loss included, are compared with those when all frozen blocks return NaN, the activations are put in place at the
-    boundary, and zeros stand for padding. The generators of random numbers and the buffers of the model are left as found.
+    boundary, and zeros stand for padding. The model and the generators of random numbers are left as found.
 
     Args:
         front ([`Front`]): the front.
@@ -97,10 +93,11 @@ def prove(front: Front, call: Call, without_padding: bool) -> Verdict:
         UnsupportedModelError: the front cannot be left out.
     """
     rows = [0, call.rows - 1]
-    if call.mask is not None:  # the row with the most padding, since zeros stand for it
-        rows[0] = int(call.mask.ne(0).sum(1).argmin())
+    if call.mask is not None:  # the rows with the most padding in front and behind
+        shown = call.mask.ne(0).int()
+        rows = [int(shown.argmax(1).argmax()), int(shown.flip(1).argmax(1).argmax())]
     try:
-        with _left_as_found(front.stack.model, call.device):
+        with generators_left_as_found(call.device), torch.no_grad():
             return _prove(front, call, rows, without_padding)
     except UnsupportedModelError:
         raise
@@ -109,19 +106,20 @@ def prove(front: Front, call: Call, without_padding: bool) -> Verdict:
 
 
 def _prove(front: Front, call: Call, rows: list[int], without_padding: bool) -> Verdict:
-    rounding, start, state = tolerance(front, call), _random_states(call.device), random_state(call.device)
+    rounding, start, state = tolerance(front, call), random_states(call.device), random_state(call.device)
     states = []
-    whole = Pass(call.layout, 2, on_boundary=lambda _: states.append(_random_states(call.device)))
-    expected = front.try_pass(whole, front.call_model(rows, call))
+    whole = Pass(call.layout, 2, on_boundary=lambda _: states.append(random_states(call.device)))
+    with model_left_as_found(front.stack.model):
+        expected = front.try_pass(whole, front.call_model(rows, call))
     hidden = whole.hidden
     assert hidden is not None
     if not hidden.is_floating_point() or hidden.ndim < 2 or len(hidden) != 2:
         raise UnsupportedModelError("what its blocks return does not have one entry per row")
     if not hidden.isfinite().all():
         raise UnsupportedModelError("its frozen blocks return values that are not finite")
-    between = _random_states(call.device)
+    between = random_states(call.device)
     again = front.run(call, rows)
-    after = _random_states(call.device)
+    after = random_states(call.device)
     # Whatever else draws numbers of Python or NumPy now and then will not do so both times.
     drawn = [a != b and c != d for a, b, c, d in zip(start, states[0], between, after, strict=True)]
     if any(drawn) or not agree(hidden, again, rounding):
@@ -141,7 +139,8 @@ def _prove(front: Front, call: Call, rows: list[int], without_padding: bool) -> 
     front.learn_layout(call)
     set_random_state(state, call.device)
     served = Pass(call.layout, 2, front.depth, hidden, poison=True)
-    given = front.try_pass(served, front.call_model(rows, call))
+    with model_left_as_found(front.stack.model):
+        given = front.try_pass(served, front.call_model(rows, call))
     pairs = list(zip(tensors_in(expected), tensors_in(given), strict=True))
     if all(agree(a, b, rounding, spans if a.shape[:2] == (2, call.length) else None, 0.1) for a, b in pairs):
         return verdict
@@ -153,57 +152,29 @@ def _prove(front: Front, call: Call, rows: list[int], without_padding: bool) -> 
 
 def _try_padding(front: Front, call: Call, rows: list[int], hidden: torch.Tensor, rounding: float) -> Verdict:
     """Whether what is not padding depends on the padding: on what it holds, and on how much there is."""
+    tried = [
+        _try_padding_of(front, call, row, values[None], rounding) for row, values in zip(rows, hidden, strict=True)
+    ]
+    shifts = [shifts for _, shifts in tried if shifts is not None]
+    return Verdict(True, bool(shifts) and all(shifts)) if all(free for free, _ in tried) else Verdict()
+
+
+def _try_padding_of(
+    front: Front, call: Call, row: int, hidden: torch.Tensor, rounding: float
+) -> tuple[bool, bool | None]:
+    """Whether one row depends on its padding, and whether it may shift; `None` without padding in front of it."""
     assert call.mask is not None and call.length is not None
-    row = rows[0]
     inside = content(call.mask[row : row + 1])[0]
     start, end = int(inside.int().argmax()), int(inside.int().argmax() + inside.sum())
     if end <= start:
-        return Verdict()
+        return False, None
 
     def same(other: Call, first: int) -> bool:
-        found = front.run(other, [row, row])[0]
-        return agree(hidden[:1, start:end], found[None, start - first : end - first], rounding)
+        found = front.run(other, [row, row])[:1]
+        return agree(hidden[:, start:end], found[:, start - first : end - first], rounding)
 
     if end - start < call.length and not same(call.refill(row), 0):
-        return Verdict()
+        return False, None
     if end < call.length and not same(call.crop(0, end), 0):
-        return Verdict()
-    return Verdict(True, start > 0 and same(call.crop(start, call.length), start))
-
-
-def random_state(device: torch.device) -> torch.Tensor:
-    """State of the generator from which a model on a device draws."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def set_random_state(state: torch.Tensor, device: torch.device) -> None:
-    """Set what [`random_state`] returns."""
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
-
-
-def _random_states(device: torch.device) -> tuple[Any, ...]:
-    """All generators that a model may draw from, as values to compare."""
-    torch_states = [state.numpy().tobytes() for state in (torch.get_rng_state(), random_state(device))]
-    return *torch_states, random.getstate(), repr(np.random.get_state())
-
-
-@contextlib.contextmanager
-def _left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run without gradients, and leave the generators of random numbers and the model's buffers as they were."""
-    states = torch.get_rng_state(), random_state(device), random.getstate(), np.random.get_state()
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_rng_state(states[0])
-        set_random_state(states[1], device)
-        random.setstate(states[2])
-        np.random.set_state(states[3])
-        for buffer, before in buffers:
-            if not torch.equal(buffer, before):
-                with torch.no_grad():
-                    buffer.copy_(before)
+        return False, None
+    return True, same(call.crop(start, call.length), start) if start else None

@@ -12,6 +12,7 @@ from .._compat import (
     OUTPUTS_RECORDED,
     forward_hooks,
     has_global_forward_hooks,
+    is_compiled,
     records_outputs,
     tensor_tables,
     tensor_version,
@@ -136,6 +137,8 @@ class FrontState:
                     settings[unit][name, field] = _plain(value)
             if module is not self._entry and not all(records_outputs(hook) for hook in forward_hooks(module)):
                 self.obstacle = f"somebody has put a forward hook on {name}"
+            if is_compiled(module):
+                self.obstacle = f"{name or 'the model'} is compiled"
             if module in self._patches and vars(module).get("forward") is not self._patches[module]:
                 self.obstacle = f"somebody has replaced the forward pass of {name}"
         for config in configs.values():
@@ -207,13 +210,15 @@ class FrontState:
 
 
 def _plain(value: Any) -> Any:
-    """Plain values, alone or nested; the name of the type for anything else."""
+    """Plain values, alone, nested, or as attributes of an object; the name of the type for anything else."""
     if isinstance(value, SIMPLE):
         return value
     if isinstance(value, list | tuple | set | frozenset | dict) and len(value) <= 64:
         parts = value.items() if isinstance(value, dict) else sorted(value, key=repr) if _is_set(value) else value
         return tuple(_plain(part) for part in parts)
-    return type(value).__name__
+    fields = getattr(value, "__dict__", {}) if not isinstance(value, torch.Tensor | nn.Module) else {}
+    plain = ((name, field) for name, field in fields.items() if isinstance(field, SIMPLE))
+    return type(value).__name__, *sorted(plain, key=repr)
 
 
 def _is_set(value: Any) -> bool:

@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .._compat import has_input_grads, require_checkpoint_grads, uses_reentrant_checkpointing
+from .._compat import disable_input_grads, has_input_grads, require_checkpoint_grads, uses_reentrant_checkpointing
 from ..distributed.consensus import checksum
 from ..distributed.fsdp import gather_for_backward, is_sharded
 from ..model.forward_patch import LeftBehind, MethodPatch
 from ..model.nested import float_tensors
-from ..model.tracing import leaves
+from ..model.tracing import leaves, set_modes
 from ..model.units import BlockStack, Unit
 from .kept import adapter_parameters, idle_features, kept_parameters
 from .weights import FrozenWeights
@@ -67,6 +67,8 @@ class Freezer:
         self._before: list[_Before] = []
         self._frozen: dict[nn.Parameter, str] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._mode_hook: torch.utils.hooks.RemovableHandle | None = None
+        self._frozen_modules: list[nn.Module] = []
         self._undo_checkpoint_grads: Callable[[], None] = lambda: None
         self._with_input_grads: list[PreTrainedModel] = []
         self._explained: set[str] = set()
@@ -143,8 +145,7 @@ class Freezer:
             self.weights.restore(unit)
             for patch in before.patches:
                 patch.remove()
-            for module, mode in before.training.items():
-                module.training = mode
+            set_modes(before.training)
             for parameter, flag in before.requires_grad.items():
                 parameter.requires_grad_(flag)
                 self._frozen.pop(parameter, None)
@@ -218,7 +219,7 @@ class Freezer:
         for model in self.stack.model.modules():
             if isinstance(model, PreTrainedModel) and has_input_grads(model):
                 self._with_input_grads.append(model)
-                model.disable_input_require_grads()
+                disable_input_grads(model)
 
     def _update_boundary(self) -> None:
         frozen = [module for unit in self.stack.units[: self.depth] for module in unit.modules.values()]
@@ -227,12 +228,25 @@ class Freezer:
             self._hook.remove()
             self._hook = None
         self._undo_checkpoint_grads()
+        self._frozen_modules = [child for module in frozen for child in module.modules()]
+        if self._mode_hook is None and frozen:
+            hook = LeftBehind(self._stay_in_evaluation)
+            self._mode_hook = self.stack.backbone.register_forward_pre_hook(hook)
+        elif self._mode_hook is not None and not frozen:
+            self._mode_hook.remove()
+            self._mode_hook = None
         if 0 < self.depth < len(self.stack):
             unit = self.stack.units[self.depth]
             if unit.runs_once:  # else the block reads its own output, which requires a gradient of course
                 hook = LeftBehind(self._enter_active)
                 self._hook = unit.modules[unit.name].register_forward_pre_hook(hook, with_kwargs=True)
                 self._undo_checkpoint_grads = require_checkpoint_grads(unit.modules[unit.name])
+
+    def _stay_in_evaluation(self, *_: Any) -> None:
+        """Runs before the backbone. Models may have a `train` of their own, which sets the modes of all modules by itself."""
+        if not torch.compiler.is_compiling():
+            for module in self._frozen_modules:
+                module.training = False
 
     def _enter_active(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Runs before the first active block."""

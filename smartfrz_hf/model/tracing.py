@@ -63,8 +63,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         with torch.no_grad(), torch.random.fork_rng():
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        set_modes(modes)
+
+
+def set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Put modules in training or evaluation mode, each one by itself."""
+    for module, mode in modes.items():
+        if type(module).train is not nn.Module.train:  # some forget there what they have kept for evaluation
+            type(module).train(module, mode)
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def trace(

@@ -5,12 +5,14 @@ import warnings
 import peft
 import pytest
 import torch
+import transformers as t
 from architectures import ARCHITECTURES, build
 from odd_models import ODD_MODELS
 from torch.utils.flop_counter import FlopCounterMode
 from versions import checkpoint_activations
 
 from smartfrz_hf import Freezer, find_blocks
+from smartfrz_hf.model.units import evaluation_mode
 
 CHECKPOINTED = [name for name in ARCHITECTURES if build(name).supports_gradient_checkpointing]
 
@@ -276,6 +278,59 @@ def test_as_many_units_freeze_as_a_loss_allows():
     Freezer(stack).freeze_to(stack.deepest_safe_depth())
     model(**batch).last_hidden_state.mean().backward()
     assert all(p.grad is not None for p in stack[-1].named_parameters().values())
+
+
+def test_gradients_of_the_inputs_asked_for_twice():
+    """As by PEFT and by the Trainer."""
+    model = build("bert")
+    model.enable_input_require_grads()
+    model.enable_input_require_grads()
+    freezer = Freezer(find_blocks(model))
+    freezer.freeze_to(2)
+    embeddings, ids = model.get_input_embeddings(), torch.tensor([[5, 6]])
+    assert not embeddings(ids).requires_grad
+    freezer.unfreeze_to(0)
+    model.requires_grad_(False)
+    assert embeddings(ids).requires_grad
+    model.disable_input_require_grads()
+    assert not embeddings(ids).requires_grad
+
+
+def test_what_modules_keep_for_evaluation_is_forgotten():
+    """LeViT keeps sums of its weights in evaluation mode, until its own `train` is called."""
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [16, 24, 32], "num_attention_heads": [1, 2, 2], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
+    model = t.LevitForImageClassification(t.LevitConfig(image_size=64, drop_path_rate=0, **sizes)).train()
+    picture = {"pixel_values": torch.rand(2, 3, 64, 64)}
+    with evaluation_mode(model):
+        model(**picture)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    fresh = t.LevitForImageClassification(model.config)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert model.eval()(**picture).logits.equal(fresh.eval()(**picture).logits)
+
+
+def test_frozen_units_stay_in_evaluation_mode_under_any_train():
+    class OfItsOwn(type(build("bert"))):
+        def train(self, mode=True):
+            for module in self.modules():
+                module.training = mode
+            return self
+
+    model = build("bert")
+    model.__class__ = OfItsOwn
+    freezer = Freezer(find_blocks(model))
+    freezer.freeze_to(3)
+    model.train()
+    model(**ARCHITECTURES["bert"].batch(model))
+    layers = model.bert.encoder.layer
+    assert not any(m.training for part in (model.bert.embeddings, *layers[:2]) for m in part.modules())
+    assert all(m.training for part in layers[2:] for m in part.modules())
+    freezer.unfreeze_to(0)
+    assert not model.bert._forward_pre_hooks
 
 
 def test_noise_on_embeddings_that_do_not_train_is_told(caplog):

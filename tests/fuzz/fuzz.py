@@ -50,7 +50,7 @@ def draw_case(seed: int) -> dict:
     """Everything about one case."""
     draw = random.Random(seed)
     model = draw.choice(TEXT + CAUSAL + IMAGES)
-    rows, batch = draw.choice([6, 10, 16]), draw.choice([2, 3, 4, 5])
+    rows, batch = draw.choice([6, 8, 12]), draw.choice([2, 3, 4, 5])
     epochs = draw.choice([4, 5]) + (rows < 4 * batch)
     steps = epochs * math.ceil(rows / batch)
     events = draw_events(draw, steps, batch)
@@ -75,7 +75,8 @@ def draw_case(seed: int) -> dict:
         "segments": model in TWO_SEGMENTS and draw.random() < 0.5,
         "twins": draw.random() < 0.2,
         "average_for_evaluation": draw.choice([None, None, "copy", "data", "swap"]),
-        "kept_as": draw.choice(["exact", "exact", "exact", "bfloat16"]),
+        # Batch norm over few rows makes any rounding large.
+        "kept_as": draw.choice(["exact", "exact", "exact", "bfloat16" if model != "resnet" else "exact"]),
         "memory": draw.choice([2**24, 2**24, 20000]),
         "disk": draw.choice([0, 0, 2**24, 2**19]),
         "checked": draw.choice(["always", "as usual"]),

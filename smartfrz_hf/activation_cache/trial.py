@@ -1,0 +1,106 @@
+"""Running a model now and then beside its training, without a trace."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """State of the generator from which a model on a device draws."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    """Set what [`random_state`] returns."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def random_states(device: torch.device) -> tuple[Any, ...]:
+    """All generators that a model may draw from, as values to compare."""
+    torch_states = [state.numpy().tobytes() for state in (torch.get_rng_state(), random_state(device))]
+    numpy_state = np.random.get_state(legacy=False)["state"]
+    return *torch_states, random.getstate(), numpy_state["key"].tobytes(), numpy_state["pos"]
+
+
+@contextlib.contextmanager
+def generators_left_as_found(device: torch.device) -> Iterator[None]:
+    """Draw no random number, as seen from outside."""
+    states = torch.get_rng_state(), random_state(device), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        set_random_state(states[1], device)
+        random.setstate(states[2])
+        np.random.set_state(states[3])
+
+
+@contextlib.contextmanager
+def model_left_as_found(model: nn.Module) -> Iterator[None]:
+    """
+    Run without gradients, and undo what the model's own code does to it in its forward pass: teachers that follow the model,
+    queues of past outputs, running statistics, counters.
+    """
+    # Kernels of batch norm do not say that they write to their statistics, so these are copied beforehand.
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    parameters = [(parameter, parameter.detach()) for parameter in model.parameters()]
+    attributes = [(vars(module), vars(module).copy()) for module in model.modules()]
+    contents = [(v, v.copy()) for _, fields in attributes for v in fields.values() if type(v) in (list, dict)]
+    watch = _CopyOnWrite(data for _, data in parameters)
+    try:
+        with torch.no_grad(), watch:
+            yield
+    finally:
+        for fields, before in attributes:
+            fields.clear()
+            fields.update(before)
+        for value, copied in contents:
+            value.clear()
+            value.extend(copied) if isinstance(value, list) else value.update(copied)
+        with torch.no_grad():
+            for parameter, data in parameters:
+                if parameter.data_ptr() != data.data_ptr():
+                    parameter.data = data
+            for written, values in watch.copies.values():
+                written.copy_(values)
+            for module, name, buffer, values in buffers:
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)
+
+
+class _CopyOnWrite(TorchDispatchMode):
+    """Copies each of some tensors just before an operation writes to it for the first time."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self._tensors = {tensor.data_ptr(): tensor for tensor in tensors if tensor.numel()}
+        self.copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        schema = function._schema
+        if schema.is_mutable:
+            for position, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = args[position] if position < len(args) else kwargs.get(argument.name)
+                    for tensor in value if isinstance(value, list | tuple) else [value]:
+                        self._keep(tensor)
+        return function(*args, **kwargs)
+
+    def _keep(self, tensor: Any) -> None:
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
+            place = tensor.untyped_storage().data_ptr()
+            for start, whole in self._tensors.items():
+                if start not in self.copies and whole.untyped_storage().data_ptr() == place:
+                    self.copies[start] = whole, whole.clone()
