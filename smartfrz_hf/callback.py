@@ -130,22 +130,25 @@ class SmartFRZCallback(TrainerCallback):
         if self.run is not None:
             self.run.close()
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, writes: bool = True) -> None:
         """
-        Write what the run needs to go on from here. Does nothing before the first run.
+        Write what the run needs to go on from here. Does nothing before the first run. To be called in all processes.
 
         Args:
             folder (`str`): of the checkpoint.
+            writes (`bool`, *optional*, defaults to `True`): whether it is this process that writes.
         """
         if self.run is not None:
-            save_state(self.run.state_dict(), folder)
+            state = self.run.state_dict()
+            if writes:
+                save_state(state, folder)
             self._saved_step = self.run.steps_done
 
     def _save_before_trainer(self, args: TrainingArguments, state: TrainerState) -> None:
         # The Trainer writes its own state last, so that a checkpoint that looks complete to it has ours. Where the
         # checkpoints of a trial go, a callback does not know, and no trial is resumed.
-        if args.should_save and not state.is_hyper_param_search:
-            self.save(_checkpoint(args, state))
+        if not state.is_hyper_param_search:
+            self.save(_checkpoint(args, state), args.should_save)
 
     def _check(self, args: TrainingArguments, control: TrainerControl, model: Any) -> None:
         check_only_callback(control, self)

@@ -12,12 +12,14 @@ from .config import SmartFRZConfig
 from .cost.ledger import Ledger, Stage
 from .distributed.consensus import Ranks
 from .freezing.compile import is_compiled
+from .freezing.rate import RateFactor
 from .front import Front
 from .model.tracing import Inputs
 from .model.units import Unit, find_blocks
 from .policies import Decision, Observation, Policy, resolve
 from .predictor import SmartFRZPredictor
 from .signals.observer import Observer
+from .signals.pilot import pilot_steps
 from .signals.schedule import LearningRates
 
 logger = logging.get_logger(__name__)
@@ -54,6 +56,7 @@ class FreezingRun:
         ledger ([`Ledger`]): what froze when and why, and what it saved.
         depth (`int`): frozen units now, counted from the front.
         steps_done (`int`): optimizer steps so far.
+        rate ([`RateFactor`]): what the learning rate is multiplied with since a front froze from the start.
         should_stop (`bool`): whether nothing is left to train and `when_all_frozen="stop"` asks to stop then.
 
     Raises:
@@ -120,11 +123,13 @@ class FreezingRun:
             config.sampling_seed,
             config.probe_examples if self.policy.front_probe else 0,
             lambda batch: self._decide_every * (examples_per_step or batch),
+            pilot_steps(self.policy.pilot, total_steps),
             self.front.beside_training,
             self.front.meter.add_forward,
         )
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
         self._optimizer_stepped = False
+        self.rate = RateFactor(self._optimizer)
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_optimizer_step),
             self._optimizer.register_step_post_hook(self._after_optimizer_step),
@@ -193,10 +198,12 @@ class FreezingRun:
         rises = self.rates.observe(steps_done, self._optimizer.param_groups[0]["lr"])
         if rises and self.depth and self.config.unfreeze_on_restart and self.policy.history_size:
             units = self.front.unfreeze()
+            self.rate.factor = 1.0
             self.observer.restart(steps_done)
             self._note(units, "the learning rate rises again")
         since_first = steps_done - self._first_decision
-        if since_first >= 0 and since_first % self._decide_every == 0 and steps_done < self.total_steps:
+        due = since_first >= 0 and since_first % self._decide_every == 0 and steps_done < self.total_steps
+        if due or self._pilot_is_over:
             self._decide()
 
     def close(self) -> None:
@@ -216,7 +223,7 @@ class FreezingRun:
 
         Returns:
             `dict` of nested JSON values and tensors: `step`, `units` (names), `depth`, `config`, `ledger`, `meter`,
-            `policy`, `learning_rates`, `weight_history` and `probe_history` (or `None`). Save it with
+            `policy`, `learning_rates`, `rate_factor`, `weight_history`, `probe_history` and `pilot` (or `None`). Save it with
             [`~smartfrz_hf.checkpoint.save_state`], or beside the state of your own loop.
         """
         return {
@@ -228,6 +235,7 @@ class FreezingRun:
             "meter": self.front.meter.state_dict(),
             "policy": self.policy.state_dict(),
             "learning_rates": self.rates.state_dict(),
+            "rate_factor": self.rate.factor,
             **self.observer.state_dict(),
         }
 
@@ -249,6 +257,7 @@ class FreezingRun:
         self.policy.load_state_dict(state["policy"])
         if state["learning_rates"] is not None:
             self.rates.load_state_dict(state["learning_rates"])
+        self.rate.factor = state.get("rate_factor", 1.0)  # checkpoints of earlier versions have none
         self.observer.load_state_dict(state)
         self._update_ledger()
         if state["depth"]:
@@ -256,9 +265,11 @@ class FreezingRun:
 
     def _before_optimizer_step(self, *_) -> None:
         self.front.before_update()
-        self.observer.before_first_update(self.steps_done)
+        self.observer.before_update(self.steps_done)
+        self.rate.before_step()
 
     def _after_optimizer_step(self, *_) -> None:
+        self.rate.after_step()
         self._optimizer_stepped = True
         self.front.meter.end_of_step()
         self._update_ledger()
@@ -270,8 +281,13 @@ class FreezingRun:
         ledger.frozen_parameters = self.front.freezer.frozen_parameters
         ledger.cache = None if cache is None else cache.savings
 
+    @property
+    def _pilot_is_over(self) -> bool:
+        return self.observer.pilot is not None and self.steps_done >= self.observer.pilot_steps
+
     def _decide(self) -> None:
-        """Hold a freezing stage."""
+        """Hold a freezing stage. One at the end of the pilot freezes units with the weights of the start of the run."""
+        pilot = self.observer.pilot if self._pilot_is_over else None
         if self.depth < len(self.stack):
             self.observer.before_decision(self.steps_done)
         observation = Observation(
@@ -282,6 +298,8 @@ class FreezingRun:
             rates=self.rates,
             history=self.observer.history,
             probe=self.observer.probe,
+            pilot=None if pilot is None else pilot.signals(),
+            savings=None if pilot is None else self.front.meter.savings(),
         )
         decision = self.policy.decide(observation)
         if not isinstance(decision, Decision):
@@ -295,7 +313,15 @@ class FreezingRun:
             self.should_stop = self.config.when_all_frozen == "stop"
         self.front.check_consistency(self.steps_done)
         if depth > self.depth:
-            self._note(self.front.freeze_to(depth), decision.reason)
+            reason = decision.reason
+            if pilot is not None:
+                if self.config.compensate_rate:
+                    self.rate.factor = pilot.signals().rate_factor(depth)
+                    reason += f"; the learning rate of the rest is multiplied by {self.rate.factor:.2f}"
+                pilot.restore(depth)
+            self._note(self.front.freeze_to(depth), reason)
+        if pilot is not None:
+            self.observer.pilot = None
 
     def _note(self, units: list[Unit], reason: str) -> None:
         """Enter a change of depth into the ledger and the log."""

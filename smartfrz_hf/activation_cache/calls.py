@@ -126,7 +126,9 @@ def read_call(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any],
         if bound.get(name) or (name != "use_cache" and bound.get(name) is None and getattr(config, name, False)):
             return f"`{name}` is asked for"
     tensors: dict[str, torch.Tensor] = {}
-    others: dict[str, Any] = {name: bound.pop(name) for name in NOT_READ if name in bound}
+    # An encoder-decoder makes the inputs of its decoder from the labels.
+    not_read = [name for name in NOT_READ if name != "labels" or not getattr(config, "is_encoder_decoder", False)]
+    others: dict[str, Any] = {name: bound.pop(name) for name in not_read if name in bound}
     plain: list[tuple[str, Any]] = []
     for name, value in bound.items():
         if isinstance(value, torch.Tensor):

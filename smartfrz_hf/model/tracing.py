@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import Node
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .._compat import forget_failed_pass
 from ..distributed.fsdp import is_sharded, reshard
 from .batches import tiny_batches
 from .discovery import base_model
@@ -105,8 +105,7 @@ def trace(
         except Exception as error:  # the model's own code, on a batch that it may not expect
             reason = f"{type(error).__name__}: {error}"
         finally:
-            if isinstance(runs, FSDPModule):
-                runs.reset_iter_state()
+            forget_failed_pass(runs)
             reshard(runs)
         best = replace(best, problem=f"{type(backbone).__name__} on {', '.join(batch)}: {reason}")
     return best
@@ -186,8 +185,8 @@ class _Tracer:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for hook in reversed(self._hooks):
-            hook.remove()
+        while self._hooks:  # which refer to this tracer, and it to the graph of the pass
+            self._hooks.pop().remove()
 
     def _run_block(self, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self._start(module, args, kwargs)

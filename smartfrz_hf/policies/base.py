@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from ..signals.pilot import PilotSignals
 from ..signals.probe_history import ProbeHistory
 from ..signals.schedule import LearningRates
 from ..signals.weights import WeightHistory
@@ -22,6 +23,10 @@ class Observation:
         rates ([`LearningRates`]): learning rate before each step of the run.
         history ([`WeightHistory`], *optional*): given to a policy that sets `history_size`.
         probe ([`ProbeHistory`], *optional*): given to a policy that sets `front_probe`, where the probe works.
+        pilot ([`PilotSignals`], *optional*): given once to a policy that sets `pilot`, at the end of the pilot.
+        savings (`list[float]`, *optional*):
+            With `pilot`: for each depth from 0 to all units, the share of a training step's FLOPs that freezing so many
+            units saves, without an activation cache.
     """
 
     step: int
@@ -31,6 +36,8 @@ class Observation:
     rates: LearningRates
     history: WeightHistory | None = None
     probe: ProbeHistory | None = None
+    pilot: PilotSignals | None = None
+    savings: list[float] | None = None
 
     @property
     def units(self) -> int:
@@ -66,6 +73,9 @@ class Policy(ABC):
         history_size (`tuple[int, int]`, *optional*): snapshots in the weight history that it needs, and weights in each
             snapshot. Without it no history is recorded.
         front_probe (`bool`): whether it needs the front probe.
+        pilot (`float`):
+            Length of the pilot, as a fraction of the run; 0 for none. When it ends, the policy is asked with
+            `observation.pilot`, and units that it freezes then go back to the weights that they had at the start.
 
     Example:
 
@@ -82,6 +92,7 @@ class Policy(ABC):
 
     history_size: tuple[int, int] | None = None
     front_probe: bool = False
+    pilot: float = 0.0
 
     @abstractmethod
     def decide(self, observation: Observation) -> Decision:

@@ -76,7 +76,12 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
     threshold = config.freeze_threshold
     if threshold is None:
         threshold = predictor.config.operating_points[config.operating_point]
-    return SmartFRZPolicy(predictor, threshold)
+    return SmartFRZPolicy(
+        predictor,
+        threshold,
+        tolerance=predictor.config.start_tolerances[config.operating_point] if config.start_stage else None,
+        target_saving=config.target_saving,
+    )
 
 
 def resolve(

@@ -112,17 +112,17 @@ class WeightSampler:
         """
         return self._put_together([self._take(unit, lambda parameter: parameter) for unit in units])
 
-    def read_gradient(self, unit: int) -> torch.Tensor:
+    def read_gradients(self, units: Sequence[int]) -> torch.Tensor:
         """
-        The gradient of one unit at its positions, zero where there is none.
+        The gradients of several units at their positions, zero where there is none. Under FSDP2 all ranks have to call it.
 
         Args:
-            unit (`int`): index of the unit.
+            units (`Sequence[int]`): indices of the units.
 
         Returns:
-            `torch.Tensor` of shape `(weights_per_unit,)`, `float32`.
+            `torch.Tensor` of shape `(units, weights_per_unit)`, `float32`.
         """
-        return self._put_together([self._take(unit, lambda parameter: parameter.grad)])[0]
+        return self._put_together([self._take(unit, lambda parameter: parameter.grad) for unit in units])
 
     def _take(self, unit: int, get: Callable[[nn.Parameter], torch.Tensor | None]) -> torch.Tensor:
         """A sample of one unit, zero where another process holds the element."""

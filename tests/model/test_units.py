@@ -7,6 +7,7 @@ from architectures import ARCHITECTURES, TEXT, build
 from odd_models import ClassifierFirst, OddOrder, bart, clip, dual_encoder, llava, t5, wav2vec2, whisper
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaModel
+from versions import VISION_TOWER
 from zoo import build_tiny
 
 from smartfrz_hf import find_blocks
@@ -242,8 +243,8 @@ BESIDE = {
     ),
     "the language model": (
         llava,
-        ["model.vision_tower.encoder.layers.*"],
-        {"model.vision_tower.embeddings", "model.vision_tower.pre_layrnorm"},
+        [f"{VISION_TOWER}.encoder.layers.*"],
+        {f"{VISION_TOWER}.embeddings", f"{VISION_TOWER}.pre_layrnorm"},
     ),
     "a classifier that is declared first": (ClassifierFirst, None, {"encoder.embeddings"}),
 }

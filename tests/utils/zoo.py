@@ -268,9 +268,27 @@ def model_class(model_type: str, head: str | None = None) -> type[PreTrainedMode
     return getattr(transformers, found if isinstance(found, str) else found[0])
 
 
+# Two models in one, which no mapping of base models lists.
+COMPOSITES = {"encoder-decoder": "bert", "vision-encoder-decoder": "vit", "speech-encoder-decoder": "wav2vec2"}
+
+
+def _composite(model_type: str) -> PreTrainedModel:
+    import transformers
+
+    config = CONFIG_MAPPING[model_type].from_encoder_decoder_configs(
+        tiny_config(CONFIG_MAPPING[COMPOSITES[model_type]]),
+        tiny_config(CONFIG_MAPPING["bert"], is_decoder=True, add_cross_attention=True),
+        decoder_start_token_id=1,
+        pad_token_id=0,
+    )
+    return getattr(transformers, "".join(map(str.capitalize, model_type.split("-"))) + "Model")(config)
+
+
 def build_tiny(model_type: str, head: str | None = None, **changes: Any) -> PreTrainedModel:
     """A tiny model with seeded weights, in training mode."""
     torch.manual_seed(0)
+    if model_type in COMPOSITES:
+        return _composite(model_type).train()
     cls = model_class(model_type, head)
     config = tiny_config(CONFIG_MAPPING[model_type], **changes)
     config._attn_implementation = None
@@ -390,7 +408,10 @@ def arguments_for(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         known |= with_features(config, ids, 4 * ROWS)
     if "spatial_shapes" in takes:
         patch = size("patch_size")
-        known["pixel_values"], known["spatial_shapes"] = noise(4, channels * patch * patch), torch.tensor([[2, 2]] * ROWS)
+        known["pixel_values"], known["spatial_shapes"] = (
+            noise(4, channels * patch * patch),
+            torch.tensor([[2, 2]] * ROWS),
+        )
         known["pixel_attention_mask"] = torch.ones(ROWS, 4, dtype=torch.long)
     mels = size("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels")
     mels = mels or (size("input_dim") if "input_features" in takes else None)

@@ -75,7 +75,7 @@ class Signals:
         self.start = self.previous = self.sampler.read_all(self.all_units)
 
     def _gradients(self) -> torch.Tensor:
-        return torch.stack([self.sampler.read_gradient(unit) for unit in self.all_units])
+        return self.sampler.read_gradients(self.all_units)
 
     def _square_norms(self) -> torch.Tensor:
         return torch.tensor(
