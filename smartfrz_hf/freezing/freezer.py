@@ -167,6 +167,7 @@ class Freezer:
             `list[str]`: dotted names of the parameters that train from now on. If there are any, DDP's reducer has to be
             rebuilt, and outputs of the frozen front are no longer constant.
         """
+        self._check_gradients()
         thawed = {name: parameter for parameter, name in self._frozen.items() if parameter.requires_grad}
         if not thawed:
             return []
@@ -185,6 +186,19 @@ class Freezer:
             self.kept |= thawed
             self._warn_of_kept(thawed, "was made trainable while it was frozen, and trains from now on")
         return list(thawed)
+
+    def _check_gradients(self) -> None:
+        """Say once for each depth if no unit behind the frozen front has a gradient, as in Reformer's reversible blocks."""
+        place = f"gradients at depth {self.depth}"
+        if self.depth and place not in self._explained:
+            self._explained.add(place)
+            active = [p for unit in self.stack.units[self.depth :] for p in unit.named_parameters().values()]
+            if any(p.requires_grad for p in active) and all(p.grad is None for p in active):
+                logger.warning(
+                    f"No unit behind the frozen front of {type(self.stack.model).__name__} gets a gradient, so only its head "
+                    "trains now: its blocks compute gradients only if what enters them requires one. Train it without freezing "
+                    '(`SmartFRZConfig(policy="never")`).'
+                )
 
     def checksum(self) -> int:
         """A number that is the same in all processes as long as the frozen parameters are. Zero under FSDP2."""

@@ -30,7 +30,7 @@ NOT_BUILT = "not built"
 
 HEADER = """# Models
 
-Each line was proved on a tiny model with random weights, by `make models`, with Transformers {version}:
+Each line of the table was proved on a tiny model with random weights, by `make models`, with Transformers {version}:
 
 - **Blocks** are found by `find_blocks(model)`, and run in this order: hooks on them fire so. Each parameter is in exactly one of
   stem, blocks and head. Where the order comes from *data*, the model does not run on a batch that is made up from its
@@ -47,12 +47,8 @@ Each line was proved on a tiny model with random weights, by `make models`, with
 
 An encoder-decoder has the units of its encoder, then those of its decoder; a model with several towers those of each tower, in the order
 in which they run. What feeds a decoder or a later tower, such as its embeddings or a projector, belongs to its first block. So a
-vision tower can freeze as a whole while the projector and the language model train. To keep it frozen from the start, freeze it by hand
-before training, in one line, and only the language model freezes block by block:
-
-```python
-model.model.vision_tower.requires_grad_(False)
-```
+vision tower can freeze as a whole while the projector and the language model train. To freeze it from the start and the language model
+as it settles, freeze it by hand before training, in one line, such as `model.model.vision_tower.requires_grad_(False)`.
 
 Embeddings that an encoder, a decoder and an output layer share (T5, BART) freeze with the stem, and are then frozen in the decoder and
 the output layer too, which one line in the log says. Training them on would change what the frozen encoder returns at each step. To
