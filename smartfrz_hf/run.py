@@ -60,7 +60,7 @@ class FreezingRun:
         should_stop (`bool`): whether nothing is left to train and `when_all_frozen="stop"` asks to stop then.
 
     Raises:
-        ValueError: the model has no linear order of blocks, nothing in it is left to freeze, another run freezes it
+        ValueError: the model has no repeated blocks, nothing in it is left to freeze, another run freezes it
             already, or the configuration does not fit the model.
         OSError: the predictor's files are missing or damaged.
 
