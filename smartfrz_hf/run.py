@@ -11,6 +11,7 @@ from .checks import check_loop, check_other_run, check_stack, check_state, check
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger, Stage
 from .distributed.consensus import Ranks
+from .freezing.adalora import leave_frozen_ranks
 from .freezing.compile import is_compiled
 from .freezing.rate import RateFactor
 from .front import Front
@@ -113,6 +114,7 @@ class FreezingRun:
         self.ranks = Ranks(timeout)
         compiled = is_compiled(model) if compiled is None else compiled
         self.front = Front(model, self.stack, optimizer, config, self.ranks, total_steps, steps_per_epoch, compiled)
+        self._patches = leave_frozen_ranks(model, lambda: self.front.freezer.frozen_adapters)
         sizes = self.front.meter.unit_parameters
         self.ledger = Ledger(self.stack.names, sizes, total_steps, trainable_parameters=sum(sizes.values()))
         self._update_ledger()
@@ -211,7 +213,7 @@ class FreezingRun:
         if not self.active:
             return
         self.active = False
-        for hook in self._hooks:
+        for hook in [*self._hooks, *self._patches]:
             hook.remove()
         self.front.close()
         self.observer.close()

@@ -90,6 +90,12 @@ class Freezer:
                 flags.setdefault(parameter, flag)
         return sum(parameter.numel() for parameter, flag in flags.items() if flag)
 
+    @property
+    def frozen_adapters(self) -> list[nn.Parameter]:
+        """Parameters of PEFT's adapters that are frozen now and trained before."""
+        flags = {p: flag for before in self._before for p, flag in before.requires_grad.items()}
+        return [p for before in self._before for p in before.adapters if p in self._frozen and flags.get(p)]
+
     def freeze_to(self, depth: int) -> list[Unit]:
         """
         Freeze all units in front of `depth`.
@@ -128,8 +134,7 @@ class Freezer:
 
     def unfreeze_to(self, depth: int = 0) -> list[Unit]:
         """
-        Undo freezing from `depth` on. Every flag is again what it was, also after an exception in `freeze_to`; the optimizer
-        state starts anew.
+        Undo freezing from `depth` on. Every flag is again what it was; the optimizer state starts anew.
 
         Args:
             depth (`int`, *optional*, defaults to `0`): number of units that stay frozen.
@@ -171,10 +176,9 @@ class Freezer:
         thawed = {name: parameter for parameter, name in self._frozen.items() if parameter.requires_grad}
         if not thawed:
             return []
-        flags = {p: flag for before in self._before for p, flag in before.requires_grad.items()}
-        adapters = {parameter for before in self._before for parameter in before.adapters}
+        adapters = set(self.frozen_adapters)
         for name, parameter in list(thawed.items()):
-            if parameter in adapters and flags[parameter]:
+            if parameter in adapters:
                 parameter.requires_grad_(False)
                 parameter.grad = None
                 del thawed[name]
@@ -196,8 +200,7 @@ class Freezer:
             if any(p.requires_grad for p in active) and all(p.grad is None for p in active):
                 logger.warning(
                     f"No unit behind the frozen front of {type(self.stack.model).__name__} gets a gradient, so only its head "
-                    "trains now: its blocks compute gradients only if what enters them requires one. Train it without freezing "
-                    '(`SmartFRZConfig(policy="never")`).'
+                    'trains now: its blocks need an input that requires one. Train it with `SmartFRZConfig(policy="never")`.'
                 )
 
     def checksum(self) -> int:

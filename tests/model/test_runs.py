@@ -2,8 +2,10 @@
 
 import copy
 
+import peft
 import pytest
 import torch
+from architectures import ARCHITECTURES, build
 from by_hand import STEPS, At, batches, by_run, step
 from odd_models import llava
 from torch import nn
@@ -11,7 +13,7 @@ from torch.utils.data import Dataset
 from training import train
 from zoo import build_tiny
 
-from smartfrz_hf import Freezer, SmartFRZCallback, find_blocks
+from smartfrz_hf import Freezer, FreezingRun, SmartFRZCallback, find_blocks
 
 
 class Captions(Dataset):
@@ -99,3 +101,25 @@ def test_a_run_that_never_freezes_is_plain_training_with_silu():
         step(plain, optimizer, data[number % 2], number)
     for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # peft 0.21 still asks for it
+def test_adalora_allocates_ranks_behind_the_frozen_front():
+    config = {"init_r": 4, "target_r": 1, "tinit": 1, "tfinal": 2, "total_step": 8, "deltaT": 1}
+    model = build("bert")
+    wrapped = peft.get_peft_model(model, peft.AdaLoraConfig(target_modules=["query", "value"], **config))
+    tuner, optimizer = wrapped.base_model, torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+    batch, allocate = ARCHITECTURES["bert"].batch(model), type(tuner).update_and_allocate
+    with FreezingRun(wrapped, optimizer, 8, policy=At({0: 2})) as run:
+        before = {name: p.detach().clone() for name, p in run.stack[1].named_parameters().items()}
+        for number in range(8):
+            wrapped(**batch).loss.backward()
+            optimizer.step()
+            tuner.update_and_allocate(number)
+            optimizer.zero_grad()
+            run.step()
+    for name, parameter in run.stack[1].named_parameters().items():
+        assert torch.equal(parameter, before[name]), name
+    ranks = [p for name, p in run.stack[2].named_parameters().items() if "lora_E" in name]
+    assert any((p == 0).any() for p in ranks), "singular values of active adapters went to zero"
+    assert tuner.update_and_allocate.__func__ is allocate
