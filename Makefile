@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 .NOTPARALLEL:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-distributed fuzz bench bench-report bench-demo bench-step bench-regret bench-held-out predictor predictor-smoke docs check format clean
+.PHONY: help demo test test-oldest test-distributed fuzz bench bench-report bench-demo bench-step bench-regret bench-held-out predictor predictor-smoke docs models check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-oldest: ## Run the fast tests with the oldest supported versions, in an env
 
 test-distributed: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run the tests with two processes, which `make test` runs too
 	$(PYTEST) tests/distributed $(PYTEST_ARGS)
+
+models: $(VENV)/.stamp-test ## Prove on a tiny model of each architecture what docs/models.md says, and write it; goes on where it stopped
+	$(BIN)/python tests/utils/models_page.py
 
 fuzz: $(VENV)/.stamp-test ## Compare 2,000 short trainings with and without the activation cache
 	$(BIN)/python tests/fuzz/fuzz.py 0 2000 --out tests/data/fuzz.json

@@ -39,8 +39,8 @@ class SmartFRZCallback(TrainerCallback):
         resume_from (`str`, *optional*): checkpoint that the run goes on from, set by [`SmartFRZMixin`].
 
     Raises:
-        ValueError: an option is wrong; and when the `Trainer` is made or training starts, the model has no linear order
-            of blocks, nothing in it is left to freeze, the Trainer has two of these callbacks, or freezing does not
+        ValueError: an option is wrong; and when the `Trainer` is made or training starts, the model has no
+            repeated blocks, nothing in it is left to freeze, the Trainer has two of these callbacks, or freezing does not
             work with the way in which the run is distributed.
         TypeError: an option is unknown, or of the wrong type.
         OSError: the predictor's files are missing or damaged.

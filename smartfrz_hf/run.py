@@ -11,6 +11,7 @@ from .checks import check_loop, check_other_run, check_stack, check_state, check
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger, Stage
 from .distributed.consensus import Ranks
+from .freezing.adalora import leave_frozen_ranks
 from .freezing.compile import is_compiled
 from .freezing.steps import follow_steps
 from .front import Front
@@ -59,7 +60,7 @@ class FreezingRun:
         should_stop (`bool`): whether nothing is left to train and `when_all_frozen="stop"` asks to stop then.
 
     Raises:
-        ValueError: the model has no linear order of blocks, nothing in it is left to freeze, another run freezes it
+        ValueError: the model has no repeated blocks, nothing in it is left to freeze, another run freezes it
             already, or the configuration does not fit the model.
         OSError: the predictor's files are missing or damaged.
 
@@ -112,6 +113,7 @@ class FreezingRun:
         self.ranks = Ranks(timeout)
         compiled = is_compiled(model) if compiled is None else compiled
         self.front = Front(model, self.stack, optimizer, config, self.ranks, total_steps, steps_per_epoch, compiled)
+        self._patches = leave_frozen_ranks(model, lambda: self.front.freezer.frozen_adapters)
         sizes = self.front.meter.unit_parameters
         self.ledger = Ledger(self.stack.names, sizes, total_steps, trainable_parameters=sum(sizes.values()))
         self._update_ledger()
@@ -212,7 +214,7 @@ class FreezingRun:
         if not self.active:
             return
         self.active = False
-        for hook in self._hooks:
+        for hook in [*self._hooks, *self._patches]:
             hook.remove()
         self.front.close()
         self.observer.close()

@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -153,7 +152,8 @@ def figures():
     }
 
 
-@pytest.mark.parametrize("name", PAGES)
+# `tests/model/test_models_page.py` proves those of the page on models.
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "models"])
 def test_figures_are_those_of_the_results_files(name):
     text = PAGES[name].read_text()
     text = " ".join(LINK.sub("", CODE.sub("", TABLE.sub("", text))).split())
@@ -213,7 +213,8 @@ def test_versions_are_those_of_the_package():
     }
     assert ", ".join(f"{name} {floor}" for name, floor in floors.items()) in text
     assert setup["options"]["python_requires"] == ">=3.11" and "Python 3.11 or newer" in text
-    assert f"{len(ARCHITECTURES)} architectures" in text
+    count = int(re.search(r"^(\d+) architectures", PAGES["models"].read_text(), re.MULTILINE)[1])
+    assert f"more than {count // 50 * 50} architectures" in text
 
 
 @pytest.mark.slow

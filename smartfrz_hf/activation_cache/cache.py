@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from ..cost.flops import ComputeMeter
@@ -19,6 +20,7 @@ from .checks import SpotChecks, WrongActivationError, time_of
 from .front import Front, UnsupportedModelError
 from .monitor import CacheMonitor
 from .offload import Offload
+from .outputs import entry_of
 from .padding import PaddingWatch
 from .proof import Verdict, prove
 from .rows import Span, assemble, cut, left_out, plan
@@ -71,9 +73,8 @@ class ActivationCache:
         self.stack, self.store, self.meter = stack, store, meter
         self.savings = CacheSavings()
         self._ranks = ranks
-        self._front: Front | None = Front(stack, self._forward, lambda: self._offload.wake())
-        self._state = FrontState(stack, self._front.entry)
-        self._offload = Offload(weights, self._state)
+        self._front: Front | None = None
+        self._enter(entry_of(stack), weights)
         self._padding = PaddingWatch()
         # How long a pass over an iterable dataset is, nobody knows; a quarter of the run is time enough for rows to come again.
         self._monitor = CacheMonitor(total_steps, total_steps / 4 if steps_per_epoch is None else steps_per_epoch)
@@ -103,12 +104,22 @@ class ActivationCache:
             return
         self._offload.wake()
         self._pending = None  # of another depth
+        entry = entry_of(self.stack, depth)
+        if entry is not self._front.entry:  # a decoder's blocks join those of the encoder
+            self._front.close()
+            self._enter(entry, self._offload.weights)
         self._front.grow(depth)
         self._state.watch(depth, self._front.patches)
         self._verdicts.clear()
         self.checks.start()
         if depth >= MIN_DEPTH:
             self._monitor.start()
+
+    def _enter(self, entry: nn.Module, weights: FrozenWeights | None) -> None:
+        """Stand in for the forward pass of the module that runs the front."""
+        self._front = Front(self.stack, entry, self._forward, lambda: self._offload.wake())
+        self._state = FrontState(self.stack, entry)
+        self._offload = Offload(weights, self._state)
 
     def end_of_step(self, step: int) -> None:
         """

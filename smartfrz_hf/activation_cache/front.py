@@ -15,7 +15,7 @@ from .._compat import forward_without_autocast
 from ..model.forward_patch import ForwardPatch
 from ..model.units import BlockStack
 from .calls import Call, bind
-from .outputs import Shape, alike, entry_of, find_hidden, replace_hidden, tensors_in
+from .outputs import Shape, alike, find_hidden, replace_hidden, tensors_in
 
 
 class UnsupportedModelError(Exception):
@@ -68,6 +68,7 @@ class Front:
 
     Args:
         stack ([`BlockStack`]): the units of the model.
+        entry (`torch.nn.Module`): runs the front, see [`~smartfrz_hf.activation_cache.outputs.entry_of`].
         forward (`Callable`): stands in for the forward pass of `entry`.
         before_block (`Callable`): called before a frozen block really runs.
 
@@ -78,9 +79,10 @@ class Front:
         patches (`dict[torch.nn.Module, ForwardPatch]`): by frozen block.
     """
 
-    def __init__(self, stack: BlockStack, forward: Callable[..., Any], before_block: Callable[[], None]):
-        self.stack, self.depth = stack, 0
-        self.entry = entry_of(stack)
+    def __init__(
+        self, stack: BlockStack, entry: nn.Module, forward: Callable[..., Any], before_block: Callable[[], None]
+    ):
+        self.stack, self.depth, self.entry = stack, 0, entry
         self._before_block = before_block
         self.signature = inspect.signature(self.entry.forward)
         self._pass: Pass | None = None

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import nn
 
+from ..model.discovery import stack_of
 from ..model.units import BlockStack
 
 
@@ -27,9 +28,17 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return found
 
 
-def entry_of(stack: BlockStack) -> nn.Module:
-    """The innermost module that runs the whole front and has a forward pass of its own."""
-    names = [name for unit in stack.units for name in unit.modules]
+def entry_of(stack: BlockStack, depth: int = 0) -> nn.Module:
+    """
+    The innermost module that runs the whole front and has a forward pass of its own.
+
+    Args:
+        stack ([`BlockStack`]): the units of the model.
+        depth (`int`, *optional*, defaults to `0`): units of the front. At least the first stack is taken, such as an encoder.
+    """
+    first = stack_of(stack.names[1])
+    front = [unit for i, unit in enumerate(stack.units) if i < depth or i == 0 or stack_of(unit.name) == first]
+    names = [name for unit in front for name in unit.modules]
     parts = [name.split(".")[:-1] for name in names]
     common = []
     for level in zip(*parts, strict=False):

@@ -92,6 +92,12 @@ class Freezer:
                 flags.setdefault(parameter, flag)
         return sum(parameter.numel() for parameter, flag in flags.items() if flag)
 
+    @property
+    def frozen_adapters(self) -> list[nn.Parameter]:
+        """Parameters of PEFT's adapters that are frozen now and trained before."""
+        flags = {p: flag for before in self._before for p, flag in before.requires_grad.items()}
+        return [p for before in self._before for p in before.adapters if p in self._frozen and flags.get(p)]
+
     def freeze_to(self, depth: int) -> list[Unit]:
         """
         Freeze all units in front of `depth`.
@@ -130,8 +136,7 @@ class Freezer:
 
     def unfreeze_to(self, depth: int = 0) -> list[Unit]:
         """
-        Undo freezing from `depth` on. Every flag is again what it was, also after an exception in `freeze_to`; the optimizer
-        state starts anew.
+        Undo freezing from `depth` on. Every flag is again what it was; the optimizer state starts anew.
 
         Args:
             depth (`int`, *optional*, defaults to `0`): number of units that stay frozen.
@@ -168,13 +173,13 @@ class Freezer:
             `list[str]`: dotted names of the parameters that train from now on. If there are any, DDP's reducer has to be
             rebuilt, and outputs of the frozen front are no longer constant.
         """
+        self._check_gradients()
         thawed = {name: parameter for parameter, name in self._frozen.items() if parameter.requires_grad}
         if not thawed:
             return []
-        flags = {p: flag for before in self._before for p, flag in before.requires_grad.items()}
-        adapters = {parameter for before in self._before for parameter in before.adapters}
+        adapters = set(self.frozen_adapters)
         for name, parameter in list(thawed.items()):
-            if parameter in adapters and flags[parameter]:
+            if parameter in adapters:
                 parameter.requires_grad_(False)
                 parameter.grad = None
                 del thawed[name]
@@ -186,6 +191,18 @@ class Freezer:
             self.kept |= thawed
             self._warn_of_kept(thawed, "was made trainable while it was frozen, and trains from now on")
         return list(thawed)
+
+    def _check_gradients(self) -> None:
+        """Say once for each depth if no unit behind the frozen front has a gradient, as in Reformer's reversible blocks."""
+        place = f"gradients at depth {self.depth}"
+        if self.depth and place not in self._explained:
+            self._explained.add(place)
+            active = [p for unit in self.stack.units[self.depth :] for p in unit.named_parameters().values()]
+            if any(p.requires_grad for p in active) and all(p.grad is None for p in active):
+                logger.warning(
+                    f"No unit behind the frozen front of {type(self.stack.model).__name__} gets a gradient, so only its head "
+                    'trains now: its blocks need an input that requires one. Train it with `SmartFRZConfig(policy="never")`.'
+                )
 
     def checksum(self) -> int:
         """A number that is the same in all processes as long as the frozen parameters are. Zero under FSDP2."""

@@ -42,6 +42,7 @@ class Trace:
             module and the parameter's name in it; of tied parameters it is the module that ran first.
         output_readers (`dict[torch.nn.Module, int]`): reader of what a module without parameters returns.
         bypassed (`frozenset[str]`): dotted names of the parameters that the main output does not depend on.
+        without_autograd (`frozenset[torch.nn.Module]`): blocks that ran while autograd was off.
         problem (`str`): what the last pass that was tried ended with, if not all blocks ran.
     """
 
@@ -51,6 +52,7 @@ class Trace:
     readers: dict[tuple[nn.Module, str], int] = field(default_factory=dict)
     output_readers: dict[nn.Module, int] = field(default_factory=dict)
     bypassed: frozenset[str] = frozenset()
+    without_autograd: frozenset[nn.Module] = frozenset()
     problem: str = ""
 
 
@@ -175,6 +177,7 @@ class _Tracer:
         self.backbone, self.blocks = backbone, set(blocks)
         self.starts: list[nn.Module] = []
         self.output: Any = None
+        self.without_autograd: set[nn.Module] = set()
         self._owners: dict[torch.Tensor, tuple[nn.Module, str]] = {}
         self._outputs: dict[nn.Module, list[Node]] = {}
         self._started_blocks: set[nn.Module] = set()
@@ -193,11 +196,13 @@ class _Tracer:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for hook in reversed(self._hooks):
-            hook.remove()
+        while self._hooks:  # which refer to this tracer, and it to the graph of the pass
+            self._hooks.pop().remove()
 
     def _run_block(self, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self._start(module, args, kwargs)
+        if not torch.is_grad_enabled():
+            self.without_autograd.add(module)
         return forward(*args, **kwargs)
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -244,4 +249,5 @@ class _Tracer:
         counts = Counter(self.starts)
         order = {module: rank for rank, module in enumerate(counts)}
         once = {module for module, count in counts.items() if count == 1}
-        return Trace(self.backbone, order, once, readers, output_readers, frozenset(bypassed))
+        hidden = frozenset(self.without_autograd)
+        return Trace(self.backbone, order, once, readers, output_readers, frozenset(bypassed), hidden)

@@ -228,6 +228,11 @@ def find_blocks(
             problem = f"{', '.join(dict.fromkeys(map(stack_of, idle)))} of {kind} did not run on a small batch ({why}), and never freeze."
         names = [name for name in names if modules[name] in traced.order]
         names.sort(key=lambda name: traced.order[modules[name]])
+        if traced.without_autograd.issuperset(modules[name] for name in names):
+            raise ValueError(
+                f"{kind} runs its blocks inside a backward pass of its own, such as that of Reformer's reversible layers, which "
+                "stops if what enters them, or one of them, is frozen. Train it without SmartFRZ."
+            )
     elif len(stacks) > 1:
         raise NoOrderError(
             f"{kind} has {len(stacks)} stacks of blocks, and does not run on a small batch ({why}), so it is not known in which "

@@ -49,8 +49,7 @@ def prove(model_type: str, **build: Any) -> dict[str, Any]:
     row["depth"] = depth
     row |= freezes_as_by_hand(model, batch, depth, stack)
     row["cache"] = cached(copy.deepcopy(model), batch, depth)
-    row["checkpointing"] = checkpointed(copy.deepcopy(model), batch, depth)
-    row["peft"] = adapted(copy.deepcopy(model), batch, depth)
+    row["peft"] = adapted(copy.deepcopy(model), batch, depth, stack.names)
     return row
 
 
@@ -90,49 +89,54 @@ def assert_order(stack: BlockStack, batch: dict[str, Any]) -> None:
     assert list(dict.fromkeys(fired)) == stack.names[1:], f"ran as {list(dict.fromkeys(fired))}"
 
 
-def find_again(model: nn.Module, batch: dict[str, Any]) -> BlockStack:
-    return find_blocks(model, inputs=batch)
-
-
 def freezes_as_by_hand(model: nn.Module, batch: dict[str, Any], depth: int, stack: BlockStack) -> dict[str, Any]:
-    """A frozen front costs what one that is frozen by hand costs, gets no gradient, and gives the same gradients behind it."""
+    """
+    A frozen front costs no more than one that is frozen by hand, gets no gradient, and leaves the gradients behind it as they are,
+    with activation checkpointing, too.
+    """
     full = copy.deepcopy(model)
     spent = counted(lambda: backward(full, batch))
     ours, hand = copy.deepcopy(model), copy.deepcopy(model)
-    frozen = find_again(ours, batch)
+    frozen = find_blocks(ours, inputs=batch)
     Freezer(frozen).freeze_to(depth)
     for name in stack.names[:depth]:
         for module in [hand.get_submodule(part) for part in stack[name].modules]:
             module.eval().requires_grad_(False)
         for own in stack[name].own:
             hand.get_parameter(own).requires_grad_(False)
+    reached: dict[str, bool] = {}
+
+    def note(name: str, output: Any) -> None:
+        reached[name] = reached.get(name, False) or any(t.requires_grad for t in float_tensors(output))
+
+    for unit in frozen.units[1:depth]:
+        unit.modules[unit.name].register_forward_hook(lambda *args, name=unit.name: note(name, args[-1]))
     cost = counted(lambda: backward(ours, batch))
     by_hand = counted(lambda: backward(hand, batch))
     assert cost <= by_hand, f"{cost} FLOPs, and {by_hand} when frozen by hand"
-    for (name, a), (_, b) in zip(ours.named_parameters(), hand.named_parameters(), strict=True):
+    assert all(p.grad is None for unit in frozen.units[:depth] for p in unit.named_parameters().values())
+    assert_same_gradients(ours, hand)
+    checkpointing = "no"
+    if getattr(model, "supports_gradient_checkpointing", False):
+        ours.zero_grad()
+        try:
+            ours.activation_checkpointing_enable()
+            checkpointing = "yes"
+        except ValueError:  # the class says that it does, and has no layer that can
+            pass
+    if checkpointing == "yes":
+        Freezer(frozen).freeze_to(depth)
+        backward(ours, batch)
+        assert_same_gradients(ours, hand)
+    saved = round(1 - cost / spent, 3) if spent else None
+    return {"saved": saved, "cut": not any(reached.values()), "checkpointing": checkpointing}
+
+
+def assert_same_gradients(model: nn.Module, other: nn.Module) -> None:
+    for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), f"{name} has a gradient in one of both"
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
-    inside = [p for unit in frozen.units[:depth] for p in unit.named_parameters().values()]
-    assert all(p.grad is None for p in inside)
-    return {"saved": round(1 - cost / spent, 3) if spent else None, "cut": not reached(frozen, depth, batch)}
-
-
-def reached(stack: BlockStack, depth: int, batch: dict[str, Any]) -> list[str]:
-    """Modules of the frozen front that the backward pass still runs through."""
-    graphs: dict[str, bool] = {}
-
-    def note(name: str, output: Any) -> None:
-        graphs[name] = graphs.get(name, False) or any(t.requires_grad for t in float_tensors(output))
-
-    hooks = [
-        unit.modules[unit.name].register_forward_hook(lambda *args, name=unit.name: note(name, args[-1]))
-        for unit in stack.units[1:depth]
-    ]
-    loss_of(stack.model, copy.deepcopy(batch))
-    for hook in hooks:
-        hook.remove()
-    return [name for name, reached in graphs.items() if reached]
 
 
 def backward(model: nn.Module, batch: dict[str, Any]) -> None:
@@ -143,7 +147,7 @@ def backward(model: nn.Module, batch: dict[str, Any]) -> None:
 def cached(model: nn.Module, batch: dict[str, Any], depth: int) -> str:
     """`served`, or why not."""
     model.eval()
-    stack = find_again(model, batch)
+    stack = find_blocks(model, inputs=batch)
     Freezer(stack).freeze_to(depth)
     with torch.no_grad():
         set_seed(0)  # some models draw in evaluation mode, too
@@ -164,35 +168,15 @@ def cached(model: nn.Module, batch: dict[str, Any], depth: int) -> str:
             cache.close()
 
 
-def checkpointed(model: nn.Module, batch: dict[str, Any], depth: int) -> str:
-    """`yes` where gradients are the same with activation checkpointing; `no` where the model has none."""
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        return "no"
-    stack = find_again(model, batch)
-    Freezer(stack).freeze_to(depth)
-    backward(model, batch)
-    before = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
-    model.activation_checkpointing_enable()
-    Freezer(stack).freeze_to(depth)
-    backward(model, batch)
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == (before[name] is None), f"{name} under checkpointing"
-        if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, before[name], msg=lambda text, name=name: f"{name}: {text}")
-    return "yes"
-
-
-def adapted(model: nn.Module, batch: dict[str, Any], depth: int) -> str:
+def adapted(model: nn.Module, batch: dict[str, Any], depth: int, names: list[str]) -> str:
     """`yes` where LoRA on all linear layers leaves the units as they are, and the frozen front has no gradient."""
-    names = find_again(model, batch).names
     try:
         wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2))
         backward(wrapped, batch)
     except Exception as error:  # PEFT's own
         return f"no ({type(error).__name__} of PEFT)"
     wrapped.zero_grad()
-    stack = find_again(wrapped, batch)
+    stack = find_blocks(wrapped, inputs=batch)
     # A stack without linear layers has no adapter, and nothing to train.
     assert stack.names == [name for name in names if name in stack.names], f"units with LoRA: {stack.names}"
     depth = min(depth, stack.deepest_safe_depth())

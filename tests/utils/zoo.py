@@ -268,9 +268,27 @@ def model_class(model_type: str, head: str | None = None) -> type[PreTrainedMode
     return getattr(transformers, found if isinstance(found, str) else found[0])
 
 
+# Two models in one, which no mapping of base models lists.
+COMPOSITES = {"encoder-decoder": "bert", "vision-encoder-decoder": "vit", "speech-encoder-decoder": "wav2vec2"}
+
+
+def _composite(model_type: str) -> PreTrainedModel:
+    import transformers
+
+    config = CONFIG_MAPPING[model_type].from_encoder_decoder_configs(
+        tiny_config(CONFIG_MAPPING[COMPOSITES[model_type]]),
+        tiny_config(CONFIG_MAPPING["bert"], is_decoder=True, add_cross_attention=True),
+        decoder_start_token_id=1,
+        pad_token_id=0,
+    )
+    return getattr(transformers, "".join(map(str.capitalize, model_type.split("-"))) + "Model")(config)
+
+
 def build_tiny(model_type: str, head: str | None = None, **changes: Any) -> PreTrainedModel:
     """A tiny model with seeded weights, in training mode."""
     torch.manual_seed(0)
+    if model_type in COMPOSITES:
+        return _composite(model_type).train()
     cls = model_class(model_type, head)
     config = tiny_config(CONFIG_MAPPING[model_type], **changes)
     config._attn_implementation = None
