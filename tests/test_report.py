@@ -52,7 +52,13 @@ def check(path):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    options = {"save_strategy": "steps", "save_steps": 10, "eval_strategy": "steps", "eval_steps": 5, "logging_steps": 2}
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "logging_steps": 2,
+    }
     callback = smartfrz(0.9, first_decision=5, decide_every=5, record_every=1, max_depth=2)
     train(folder / "frozen", [callback], **options).save_state()
     train(folder / "plain", **options).save_state()
