@@ -210,8 +210,8 @@ class TrainerHooks(_TrainerBase):
 
     def before_checkpoint(self, folder: Path) -> None:
         """
-        Called on the process that saves, before the Trainer writes the first file of a checkpoint. A callback's `on_save` comes
-        after the push to the Hub.
+        Called in all processes, before the Trainer writes the first file of a checkpoint. A callback's `on_save` comes after the
+        push to the Hub.
 
         Args:
             folder (`Path`): of the checkpoint; it may not exist yet.
@@ -226,10 +226,9 @@ class TrainerHooks(_TrainerBase):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.should_save:
-            self.before_checkpoint(
-                Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            )
+        self.before_checkpoint(
+            Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        )
         super()._save_checkpoint(model, trial)
 
 

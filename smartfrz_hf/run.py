@@ -12,7 +12,9 @@ from .config import SmartFRZConfig
 from .cost.ledger import Ledger, Stage
 from .distributed.consensus import Ranks
 from .freezing.compile import is_compiled
+from .freezing.steps import follow_steps
 from .front import Front
+from .model.tracing import Inputs
 from .model.units import Unit, find_blocks
 from .policies import Decision, Observation, Policy, resolve
 from .predictor import SmartFRZPredictor
@@ -47,6 +49,8 @@ class FreezingRun:
         examples_per_step (`int`, *optional*): of one optimizer step in this process; by default, those of a batch.
         compiled (`bool`, *optional*): whether the loop runs a compiled model. Detected when it is not given.
         timeout (`float`, *optional*, defaults to `1800.0`): seconds that processes wait for each other's decision.
+        inputs (`Mapping` or `Callable`, *optional*):
+            Keyword arguments of the model for a row or two, or a function that returns them, see [`find_blocks`].
 
     Attributes:
         ledger ([`Ledger`]): what froze when and why, and what it saved.
@@ -87,10 +91,13 @@ class FreezingRun:
         examples_per_step: int | None = None,
         compiled: bool | None = None,
         timeout: float = 1800.0,
+        inputs: Inputs = None,
     ):
         config, self.policy = resolve(config, predictor, policy)
         self.config = config
-        self.stack = find_blocks(model, config.blocks, config.stem)
+        self.stack = find_blocks(model, config.blocks, config.stem, inputs)
+        if self.stack.problem:
+            logger.warning(self.stack.problem)
         check_wrapper(model)
         check_stack(self.stack)
         check_other_run(self.stack.model, FreezingRun.of(self.stack.model))
@@ -124,6 +131,9 @@ class FreezingRun:
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_optimizer_step),
             self._optimizer.register_step_post_hook(self._after_optimizer_step),
+            *follow_steps(
+                self.policy, self.stack, self._optimizer, lambda: (self.steps_done, total_steps, self.depth)
+            ),
         ]
         self.active = True
         _active[self.stack.model] = weakref.ref(self)
@@ -213,7 +223,7 @@ class FreezingRun:
 
         Returns:
             `dict` of nested JSON values and tensors: `step`, `units` (names), `depth`, `config`, `ledger`, `meter`,
-            `policy`, `learning_rates`, `weight_history`, `probe_history` and `pilot` (or `None`). Save it with
+            `policy`, `learning_rates`, `rate_factor`, `weight_history`, `probe_history` and `pilot` (or `None`). Save it with
             [`~smartfrz_hf.checkpoint.save_state`], or beside the state of your own loop.
         """
         return {
@@ -225,6 +235,7 @@ class FreezingRun:
             "meter": self.front.meter.state_dict(),
             "policy": self.policy.state_dict(),
             "learning_rates": self.rates.state_dict(),
+            "rate_factor": self.front.rate.factor,
             **self.observer.state_dict(),
         }
 
@@ -246,6 +257,7 @@ class FreezingRun:
         self.policy.load_state_dict(state["policy"])
         if state["learning_rates"] is not None:
             self.rates.load_state_dict(state["learning_rates"])
+        self.front.rate.factor = state.get("rate_factor", 1.0)  # checkpoints of earlier versions have none
         self.observer.load_state_dict(state)
         self._update_ledger()
         if state["depth"]:
@@ -257,7 +269,7 @@ class FreezingRun:
 
     def _after_optimizer_step(self, *_) -> None:
         self._optimizer_stepped = True
-        self.front.meter.end_of_step()
+        self.front.after_update()
         self._update_ledger()
 
     def _update_ledger(self) -> None:
@@ -292,16 +304,24 @@ class FreezingRun:
             raise TypeError(f"`decide` of {type(self.policy).__name__} gave {decision!r}; it must give a `Decision`.")
         self.ledger.record(self.steps_done, decision.probabilities)
         most = len(self.stack) if self.config.max_depth is None else self.config.max_depth
-        depth = min(int(decision.depth), most)
-        depth = self.ranks.broadcast(depth, f"the freezing stage of step {self.steps_done}")
+        depth = max(0, min(int(decision.depth), most))
+        message = -1 - depth if decision.unfreeze else depth
+        message = self.ranks.broadcast(message, f"the freezing stage of step {self.steps_done}")
+        depth = max(message, -1 - message)
+        if message < 0 and self.depth:
+            self._note(self.front.unfreeze(), decision.reason)
         if depth > self._deepest:  # else nothing would be left to train
             depth = self._deepest
             self.should_stop = self.config.when_all_frozen == "stop"
         self.front.check_consistency(self.steps_done)
         if depth > self.depth:
-            if pilot is not None:
-                pilot.restore(depth)
-            self._note(self.front.freeze_to(depth), decision.reason)
+            units = self.front.freeze_to(depth, pilot)
+            rate = (
+                f"; the rest trains at {self.front.rate.factor:.2f} times the learning rate"
+                if pilot is not None
+                else ""
+            )
+            self._note(units, decision.reason + rate)
         if pilot is not None:
             self.observer.pilot = None
 

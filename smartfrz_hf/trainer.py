@@ -88,7 +88,7 @@ class SmartFRZMixin(TrainerHooks):
 
     def before_checkpoint(self, folder: Path) -> None:
         """Write the state of the run before the Trainer writes its own."""
-        self.smartfrz.save(folder)
+        self.smartfrz.save(folder, self.args.should_save)
 
     @contextmanager
     def around_loading(self, checkpoint: str | None) -> Iterator[None]:

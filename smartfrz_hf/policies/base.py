@@ -7,6 +7,7 @@ from typing import Any
 from ..signals.pilot import PilotSignals
 from ..signals.probe_history import ProbeHistory
 from ..signals.schedule import LearningRates
+from ..signals.steps import BeforeUpdate
 from ..signals.weights import WeightHistory
 
 
@@ -58,11 +59,13 @@ class Decision:
     Attributes:
         depth (`int`): units to freeze, counted from the front. A depth below the current one changes nothing.
         reason (`str`): why, for the ledger and the log.
+        unfreeze (`bool`): whether all units train again first.
         probabilities (`list[float]`, *optional*): that each active unit has converged, front first, for the report.
     """
 
     depth: int
     reason: str
+    unfreeze: bool = False
     probabilities: list[float] | None = None
 
 
@@ -98,7 +101,31 @@ class Policy(ABC):
 
     @abstractmethod
     def decide(self, observation: Observation) -> Decision:
-        """Answer at a freezing stage. Called once before the first step, too."""
+        """
+        Answer at a freezing stage. Called once before the first step, too. With several processes each one asks its own
+        policy, and all take the answer of process 0.
+        """
+
+    def before_update(self, now: BeforeUpdate) -> None:  # noqa: B027
+        """
+        Look at the gradients and weights before each optimizer step. Nothing is observed unless a policy implements it.
+
+        Args:
+            now ([`~smartfrz_hf.signals.steps.BeforeUpdate`]): the gradients and weights of the active units.
+        """
+
+    def rate_factors(self, progress: float, units: int) -> list[float]:
+        """
+        What the learning rate of each unit is multiplied with in the next step. It must be the same in all processes.
+
+        Args:
+            progress (`float`): fraction of the run that is done.
+            units (`int`): number of units.
+
+        Returns:
+            `list[float]`: one factor a unit, the stem first. The head keeps the learning rate of the schedule.
+        """
+        return [1.0] * units
 
     def state_dict(self) -> dict[str, Any]:
         """What the policy has to remember when a run resumes: plain JSON values and tensors. Empty by default."""

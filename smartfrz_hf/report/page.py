@@ -185,7 +185,9 @@ def _details(run: SavedRun, plain: SavedRun | None) -> str:
     cache = run.ledger.get("cache")
     if cache:
         parts.append(
-            _section("Activation cache", _table(("", ""), ((k.replace("_", " "), _plain(v)) for k, v in cache.items())))
+            _section(
+                "Activation cache", _table(("", ""), ((k.replace("_", " "), _plain(v)) for k, v in cache.items()))
+            )
         )
     if run.state is not None:
         options = run.state["config"].items()

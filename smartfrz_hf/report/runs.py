@@ -113,7 +113,7 @@ def read_run(folder: Path) -> SavedRun:
             'the output folder of a Trainer that saves checkpoints, or one checkpoint; `save_strategy="no"` saves none.'
         )
     # Of two with the same step, the one in the output folder, which `save_state` wrote when the run had ended.
-    latest = max(reversed(trainer), key=lambda state: state.get("global_step", 0), default={})
+    latest: dict[str, Any] = max(reversed(trainer), key=lambda state: state.get("global_step", 0), default={})
     content = states[-1] if states else {}
     if states and content.get("format", 0) < 2:
         raise ValueError(

@@ -29,7 +29,7 @@ class Observer:
         probe_examples (`int`): most examples of the front probe; 0 for none.
         examples_between (`Callable[[int], int]`):
             From the examples of the first training batch to those that are trained between two freezing stages. The
-            probe may take 3 % of that time.
+            probe may take 1 % of that time; there is none if this is too little for one example.
         pilot_steps (`int`): optimizer steps of the pilot at the start of the run; 0 for none.
         alone (`Callable`): a context in which the model runs beside training.
         on_pass (`Callable[[int], None]`): called after each pass of the probe with the elements of its main input.

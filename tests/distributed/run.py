@@ -43,8 +43,15 @@ class Sharding:
 
     def __init__(self):
         self.bytes = self.gathers = 0
-        self.reduce_scatter, dist.reduce_scatter_single = dist.reduce_scatter_single, self.reduce
-        self.all_gather, dist.all_gather_single = dist.all_gather_single, self.gather
+        new = hasattr(dist, "reduce_scatter_single")  # the names that torch has given them since 2.7
+        reduce, gather = (
+            ("reduce_scatter_single", "all_gather_single")
+            if new
+            else ("reduce_scatter_tensor", "all_gather_into_tensor")
+        )
+        self.reduce_scatter, self.all_gather = getattr(dist, reduce), getattr(dist, gather)
+        setattr(dist, reduce, self.reduce)
+        setattr(dist, gather, self.gather)
 
     def reduce(self, *args, **kwargs):
         tensor = kwargs["input"] if "input" in kwargs else args[1]

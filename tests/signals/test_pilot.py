@@ -93,7 +93,7 @@ def test_signals_against_gradients_at_all_weights():
     assert signals.steps == 5 and signals.parameters[unit] == stack[unit].parameter_count
     assert signals.parameters[-1] == sum(p.numel() for p in stack.head_parameters().values())
     assert signals.signal_to_noise[unit] == pytest.approx(float(total.square().sum() / (5 * squares)), rel=1e-5)
-    assert 0 < float(signals.signal_to_noise.min()) and float(signals.signal_to_noise.max()) <= 1
+    assert float(signals.signal_to_noise.min()) > 0 and float(signals.signal_to_noise.max()) <= 1
     assert signals.gradient[unit] == pytest.approx(float((squares / 5 / count).sqrt()), rel=1e-5)
     change = sum(float((gradients[t + 1] * (weights[t + 1] - weights[t])).sum()) for t in range(4)) / count
     assert signals.loss_change[unit] == pytest.approx(change, rel=1e-3)
@@ -106,6 +106,55 @@ def test_length():
     assert pilot_steps(0.03, 1000) == 30
     assert pilot_steps(0.03, 50) == MIN_STEPS
     assert pilot_steps(0.03, 39) == 0, "four steps would be more than a tenth"
+
+
+def test_the_rate_of_the_rest_rises_in_the_steps_only():
+    """As much as the front had brought of the change of the loss; nobody else sees it, and it is there after a resume."""
+    ends = []
+    for compensate in (True, False):
+        model = build("bert")
+        optimizer, policy = torch.optim.SGD(model.parameters(), lr=0.01), StartAt(3)
+        config = SmartFRZConfig(**OPTIONS, compensate_rate=compensate)
+        with FreezingRun(model, optimizer, STEPS, config, policy=policy) as started:
+            torch.manual_seed(0)
+            for number, batch in enumerate(DataLoader(Rows(4 * STEPS), batch_size=4)):
+                before = model.classifier.weight.detach().clone()
+                model(**batch).loss.backward()
+                gradient = model.classifier.weight.grad.clone()
+                optimizer.step()
+                optimizer.zero_grad()
+                assert optimizer.param_groups[0]["lr"] == 0.01
+                rate = 0.01 * started.front.rate.factor
+                torch.testing.assert_close(model.classifier.weight.detach(), before - rate * gradient)
+                started.step()
+                if number == 10:
+                    state = started.state_dict()
+        ends.append(started.front.rate.factor)
+    factor = policy.seen[0].pilot.rate_factor(3)
+    assert ends == [factor, 1.0] and 1 < factor < 4
+    change = (-policy.seen[0].pilot.loss_change * policy.seen[0].pilot.parameters).clamp(min=0)
+    assert factor == pytest.approx(float(change.sum() / change[3:].sum()))
+    assert state["rate_factor"] == 1.0
+
+
+def test_the_rate_is_put_back_when_everything_trains_again():
+    model = build("bert")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, STEPS // 2)
+    policy = StartAt(3)
+    policy.history_size = (4, 32)
+    with FreezingRun(
+        model, optimizer, STEPS, SmartFRZConfig(**OPTIONS), lr_scheduler=schedule, policy=policy
+    ) as started:
+        factors = []
+        for batch in DataLoader(Rows(4 * STEPS), batch_size=4):
+            model(**batch).loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            started.step()
+            factors.append(started.front.rate.factor)
+    assert factors[10] > 1 and factors[-1] == 1 and [stage.depth for stage in started.ledger.stages] == [3, 0]
 
 
 @pytest.mark.parametrize("stop", [2, 4, 6])

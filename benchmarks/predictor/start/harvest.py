@@ -2,7 +2,7 @@
 Fine-tunes each (model, task) pair of `pairs.json` in full and with its front frozen from the first step, and keeps what each
 run came to: one JSON file a run in `results/`. Runs that are there are not repeated; one that was cut off is.
 
-    python benchmarks/predictor/start/harvest.py --model_dir MODELS --data_dir DATA MORE_DATA
+    python -m benchmarks.predictor.start.harvest --model_dir MODELS --data_dir DATA MORE_DATA
 """
 
 import argparse
@@ -20,17 +20,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from signals import Signals, WatchedTrainer, rounded
-from tasks import Pair, Plan, Task, find_data, load_task, losses, points
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from benchmarks.predictor.start.signals import SAMPLES, Signals, WatchedTrainer, rounded
+from benchmarks.tasks import Pair, Plan, Task, find_data, load_task, losses, points
 from smartfrz_hf.freezing.freezer import Freezer
 from smartfrz_hf.model.units import find_blocks
 
 HERE = Path(__file__).parent
 EARLY_ROWS = 200  # held-out rows of the evaluations before the last one
 EARLY = (1 / 3, 2 / 3)
+RATE_MOMENT, MAX_FACTOR = 0.05, 4.0
 
 
 def result_file(out: Path, pair: Pair, blocks: int | None) -> Path:
@@ -63,7 +64,22 @@ class Evaluations(TrainerCallback):
             self.correct = f"{int(bits, 2):0{ceil(len(bits) / 4)}x}"
 
 
-def run(pair: Pair, blocks: int | None, task: Task) -> dict[str, Any]:
+def rate_factor(full: dict[str, Any], blocks: int) -> float:
+    """
+    What the learning rate of a frozen run is multiplied with, so that its loss falls as fast at first as that of the full run:
+    the change of the loss over the part of it that is not brought by the front, early in the full run.
+    """
+    signals = full["signals"]
+    seen = signals["moments"][str(RATE_MOMENT)]
+    changes = [
+        max(0.0, -change) * size / SAMPLES
+        for change, size in zip(seen["sampled_loss_change"], signals["unit_parameters"], strict=True)
+    ]
+    total = sum(changes) + max(0.0, -seen.get("head_loss_change", 0.0))
+    return min(MAX_FACTOR, total / max(total - sum(changes[: blocks + 1]), 1e-30)) if total else 1.0
+
+
+def run(pair: Pair, blocks: int | None, task: Task, factor: float = 1.0) -> dict[str, Any]:
     """
     Train once.
 
@@ -71,6 +87,7 @@ def run(pair: Pair, blocks: int | None, task: Task) -> dict[str, Any]:
         pair ([`Pair`]): model and task.
         blocks (`int`, *optional*): blocks frozen from the start, besides the stem. Nothing is frozen when not given.
         task ([`Task`]): newly loaded.
+        factor (`float`, *optional*, defaults to `1.0`): for the learning rate.
 
     Returns:
         `dict`: the result, ready for JSON.
@@ -85,7 +102,7 @@ def run(pair: Pair, blocks: int | None, task: Task) -> dict[str, Any]:
             folder,
             num_train_epochs=pair.epochs,
             per_device_train_batch_size=pair.batch_size,
-            learning_rate=pair.learning_rate,
+            learning_rate=pair.learning_rate * factor,
             warmup_steps=pair.warmup,
             weight_decay=pair.weight_decay,
             lr_scheduler_type="linear",
@@ -119,6 +136,7 @@ def run(pair: Pair, blocks: int | None, task: Task) -> dict[str, Any]:
     return {
         "pair": asdict(pair),
         "frozen_blocks": blocks,
+        "rate_factor": factor,
         "blocks": len(stack) - 1,
         "steps": steps,
         "trained_parameters": trained,
@@ -186,7 +204,9 @@ def main() -> None:
         try:
             set_seed(pair.seed)
             folder, data = plan.folder(pair, options.model_dir), find_data(pair.task, options.data_dir)
-            result = run(pair, blocks, load_task(pair, plan.models[pair.model], folder, data))
+            full = result_file(options.out, pair, None)
+            factor = 1.0 if blocks is None else rate_factor(json.loads(full.read_text(encoding="utf-8")), blocks)
+            result = run(pair, blocks, load_task(pair, plan.models[pair.model], folder, data), factor)
             write(result, path)
             last = result["evaluations"][-1]
             print(

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tasks import Row, Task, losses
 from transformers import Trainer
 
+from benchmarks.tasks import Row, Task, losses
 from smartfrz_hf.model.units import BlockStack, Unit
 from smartfrz_hf.signals.weights import WeightSampler
 
 SAMPLES = 1024
-MOMENTS = (0.05, 0.1, 0.2)
+MOMENTS = (0.03, 0.05, 0.1)
+PUT_BACK_FROM = 0.1  # the front is put back from this moment on
 BATCHES = 4
 RIDGE_ROWS = 256
 
@@ -54,6 +55,8 @@ class Signals:
         self.moments = {max(1, round(steps * moment)): moment for moment in MOMENTS}
         self.parameters = [[p for p in unit.named_parameters().values() if p.requires_grad] for unit in stack.units]
         self.all_units = list(range(len(stack)))
+        inside = {p for unit in self.parameters for p in unit}
+        self.head = [p for p in task.model.parameters() if p.requires_grad and p not in inside]
         self.first = [[t.detach().clone() for t in tensors_of(unit)] for unit in stack.units]
         counts = [sum(p.numel() for p in unit) for unit in self.parameters]
         self.found: dict[str, Any] = {
@@ -73,6 +76,8 @@ class Signals:
         self.sum = torch.zeros(len(self.stack), SAMPLES)
         self.squares = torch.zeros(len(self.stack), SAMPLES)
         self.start = self.previous = self.sampler.read_all(self.all_units)
+        self.head_change, self.previous_head = 0.0, [p.detach().clone() for p in self.head]
+        self.losses: list[float] = []
 
     def _gradients(self) -> torch.Tensor:
         return self.sampler.read_gradients(self.all_units)
@@ -165,13 +170,14 @@ class Signals:
         wanted = wanted - wanted.mean(0)
         return [_leave_one_out(torch.cat(unit).double(), wanted) for unit in features]
 
-    def after_backward(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def after_backward(self, optimizer: torch.optim.Optimizer, step: int, loss: float) -> None:
         """
         Look at the gradients of a step, before it is taken.
 
         Args:
             optimizer (`torch.optim.Optimizer`): an Adam.
             step (`int`): steps taken so far.
+            loss (`float`): of the batch.
         """
         if step > max(self.moments):
             return
@@ -180,6 +186,12 @@ class Signals:
         self.change += (gradients * moved).sum(1)  # the gradient is that of the batch after the one that moved it
         self.path += moved.norm(dim=1)
         self.previous = weights
+        self.losses.append(loss)
+        with torch.no_grad():
+            for p, before in zip(self.head, self.previous_head, strict=True):
+                if p.grad is not None:
+                    self.head_change += float((p.grad * (p - before)).sum())
+                before.copy_(p)
         self.sum += gradients
         self.squares += gradients.pow(2)
         self.norms += self._square_norms()
@@ -216,8 +228,9 @@ class Signals:
             "relative_displacement": rounded((moved / size).sqrt()),
             "sampled_displacement": rounded((weights - self.start).norm(dim=1)),
             "sampled_path": rounded(self.path),
-            "front_put_back": self._put_back(),
-        }
+            "head_loss_change": rounded([self.head_change])[0],
+            "losses": rounded(self.losses),
+        } | ({"front_put_back": self._put_back()} if self.moments[step] >= PUT_BACK_FROM else {})
 
     def _put_back(self) -> dict[str, Any]:
         """
@@ -265,5 +278,5 @@ class WatchedTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if self.signals is not None:
             assert self.args.gradient_accumulation_steps == 1, "a step has one batch here"
-            self.signals.after_backward(self.optimizer, self.state.global_step)
+            self.signals.after_backward(self.optimizer, self.state.global_step, float(loss))
         return loss
