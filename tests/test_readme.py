@@ -20,7 +20,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FIGURE = re.compile(r"\d[\d.]*\.\d+|\d[\d.]*(?= ?%)|\d[\d.]*(?=x\b)")
 # Defaults and thresholds of the code, versions, and what is aimed at: numbers in the pages that nobody has measured.
 SETTINGS = {
-    "README": ["3.11", "torch 2.7", "5.3", "1.10", "25 %", "Apache-2.0"],
+    "README": ["3.11", "0.4", "torch 2.7", "5.3", "1.10", "25 %", "Apache-2.0"],
     "activation_cache": ["0.25", "1 %"],
     "benchmarks": ["0.3 points", "cost of 1 %", "3 %, had", "75 %", "25 %", "0.02"],
     "distributed": ["1.15"],
