@@ -37,25 +37,18 @@ def cells(name):
 
 
 def script(name, parameters):
-    """The cells as a script. A line that starts with `!` is a command of the shell, as in Jupyter."""
-    parts = ["import subprocess"]
+    """The cells as a script. `!smartfrz ...`, a command of the shell in Jupyter, runs in the same process."""
+    parts = ["import shlex", "from smartfrz_hf.cli import app"]
     for source, tags in cells(name):
-        parts.append(
-            re.sub(r"^!(.*)$", r"subprocess.run(f'''\1''', shell=True, check=True)", source, flags=re.MULTILINE)
-        )
+        call = r"app(shlex.split(f'\1'), standalone_mode=False)"
+        parts.append(re.sub(r"^!smartfrz (.*)$", call, source, flags=re.MULTILINE))
         if "parameters" in tags:
             parts.append(parameters)
     return "\n".join(parts)
 
 
 def run(name, folder, parameters="", **environment):
-    # `smartfrz` is the one of this interpreter, whether or not its folder is on the path.
-    (folder / "bin").mkdir()
-    command = folder / "bin" / "smartfrz"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m smartfrz_hf "$@"\n')
-    command.chmod(0o755)
-    environment |= {"PATH": f"{command.parent}:{os.environ['PATH']}", "HF_HOME": str(folder / "home")}
-    environment["PYTHONPATH"] = f"{Path(__file__).parents[2]}:{os.environ.get('PYTHONPATH', '')}"
+    environment["HF_HOME"] = str(folder / "home")
     done = subprocess.run(
         [sys.executable, "-c", script(name, parameters)],
         cwd=folder,
