@@ -24,8 +24,9 @@ SETTINGS = {
     "activation_cache": ["0.25", "1 %"],
     "benchmarks": ["0.3 points", "cost of 1 %", "3 %, had", "75 %", "25 %", "0.02"],
     "distributed": ["1.15"],
-    "migrating": ["0.5", "1.0", "0.5", "1.0"],
-    "policies": ["0.5 %", "5 %", "3 %"],
+    "concepts": ["3 %"],
+    "migrating": ["0.5", "1.0"],
+    "policies": ["0.5 %", "5 %", "1 %", "3 %", "40 %", "0.4"],
     "predictor": ["0.5 %"],
     "resume": ["5.23"],
 }

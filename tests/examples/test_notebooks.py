@@ -138,9 +138,12 @@ def test_your_own_predictor(tmp_path):
     data = tmp_path / "data" / "cifar10"
     write_parquet(data, {"train": pictures(96), "test": pictures(96)})
     parameters = (
-        'for each in runs:\n    each |= {"train_rows": 64, "epochs": 10, "batch_size": 16, "learning_rate": 3e-3}\n'
-        'runs = runs[::2]\nrepo = "me/mine"\nharvest_options = "--data-dir data"\n'
-        'evaluate_options = "--epochs 2 --label cka-0.98"'
+        'common |= {"train_rows": 64, "epochs": 10, "batch_size": 16, "learning_rate": 3e-3}\n'
+        'vit = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}\n'
+        'resnet = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}\n'
+        'vit |= {"image_size": 32, "patch_size": 8}\n'
+        'runs = [{"name": name, "model": name, "config": eval(name), **common} for name in ("vit", "resnet")]\n'
+        'repo, harvest_options, evaluate_options = "me/mine", "--data-dir data", "--epochs 2 --label cka-0.98"'
     )
     with HubServer() as server:
         environment = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
