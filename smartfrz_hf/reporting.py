@@ -93,17 +93,22 @@ def _say(line: str) -> None:
 def opening_line(run: FreezingRun) -> str:
     """One line on what a run will do."""
     config, policy, units = run.config, run.policy, len(run.stack)
-    if isinstance(policy, SmartFRZPolicy):
-        point = f"threshold {policy.threshold:g}" if config.freeze_threshold is not None else config.operating_point
-        name = f"predictor, {point}"
-    else:
+    if not isinstance(policy, SmartFRZPolicy):
         name = f"policy {type(policy).__name__.removesuffix('Policy')}"
+    elif config.target_saving is not None:
+        name = f"predictor, to save {config.target_saving:.0%} of the compute"
+    elif config.freeze_threshold is not None:
+        name = f"predictor, threshold {config.freeze_threshold:g}"
+    else:
+        name = f"predictor, {config.operating_point}"
     most = min(units, units if config.max_depth is None else config.max_depth)
     every = config.steps("decide_every", run.total_steps)
+    pilot = run.observer.pilot_steps
+    start = f"after the first {pilot} steps and then " if pilot else ""
     often = "at every step" if every == 1 else f"every {every} steps"
     frozen = f"; {run.depth} are frozen already" if run.depth else ""
     return (
-        f"SmartFRZ: up to {most} of {units} units of {type(run.stack.model).__name__} may freeze, decided {often} of "
+        f"SmartFRZ: up to {most} of {units} units of {type(run.stack.model).__name__} may freeze, decided {start}{often} of "
         f"{run.total_steps} ({name}){frozen}."
     )
 

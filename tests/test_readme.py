@@ -19,7 +19,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FIGURE = re.compile(r"\d[\d.]*\.\d+|\d[\d.]*(?= ?%)|\d[\d.]*(?=x\b)")
 # Defaults and thresholds of the code, versions, and what is aimed at: numbers in the pages that nobody has measured.
 SETTINGS = {
-    "README": ["3.11", "torch 2.7", "5.3", "1.10", "25 %", "Apache-2.0"],
+    "README": ["3.11", "0.4", "torch 2.7", "5.3", "1.10", "25 %", "Apache-2.0"],
     "activation_cache": ["0.25", "1 %"],
     "benchmarks": ["0.3 points", "cost of 1 %", "3 %, had", "75 %", "25 %", "0.02"],
     "concepts": ["first 3 %"],
@@ -256,11 +256,34 @@ def fresh():
 """
 
 
+# What the pages on other models and Trainers have beside that.
+MORE_SET_UP = {
+    "images": "image_rows = Rows(images=True)",
+    "language_models": """
+class Tokens(Rows):
+    def __getitem__(self, row):
+        return self.rows[row] | {"labels": self.rows[row]["input_ids"]}
+
+
+token_rows = Tokens()
+""",
+    "trl_and_sentence_transformers": """
+from datasets import Dataset
+from test_mixin import tokenizer as words_tokenizer, words_of
+
+causal_model, tokenizer, encoder_name = build("gpt2"), words_tokenizer(), MINILM
+text_dataset = Dataset.from_dict({"text": [" ".join(words_of(94)[i : i + 10]) for i in range(40)]})
+pairs = Dataset.from_dict({"anchor": words_of(40), "positive": words_of(41)[1:]})
+""",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PAGES if name != "README" and python_blocks(name)])
-def test_code_of_the_pages_runs(tmp_path, name):
+def test_code_of_the_pages_runs(tmp_path, name, minilm_dir):
     """All blocks of a page, one after the other, each with a fresh tiny model."""
-    code = SET_UP + "".join(f"\nfresh()\n{block}" for block in python_blocks(name))
+    code = f"{SET_UP}\nMINILM = {str(minilm_dir)!r}\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+    code += MORE_SET_UP.get(name, "") + "".join(f"\nfresh()\n{block}" for block in python_blocks(name))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 

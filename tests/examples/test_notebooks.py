@@ -37,25 +37,18 @@ def cells(name):
 
 
 def script(name, parameters):
-    """The cells as a script. A line that starts with `!` is a command of the shell, as in Jupyter."""
-    parts = ["import subprocess"]
+    """The cells as a script. `!smartfrz ...`, a command of the shell in Jupyter, runs in the same process."""
+    parts = ["import shlex", "from smartfrz_hf.cli import app"]
     for source, tags in cells(name):
-        parts.append(
-            re.sub(r"^!(.*)$", r"subprocess.run(f'''\1''', shell=True, check=True)", source, flags=re.MULTILINE)
-        )
+        call = r"app(shlex.split(f'\1'), standalone_mode=False)"
+        parts.append(re.sub(r"^!smartfrz (.*)$", call, source, flags=re.MULTILINE))
         if "parameters" in tags:
             parts.append(parameters)
     return "\n".join(parts)
 
 
 def run(name, folder, parameters="", **environment):
-    # `smartfrz` is the one of this interpreter, whether or not its folder is on the path.
-    (folder / "bin").mkdir()
-    command = folder / "bin" / "smartfrz"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m smartfrz_hf "$@"\n')
-    command.chmod(0o755)
-    environment |= {"PATH": f"{command.parent}:{os.environ['PATH']}", "HF_HOME": str(folder / "home")}
-    environment["PYTHONPATH"] = f"{Path(__file__).parents[2]}:{os.environ.get('PYTHONPATH', '')}"
+    environment["HF_HOME"] = str(folder / "home")
     done = subprocess.run(
         [sys.executable, "-c", script(name, parameters)],
         cwd=folder,
@@ -145,9 +138,12 @@ def test_your_own_predictor(tmp_path):
     data = tmp_path / "data" / "cifar10"
     write_parquet(data, {"train": pictures(96), "test": pictures(96)})
     parameters = (
-        'for each in runs:\n    each |= {"train_rows": 64, "epochs": 10, "batch_size": 16, "learning_rate": 3e-3}\n'
-        'runs = runs[::2]\nrepo = "me/mine"\nharvest_options = "--data-dir data"\n'
-        'evaluate_options = "--epochs 2 --label cka-0.98"'
+        'common |= {"train_rows": 64, "epochs": 10, "batch_size": 16, "learning_rate": 3e-3}\n'
+        'vit = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}\n'
+        'resnet = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}\n'
+        'vit |= {"image_size": 32, "patch_size": 8}\n'
+        'runs = [{"name": name, "model": name, "config": eval(name), **common} for name in ("vit", "resnet")]\n'
+        'repo, harvest_options, evaluate_options = "me/mine", "--data-dir data", "--epochs 2 --label cka-0.98"'
     )
     with HubServer() as server:
         environment = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}

@@ -25,10 +25,16 @@ def raised(path: Path) -> Iterator[str]:
 
 
 def warned(path: Path) -> Iterator[str]:
-    """Messages of the warnings that a file logs."""
+    """Messages of the warnings that a file logs, and those that it keeps as a `problem` for another file to log."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("warning", "warning_once"):
-            yield template(node.args[0])
+            message = template(node.args[0])
+        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "problem":
+            message = template(node.value)
+        else:
+            continue
+        if message:
+            yield message
 
 
 def first_sentence(message: str) -> str:

@@ -1,0 +1,36 @@
+"""The command line itself; what its commands do is tested beside them."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from smartfrz_hf.cli import app
+
+COMMANDS = ["report", "harvest", "evaluate", "fit", "card", "push"]
+
+
+def test_help_lists_the_commands():
+    done = CliRunner().invoke(app, ["--help"], env={"TERM": "dumb"})
+    assert done.exit_code == 0 and all(command in done.output for command in COMMANDS)
+
+
+@pytest.mark.slow
+def test_python_m_is_the_same_program(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "smartfrz_hf", "report", "."], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1 and "holds no run" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell):
+    # Typer asks for the shell by the environment, or by the process that called it.
+    words = {"bash": {"COMP_WORDS": "smartfrz re", "COMP_CWORD": "1"}}.get(
+        shell, {"_TYPER_COMPLETE_ARGS": "smartfrz re"}
+    )
+    words |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args", "_SMARTFRZ_COMPLETE": f"complete_{shell}"}
+    done = CliRunner().invoke(app, [], env=words, prog_name="smartfrz")
+    assert "report" in done.output and "push" not in done.output
