@@ -67,7 +67,8 @@ class Evaluations(TrainerCallback):
 def rate_factor(full: dict[str, Any], blocks: int) -> float:
     """
     What the learning rate of a frozen run is multiplied with, so that its loss falls as fast at first as that of the full run:
-    the change of the loss over the part of it that is not brought by the front, early in the full run.
+    the change of the loss that all units bring over that of the units behind the front, early in the full run. The head does not
+    count: what it brings at first, it soon no longer brings.
     """
     signals = full["signals"]
     seen = signals["moments"][str(RATE_MOMENT)]
@@ -75,8 +76,8 @@ def rate_factor(full: dict[str, Any], blocks: int) -> float:
         max(0.0, -change) * size / SAMPLES
         for change, size in zip(seen["sampled_loss_change"], signals["unit_parameters"], strict=True)
     ]
-    total = sum(changes) + max(0.0, -seen.get("head_loss_change", 0.0))
-    return min(MAX_FACTOR, total / max(total - sum(changes[: blocks + 1]), 1e-30)) if total else 1.0
+    rest = sum(changes[blocks + 1 :])
+    return min(MAX_FACTOR, sum(changes) / max(rest, 1e-30)) if sum(changes) else 1.0
 
 
 def run(pair: Pair, blocks: int | None, task: Task, factor: float = 1.0) -> dict[str, Any]:
