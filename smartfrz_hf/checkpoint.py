@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -64,8 +65,8 @@ def save_state(state: dict[str, Any], folder: str | os.PathLike) -> None:
     """
     Write the state of a run into a folder: `smartfrz_state.json` and `smartfrz_state.safetensors`.
 
-    The JSON file holds `format` (`int`), `version` (of smartfrz_hf), `tensors` (SHA-256 of the other file) and `state`,
-    in which `{"__tensor__": name}` stands for a tensor of the other file. Each file appears as a whole, the JSON file
+    The JSON file holds `format` (`int`), `version` (of smartfrz_hf), `libraries` (versions of others), `tensors` (SHA-256
+    of the other file) and `state`, in which `{"__tensor__": name}` stands for a tensor of the other file. Each file appears as a whole, the JSON file
     last, so that a process that dies in between leaves nothing that looks complete.
 
     Args:
@@ -78,7 +79,9 @@ def save_state(state: dict[str, Any], folder: str | os.PathLike) -> None:
     values = _split(state, "", tensors)
     partial = folder / f".{TENSORS_FILE}.partial"
     save_file(tensors, partial)
-    content = {"format": FORMAT, "version": _version(), "tensors": _digest(partial), "state": values}
+    libraries = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    content = {"format": FORMAT, "version": _version(), "libraries": libraries, "tensors": _digest(partial)}
+    content["state"] = values
     partial.replace(folder / TENSORS_FILE)
     partial = folder / f".{STATE_FILE}.partial"
     with partial.open("w") as file:

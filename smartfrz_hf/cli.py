@@ -1,6 +1,6 @@
 """
-The command line: `smartfrz harvest` records training runs, `evaluate` and `fit` train a predictor on them, `card`
-writes its model card, and `push` uploads it.
+The command line: `smartfrz report` makes a page of a run. `harvest` records training runs, `evaluate` and `fit` train a
+predictor on them, `card` writes its model card, and `push` uploads it.
 """
 
 import json
@@ -32,6 +32,34 @@ def _import(module: str) -> ModuleType:
             f"This command needs the package {error.name}: pip install 'smartfrz_hf[predictor-training]'", err=True
         )
         raise typer.Exit(1) from error
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Output folders of the Trainer, or checkpoints.", exists=True, file_okay=False),
+    ],
+    plain: Annotated[
+        Path | None,
+        typer.Option(help="A run without freezing, to be shown beside each.", exists=True, file_okay=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file, for one run. Default: smartfrz_report.html in its folder.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Folder for the charts as PNG files; needs matplotlib.")] = None,
+) -> None:
+    """Write a page on each run: what froze when and why, losses and metrics, compute, cache and options."""
+    from .report import write_report
+
+    if len(runs) > 1 and (out is not None or png is not None):
+        raise typer.BadParameter("--out and --png are for one run; leave them out, or give one run.")
+    for run in runs:
+        try:
+            typer.echo(write_report(run, out or run / "smartfrz_report.html", plain, png))
+        except (ValueError, ImportError) as error:
+            typer.echo(f"{error}", err=True)
+            raise typer.Exit(1) from error
 
 
 @app.command()

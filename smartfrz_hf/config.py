@@ -13,7 +13,9 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 OPERATING_POINTS = ("conservative", "balanced", "aggressive")
-POLICIES = ["linear", "never", "smartfrz", "static"]  # `register_policy` adds to it
+# `register_policy` adds to it.
+POLICIES = ["linear", "never", "smartfrz", "static"]
+POLICIES += ["autofreeze", "egeria", "freezeout", "grades", "random", "self_cka"]
 FROZEN_DTYPES = ("float16", "bfloat16")
 CACHE_DTYPES = ("exact", "float16", "bfloat16", "int8")
 CONFIG_NAME = "smartfrz_config.json"
@@ -59,8 +61,9 @@ class SmartFRZConfig:
     Parameters that control the decision:
         policy (`str`, *optional*, defaults to `"smartfrz"`):
             What decides: `"smartfrz"` (the predictor), `"static"` (a fixed number of units from the start), `"linear"`
-            (a number that grows evenly, as in Composer's layer freezing), `"never"`, or a name that was given to
-            [`register_policy`].
+            (a number that grows evenly, as in Composer's layer freezing), `"never"`, a rule of another paper with its
+            published settings (`"autofreeze"`, `"egeria"`, `"freezeout"`, `"grades"`, `"self_cka"`), `"random"`, or a name
+            that was given to [`register_policy`].
         predictor (`str`, *optional*, defaults to `"smartfrz-base"`):
             Predictor on the Hub or in a folder. `"smartfrz-base"` comes with the package and needs no network.
         predictor_revision (`str`, *optional*):
@@ -70,6 +73,15 @@ class SmartFRZConfig:
             probability for each.
         freeze_threshold (`float`, *optional*):
             Probability in `[0, 1]` from which a unit freezes, in place of the operating point's.
+        start_stage (`bool`, *optional*, defaults to `True`):
+            Whether the predictor may freeze a front from the start: after the first steps of the run, the pilot, units whose
+            training is predicted to gain next to nothing freeze with the weights that they had before training.
+        compensate_rate (`bool`, *optional*, defaults to `True`):
+            Whether the learning rate of what still trains is raised when a front freezes from the start, so that the loss
+            falls as fast as before. Done inside the optimizer's steps: the scheduler and the logs keep the rate of the schedule.
+        target_saving (`float`, *optional*):
+            Share of the compute to be saved without the activation cache, in place of the operating point: at the end of
+            the pilot as many units freeze as that takes.
         unfreeze_on_restart (`bool`, *optional*, defaults to `True`):
             Whether everything trains again when the learning rate rises again after it has fallen (warm restarts). Only
             for policies that use the weight history.
@@ -139,6 +151,11 @@ class SmartFRZConfig:
     freeze_threshold: float | None = _option(
         None, "Probability from which a unit freezes. Default: the operating point's."
     )
+    start_stage: bool = _option(True, "Let the predictor freeze a front from the start of the run.")
+    compensate_rate: bool = _option(True, "Raise the learning rate of the rest when a front freezes from the start.")
+    target_saving: float | None = _option(
+        None, "Share of the compute to be saved, in place of the operating point. Default: none."
+    )
     unfreeze_on_restart: bool = _option(True, "Train everything again when the learning rate rises again.")
     max_depth: int | None = _option(None, "Most units (stem included) that may freeze. Default: no limit.")
     when_all_frozen: str = _option(
@@ -201,10 +218,12 @@ class SmartFRZConfig:
             setattr(self, name, size)
             if not 0 <= size < float("inf"):
                 raise ValueError(f"`{name}` is {size}; it must be a fraction from 0 to below 1, or a number of bytes.")
-        for name in ("freeze_threshold", "linear_start", "linear_depth"):
+        for name in ("freeze_threshold", "linear_start", "linear_depth", "target_saving"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"`{name}` is {value}; it must be between 0 and 1.")
+        if self.target_saving is not None and self.policy in ("linear", "never", "static"):
+            raise ValueError(f'`target_saving` needs the policy "smartfrz"; `policy` is {self.policy!r}.')
         if self.linear_start == 1:
             raise ValueError("`linear_start` is 1, the end of the run; it must be below 1.")
         for name in ("record_every", "first_decision", "decide_every"):

@@ -15,7 +15,9 @@ from .distributed.ddp import rebuild_reducer
 from .distributed.fsdp import reshard
 from .freezing.compile import GraphLimits
 from .freezing.freezer import Freezer
+from .freezing.rate import RateFactor
 from .model.units import BlockStack, Unit
+from .signals.pilot import Pilot
 
 
 class Front:
@@ -36,6 +38,7 @@ class Front:
     Attributes:
         freezer ([`Freezer`]): freezes parameters and cuts the backward pass.
         meter ([`ComputeMeter`]): counts FLOPs.
+        rate ([`RateFactor`]): raises the learning rate of the rest, where a front froze from the start.
         cache ([`ActivationCache`], *optional*): keeps the outputs of the front.
     """
 
@@ -54,6 +57,7 @@ class Front:
         dtype = getattr(torch, config.frozen_dtype) if config.frozen_dtype else None
         self.freezer = Freezer(stack, optimizer, dtype)
         self.meter = ComputeMeter(model, stack, optimizer)
+        self.rate = RateFactor(getattr(optimizer, "optimizer", optimizer))  # inside Accelerate's wrapper
         self._graphs = GraphLimits(compiled)
         self._cache_options = (total_steps, steps_per_epoch, compiled)
         self.cache = self._make_cache()
@@ -63,8 +67,15 @@ class Front:
         """Frozen units."""
         return self.freezer.depth
 
-    def freeze_to(self, depth: int) -> list[Unit]:
-        """Freeze all units in front of `depth`, and return those that froze now."""
+    def freeze_to(self, depth: int, pilot: Pilot | None = None) -> list[Unit]:
+        """
+        Freeze all units in front of `depth`, and return those that froze now. With the pilot, they get the weights of the start
+        of the run, and the learning rate of the rest rises.
+        """
+        if pilot is not None:
+            if self._config.compensate_rate:
+                self.rate.factor = pilot.signals().rate_factor(depth)
+            pilot.restore(depth)
         units = self.freezer.freeze_to(depth)
         if self.cache is not None and self.freezer.constant:
             self.cache.freeze_to(depth)
@@ -81,6 +92,7 @@ class Front:
                 self.cache.savings = savings
                 if savings.off is not None:
                     self.cache.close()
+        self.rate.factor = 1.0
         units = self.freezer.unfreeze_to(0)
         if units:
             self._adapt()
@@ -97,7 +109,10 @@ class Front:
             self._ranks.check_equal(self.freezer.checksum(), f"the checksum of the frozen front at step {step}")
 
     def before_update(self) -> None:
-        """Take note of frozen parameters that somebody has made trainable, and count FLOPs where that is due."""
+        """
+        To be called right before a step of the optimizer: take note of frozen parameters that somebody has made trainable, and
+        count FLOPs where that is due.
+        """
         thawed = self.freezer.check()
         if thawed:
             if self.cache is not None:
@@ -108,6 +123,12 @@ class Front:
                     parameters[name].grad = None
         with self.beside_training():
             self.meter.count()
+        self.rate.before_step()
+
+    def after_update(self) -> None:
+        """To be called right after a step of the optimizer."""
+        self.rate.after_step()
+        self.meter.end_of_step()
 
     def beside_training(self) -> AbstractContextManager:
         """A context for passes that the cache must neither serve nor learn from."""

@@ -12,11 +12,14 @@ from .config import SmartFRZConfig
 from .cost.ledger import Ledger, Stage
 from .distributed.consensus import Ranks
 from .freezing.compile import is_compiled
+from .freezing.steps import follow_steps
 from .front import Front
+from .model.tracing import Inputs
 from .model.units import Unit, find_blocks
 from .policies import Decision, Observation, Policy, resolve
 from .predictor import SmartFRZPredictor
 from .signals.observer import Observer
+from .signals.pilot import pilot_steps
 from .signals.schedule import LearningRates
 
 logger = logging.get_logger(__name__)
@@ -46,6 +49,8 @@ class FreezingRun:
         examples_per_step (`int`, *optional*): of one optimizer step in this process; by default, those of a batch.
         compiled (`bool`, *optional*): whether the loop runs a compiled model. Detected when it is not given.
         timeout (`float`, *optional*, defaults to `1800.0`): seconds that processes wait for each other's decision.
+        inputs (`Mapping` or `Callable`, *optional*):
+            Keyword arguments of the model for a row or two, or a function that returns them, see [`find_blocks`].
 
     Attributes:
         ledger ([`Ledger`]): what froze when and why, and what it saved.
@@ -86,10 +91,13 @@ class FreezingRun:
         examples_per_step: int | None = None,
         compiled: bool | None = None,
         timeout: float = 1800.0,
+        inputs: Inputs = None,
     ):
         config, self.policy = resolve(config, predictor, policy)
         self.config = config
-        self.stack = find_blocks(model, config.blocks, config.stem)
+        self.stack = find_blocks(model, config.blocks, config.stem, inputs)
+        if self.stack.problem:
+            logger.warning(self.stack.problem)
         check_wrapper(model)
         check_stack(self.stack)
         check_other_run(self.stack.model, FreezingRun.of(self.stack.model))
@@ -114,6 +122,7 @@ class FreezingRun:
             config.sampling_seed,
             config.probe_examples if self.policy.front_probe else 0,
             lambda batch: self._decide_every * (examples_per_step or batch),
+            pilot_steps(self.policy.pilot, total_steps),
             self.front.beside_training,
             self.front.meter.add_forward,
         )
@@ -122,6 +131,9 @@ class FreezingRun:
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_optimizer_step),
             self._optimizer.register_step_post_hook(self._after_optimizer_step),
+            *follow_steps(
+                self.policy, self.stack, self._optimizer, lambda: (self.steps_done, total_steps, self.depth)
+            ),
         ]
         self.active = True
         _active[self.stack.model] = weakref.ref(self)
@@ -190,7 +202,8 @@ class FreezingRun:
             self.observer.restart(steps_done)
             self._note(units, "the learning rate rises again")
         since_first = steps_done - self._first_decision
-        if since_first >= 0 and since_first % self._decide_every == 0 and steps_done < self.total_steps:
+        due = since_first >= 0 and since_first % self._decide_every == 0 and steps_done < self.total_steps
+        if due or self._pilot_is_over:
             self._decide()
 
     def close(self) -> None:
@@ -210,7 +223,7 @@ class FreezingRun:
 
         Returns:
             `dict` of nested JSON values and tensors: `step`, `units` (names), `depth`, `config`, `ledger`, `meter`,
-            `policy`, `learning_rates`, `weight_history` and `probe_history` (or `None`). Save it with
+            `policy`, `learning_rates`, `rate_factor`, `weight_history`, `probe_history` and `pilot` (or `None`). Save it with
             [`~smartfrz_hf.checkpoint.save_state`], or beside the state of your own loop.
         """
         return {
@@ -222,6 +235,7 @@ class FreezingRun:
             "meter": self.front.meter.state_dict(),
             "policy": self.policy.state_dict(),
             "learning_rates": self.rates.state_dict(),
+            "rate_factor": self.front.rate.factor,
             **self.observer.state_dict(),
         }
 
@@ -243,6 +257,7 @@ class FreezingRun:
         self.policy.load_state_dict(state["policy"])
         if state["learning_rates"] is not None:
             self.rates.load_state_dict(state["learning_rates"])
+        self.front.rate.factor = state.get("rate_factor", 1.0)  # checkpoints of earlier versions have none
         self.observer.load_state_dict(state)
         self._update_ledger()
         if state["depth"]:
@@ -250,11 +265,11 @@ class FreezingRun:
 
     def _before_optimizer_step(self, *_) -> None:
         self.front.before_update()
-        self.observer.before_first_update(self.steps_done)
+        self.observer.before_update(self.steps_done)
 
     def _after_optimizer_step(self, *_) -> None:
         self._optimizer_stepped = True
-        self.front.meter.end_of_step()
+        self.front.after_update()
         self._update_ledger()
 
     def _update_ledger(self) -> None:
@@ -264,8 +279,13 @@ class FreezingRun:
         ledger.frozen_parameters = self.front.freezer.frozen_parameters
         ledger.cache = None if cache is None else cache.savings
 
+    @property
+    def _pilot_is_over(self) -> bool:
+        return self.observer.pilot is not None and self.steps_done >= self.observer.pilot_steps
+
     def _decide(self) -> None:
-        """Hold a freezing stage."""
+        """Hold a freezing stage. One at the end of the pilot freezes units with the weights of the start of the run."""
+        pilot = self.observer.pilot if self._pilot_is_over else None
         if self.depth < len(self.stack):
             self.observer.before_decision(self.steps_done)
         observation = Observation(
@@ -276,20 +296,34 @@ class FreezingRun:
             rates=self.rates,
             history=self.observer.history,
             probe=self.observer.probe,
+            pilot=None if pilot is None else pilot.signals(),
+            savings=None if pilot is None else self.front.meter.savings(),
         )
         decision = self.policy.decide(observation)
         if not isinstance(decision, Decision):
             raise TypeError(f"`decide` of {type(self.policy).__name__} gave {decision!r}; it must give a `Decision`.")
-        self.ledger.decisions += 1
+        self.ledger.record(self.steps_done, decision.probabilities)
         most = len(self.stack) if self.config.max_depth is None else self.config.max_depth
-        depth = min(int(decision.depth), most)
-        depth = self.ranks.broadcast(depth, f"the freezing stage of step {self.steps_done}")
+        depth = max(0, min(int(decision.depth), most))
+        message = -1 - depth if decision.unfreeze else depth
+        message = self.ranks.broadcast(message, f"the freezing stage of step {self.steps_done}")
+        depth = max(message, -1 - message)
+        if message < 0 and self.depth:
+            self._note(self.front.unfreeze(), decision.reason)
         if depth > self._deepest:  # else nothing would be left to train
             depth = self._deepest
             self.should_stop = self.config.when_all_frozen == "stop"
         self.front.check_consistency(self.steps_done)
         if depth > self.depth:
-            self._note(self.front.freeze_to(depth), decision.reason)
+            units = self.front.freeze_to(depth, pilot)
+            rate = (
+                f"; the rest trains at {self.front.rate.factor:.2f} times the learning rate"
+                if pilot is not None
+                else ""
+            )
+            self._note(units, decision.reason + rate)
+        if pilot is not None:
+            self.observer.pilot = None
 
     def _note(self, units: list[Unit], reason: str) -> None:
         """Enter a change of depth into the ledger and the log."""

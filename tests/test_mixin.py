@@ -57,7 +57,8 @@ def test_seq2seq_trainer(tmp_path):
 
     whole = train()
     assert whole.ledger.stages[0].step <= 6 and whole.ledger.depth > 0
-    assert [log["eval_length"] > 12 for log in whole.state.log_history if "eval_length" in log] == [True, True]
+    lengths = [log["eval_length"] for log in whole.state.log_history if "eval_length" in log]
+    assert lengths and min(lengths) > 12
     assert all(parameter.requires_grad for parameter in whole.model.parameters())
     again = train(str(tmp_path / "checkpoint-6"))
     assert_same_end((whole, whole.smartfrz), (again, again.smartfrz))

@@ -1,6 +1,7 @@
 """The ledger of a run: what froze when and why, what it cost and what it saved."""
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -48,6 +49,24 @@ class Stage:
 
 
 @dataclass
+class StageRecord:
+    """
+    One freezing stage, whether it changed the depth or not.
+
+    Attributes:
+        step (`int`): optimizer steps done.
+        seconds (`float`): wall-clock time of the run until then, without what was lost when it was interrupted.
+        depth (`int`): frozen units before it, so the first unit that was judged.
+        probabilities (`list[float]`, *optional*): of each unit from there on, from a policy that has them.
+    """
+
+    step: int
+    seconds: float
+    depth: int
+    probabilities: list[float] | None = None
+
+
+@dataclass
 class CacheSavings:
     """
     What the activation cache did for the forward passes of the frozen front on this rank.
@@ -91,6 +110,7 @@ class Ledger:
         max_steps (`int`): optimizer steps of the run.
         stages (`list[Stage]`): the freezing stages that changed the depth.
         decisions (`int`): how often the policy was asked.
+        records (`list[StageRecord]`): all freezing stages, with what the policy saw in each.
         spent, full ([`Flops`]): of the training so far, and what it would have cost with nothing frozen and no cache.
         unit_flops, full_unit_flops (`dict[str, Flops]`): the same by unit and `"head"`, for the average training pass
             so far.
@@ -103,6 +123,7 @@ class Ledger:
     max_steps: int = 0
     stages: list[Stage] = field(default_factory=list)
     decisions: int = 0
+    records: list[StageRecord] = field(default_factory=list)
     spent: Flops = field(default_factory=Flops)
     full: Flops = field(default_factory=Flops)
     unit_flops: dict[str, Flops] = field(default_factory=dict)
@@ -110,6 +131,14 @@ class Ledger:
     frozen_parameters: int = 0
     trainable_parameters: int = 0
     cache: CacheSavings | None = None
+
+    def __post_init__(self) -> None:
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time since the run began, in seconds, without what was lost when it was interrupted."""
+        return time.perf_counter() - self._started
 
     @property
     def depth(self) -> int:
@@ -158,6 +187,11 @@ class Ledger:
     def unit_compute_saved(self) -> dict[str, float]:
         """The same for the FLOPs of each unit and of `"head"`."""
         return {unit: _saved(self.unit_flops[unit], full) for unit, full in self.full_unit_flops.items()}
+
+    def record(self, step: int, probabilities: list[float] | None) -> None:
+        """Note that the policy was asked."""
+        self.decisions += 1
+        self.records.append(StageRecord(step, self.seconds, self.depth, probabilities))
 
     def logs(self) -> dict[str, float]:
         """What goes to `log_history` and the trackers: three values, and three more if there is a cache."""
@@ -232,17 +266,28 @@ class Ledger:
         return asdict(self) | {"freeze_steps": self.freeze_steps, **self.logs()}
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values: `stages` (a list of dictionaries), `decisions`, `frozen_parameters` and `cache` (or `None`)."""
+        """
+        JSON values: `stages` and `records` (lists of dictionaries), `decisions`, `seconds`, `frozen_parameters` and
+        `cache` (or `None`). For reports, not for resuming: `max_steps`, `unit_parameters`, `spent` and `full`.
+        """
         return {
             "stages": [asdict(stage) for stage in self.stages],
+            "records": [asdict(record) for record in self.records],
             "decisions": self.decisions,
+            "seconds": self.seconds,
             "frozen_parameters": self.frozen_parameters,
             "cache": None if self.cache is None else asdict(self.cache),
+            "max_steps": self.max_steps,
+            "unit_parameters": self.unit_parameters,
+            "spent": asdict(self.spent),
+            "full": asdict(self.full),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned. A cache starts empty, but its sums go on."""
         self.stages = [Stage(**stage) for stage in state["stages"]]
+        self.records = [StageRecord(**record) for record in state.get("records", ())]  # none in earlier versions
+        self._started = time.perf_counter() - state.get("seconds", 0.0)
         self.decisions, self.frozen_parameters = state["decisions"], state["frozen_parameters"]
         if self.cache is not None and state["cache"] is not None:
             for name, value in state["cache"].items():

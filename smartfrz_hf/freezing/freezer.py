@@ -249,7 +249,9 @@ class Freezer:
         if self.kept or unit in self._explained or torch.compiler.is_compiling():
             return
         names: dict[torch.Tensor, str] = {p: name for name, p in self.stack.model.named_parameters()}
-        outside = [leaf for leaf in leaves(asking) if leaf not in self._frozen]  # of others, `check` tells
+        # Of frozen parameters, `check` tells. A unit may hold what feeds its block, such as the embeddings of a decoder.
+        known = {*self._frozen, *self.stack.units[self.depth].named_parameters().values()}
+        outside = [leaf for leaf in leaves(asking) if leaf not in known]
         sources = [names.get(leaf, "a tensor that is no parameter of the model") for leaf in outside]
         if sources:
             self._explained.add(unit)

@@ -1,50 +1,97 @@
-"""Which modules of a model are its blocks, by type or by name."""
+"""Which modules of a model may be its blocks: the stacks of repeated modules, and modules named by hand."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import groupby
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel
 
-BY_HAND = (
-    "Name the blocks by hand in execution order, with dotted names or shell patterns, such as "
-    '`SmartFRZConfig(blocks=["encoder.layer.*"])`.'
-)
+# A block has more modules with parameters of their own than a convolution with its norm and positions, or a layer of a head.
+SIMPLE = 3
 
 
-def discover(model: nn.Module) -> list[str]:
+class NoOrderError(ValueError):
+    """It is not known what feeds the blocks of a model, or in which order they run. A batch of its own data may show it."""
+
+
+def find_stacks(model: nn.Module) -> dict[str, list[str]]:
     """
-    Dotted names of the blocks in the order in which they are registered.
+    The stacks of repeated modules in a model.
 
-    Raises:
-        ValueError: the model has no blocks, or several stacks of them.
+    A stack is an outermost `ModuleList` (of nested lists, the members of the inner ones count), or an outermost
+    `Sequential` with several members of one type. A list with a single member is none if that member holds a stack.
+    Stacks of simple members, such as the convolutions in front of a speech encoder, are left out if there are others.
+    So are stacks outside the base model of a [`~transformers.PreTrainedModel`].
+
+    Args:
+        model (`torch.nn.Module`): the unwrapped model.
+
+    Returns:
+        `dict[str, list[str]]`: by the name of the container, dotted names of the members in the order of registration.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder: its decoder blocks read the encoder's output, so there is no "
-            f"linear order of blocks in which a prefix could freeze. {BY_HAND}"
-        )
-    names = outermost(name for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer))
-    towers = [(parent, list(group)) for parent, group in groupby(names, key=lambda name: name.rpartition(".")[0])]
-    if len(towers) > 1:
-        raise ValueError(
-            f"{type(model).__name__} has {len(towers)} separate stacks of blocks "
-            f"({', '.join(parent for parent, _ in towers)}), so no linear order. {BY_HAND}"
-        )
-    if towers:
-        return towers[0][1]
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    sizes = {name: sum(p.numel() for p in lists[name].parameters()) for name in outermost(lists)}
-    if not sizes or not max(sizes.values()):
-        raise ValueError(f"{type(model).__name__} has no repeated blocks that could freeze one by one. {BY_HAND}")
-    first, *others = sorted(sizes, key=sizes.__getitem__, reverse=True)
-    # A second stack of comparable size runs beside the first one or after it: which one is unknown.
-    if others and sizes[others[0]] > sizes[first] / 4:
-        raise ValueError(
-            f"{type(model).__name__} has several stacks of blocks ({first}, {others[0]}), so no linear order. {BY_HAND}"
-        )
-    return [f"{first}.{name}" for name, _ in lists[first].named_children()]
+    modules = dict(model.named_modules())
+    stacks = {key: names for key, names in _stacks(model, "", set()) if any(_parts(modules[name]) for name in names)}
+    inside = set(base_model(model).modules())
+    for test in (lambda module: _parts(module) > SIMPLE, lambda module: module in inside):
+        passed = {key: names for key, names in stacks.items() if any(test(modules[name]) for name in names)}
+        stacks = passed or stacks
+    return stacks
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model without its head, for a [`~transformers.PreTrainedModel`], and else the model itself."""
+    return model.base_model if isinstance(model, PreTrainedModel) else model
+
+
+def _stacks(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, list[str]]]:
+    for key, child in module.named_children():
+        if child in seen:  # a model may hold one module under two names
+            continue
+        seen.add(child)
+        path = f"{name}.{key}".lstrip(".")
+        members = _members(child, path)
+        inner = dict(_stacks(child, path, seen))
+        if members and (len(members) > 1 or not any(len(names) > 1 for names in inner.values())):
+            yield path, members
+        else:
+            yield from inner.items()
+
+
+def _members(module: nn.Module, name: str) -> list[str]:
+    """Dotted names of the members that make a container a stack. Empty if it is none."""
+    children = [(f"{name}.{key}", child) for key, child in module.named_children()]
+    if isinstance(module, nn.ModuleList):
+        return [
+            member
+            for path, child in children
+            for member in (_members(child, path) if isinstance(child, nn.ModuleList) else [path])
+        ]
+    if isinstance(module, nn.Sequential):
+        types = [type(child) for _, child in children]
+        members = [path for path, child in children if types.count(type(child)) > 1 and _parts(child) > 1]
+        return members if len(members) > 1 else []
+    return []
+
+
+def _parts(module: nn.Module) -> int:
+    """How many modules inside have parameters of their own. A layer with adapters is one."""
+    if hasattr(module, "adapter_layer_names"):
+        return 1
+    own = next(module.parameters(recurse=False), None) is not None
+    return own + sum(map(_parts, module.children()))
+
+
+def describe(stacks: Mapping[str, Sequence[str]]) -> str:
+    """The stacks by name, each with what to pass for it."""
+    lines = [
+        f"`{key}` ({len(names)} modules): `SmartFRZConfig(blocks={patterns(names)})`" for key, names in stacks.items()
+    ]
+    return "; ".join(lines)
+
+
+def patterns(names: Sequence[str]) -> list[str]:
+    """Shell patterns that name the members of a stack: `["encoder.layer.*"]`."""
+    return list(dict.fromkeys(f"{name.rpartition('.')[0]}.*" for name in names))
 
 
 def match(model: nn.Module, patterns: Sequence[str], argument: str, parameters: bool = False) -> list[str]:
@@ -89,3 +136,8 @@ def ancestors(name: str) -> list[str]:
     """Names of the modules around a module: `a.b.c` gives `["", "a", "a.b"]`."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(len(parts))]
+
+
+def stack_of(name: str) -> str:
+    """What the blocks of one stack have in common: their name without numbers."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())

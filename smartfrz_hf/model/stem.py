@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .discovery import ancestors
+from .discovery import NoOrderError, ancestors, stack_of
 from .tracing import Trace
 
 STEM = "stem"
@@ -35,7 +35,7 @@ def assign(model: nn.Module, names: Sequence[str], traced: Trace, stem: Sequence
         `list[Part]`: the stem, then one part per block.
 
     Raises:
-        ValueError: the model was not traced, and it is not plain whether something is stem or head.
+        NoOrderError: the model was not traced, and it is not plain whether something is stem or head.
     """
     modules = dict(model.named_modules())
     parts = [Part(), *(Part({name: modules[name]}) for name in names)]
@@ -86,7 +86,17 @@ class _Assigner:
 
 
 class _TracedAssigner(_Assigner):
-    """A parameter belongs to the unit in front of the first block that reads it; a module, if all of its parameters do."""
+    """
+    A parameter belongs to the unit in front of the first block that reads it; a module, if all of its parameters do.
+
+    Where that block is the first of another stack, such as a decoder, the parameter belongs to the block's own unit. So a decoder's
+    embeddings, and the head that is tied to them, train for as long as a block of the decoder does.
+    """
+
+    def unit_of(self, reader: int) -> int:
+        """The unit of what block `reader` reads first."""
+        stacks = [stack_of(name) for name in self.names[: reader + 1]]
+        return reader + (reader > 0 and stacks.index(stacks[-1]) == reader)
 
     def place_parameters(self, name: str) -> None:
         module = self.model.get_submodule(name)
@@ -95,7 +105,7 @@ class _TracedAssigner(_Assigner):
             if reader is None and is_input(key) and name in self.spine:
                 reader = 0  # used in training only, such as the token that stands for masked ones
             if reader is not None and reader < len(self.names):
-                self.parts[reader].own[f"{name}.{key}".lstrip(".")] = parameter
+                self.parts[self.unit_of(reader)].own[f"{name}.{key}".lstrip(".")] = parameter
 
     def place(self, name: str, module: nn.Module, before: bool) -> None:
         owned = [(m, key) for m in module.modules() for key, _ in m.named_parameters(recurse=False)]
@@ -105,7 +115,7 @@ class _TracedAssigner(_Assigner):
         if not readers or min(readers) >= len(self.names):
             return
         if len(readers) == 1:  # with parameters that this pass did not use, such as those of token types
-            self.parts[readers.pop()].modules[name] = module
+            self.parts[self.unit_of(readers.pop())].modules[name] = module
             return
         self.place_parameters(name)
         for child, inner in module.named_children():
@@ -139,11 +149,11 @@ class _UntracedAssigner(_Assigner):
         if isinstance(module, nn.Embedding) or (before and (embedding or in_sequence or no_parameters)):
             self.parts[0].modules[name] = module
         elif before and not self.named:
-            raise ValueError(
-                f"{type(self.model).__name__} could not be run on a tiny batch, and {name!r} ({type(module).__name__}) is "
-                "registered in front of the blocks: it may be part of what the first block reads (the stem), or of the head. "
-                "Name by hand all that the first block reads, with dotted names or shell patterns, such as "
-                '`SmartFRZConfig(stem=["embeddings"])`.'
+            raise NoOrderError(
+                f"{type(self.model).__name__} does not run on a small batch ({self.traced.problem or 'none could be made'}), and "
+                f"{name!r} ({type(module).__name__}) is registered in front of the blocks: it may feed the first block (the stem), "
+                "or belong to the head. Pass a batch of your own, `find_blocks(model, inputs=batch)`, or name all that feeds the "
+                'first block, with dotted names or shell patterns: `SmartFRZConfig(stem=["embeddings"])`.'
             )
 
 

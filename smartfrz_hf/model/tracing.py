@@ -1,26 +1,29 @@
 """One tiny forward pass: which modules run when, and which parameters the input of each block depends on."""
 
-import inspect
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import Node
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .._compat import forget_failed_pass
 from ..distributed.fsdp import is_sharded, reshard
+from .batches import tiny_batches
+from .discovery import base_model
+from .forward_patch import ForwardPatch
 from .nested import float_tensors
 
 logger = logging.get_logger(__name__)
 
-AUDIO_SAMPLES, AUDIO_FRAMES = 4000, 64
-FEATURE_SIZES = ("feature_projection_input_dim", "input_feat_per_channel")
+# Arguments of a model, or a function that makes them where they are needed.
+Inputs = Mapping[str, Any] | Callable[[], Mapping[str, Any] | None] | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Trace:
             module and the parameter's name in it; of tied parameters it is the module that ran first.
         output_readers (`dict[torch.nn.Module, int]`): reader of what a module without parameters returns.
         bypassed (`frozenset[str]`): dotted names of the parameters that the main output does not depend on.
+        problem (`str`): what the last pass that was tried ended with, if not all blocks ran.
     """
 
     backbone: nn.Module
@@ -47,6 +51,7 @@ class Trace:
     readers: dict[tuple[nn.Module, str], int] = field(default_factory=dict)
     output_readers: dict[nn.Module, int] = field(default_factory=dict)
     bypassed: frozenset[str] = frozenset()
+    problem: str = ""
 
 
 @contextmanager
@@ -62,9 +67,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def trace(model: nn.Module, outermost: nn.Module, names: Sequence[str]) -> Trace:
+def trace(
+    model: nn.Module, outermost: nn.Module, names: Sequence[str], inputs: Inputs = None, others: Sequence[str] = ()
+) -> Trace:
     """
-    Run a model, or the part of it that holds all blocks, on a tiny batch.
+    Run a model, or the part of it that holds all blocks, on a tiny batch; where not all blocks run on that, on `inputs`.
 
     Changes no parameter, no mode and no running statistic, and draws no random number. FSDP2 has the whole model run, on all
     ranks.
@@ -73,73 +80,52 @@ def trace(model: nn.Module, outermost: nn.Module, names: Sequence[str]) -> Trace
         model (`torch.nn.Module`): the unwrapped model.
         outermost (`torch.nn.Module`): the model as it was given.
         names (`Sequence[str]`): dotted names of the blocks.
+        inputs (`Mapping` or `Callable`, *optional*): arguments of the model, or a function that returns them.
+        others (`Sequence[str]`, *optional*): dotted names of modules that are no blocks, and should run, too.
 
     Returns:
-        [`Trace`]
+        [`Trace`]: of the pass in which most blocks ran.
     """
     blocks = [model.get_submodule(name) for name in names]
-    candidates = _backbones(model, blocks)
-    for backbone in candidates:
+    wanted = [*blocks, *(model.get_submodule(name) for name in others)]
+    candidates = _backbones(model, wanted)
+    best, most = Trace(candidates[0] if candidates else model), 0
+    for backbone, batch in _attempts(model, candidates, inputs):
         runs = outermost if is_sharded(outermost) else backbone
-        for batch in _tiny_batches(backbone):
-            tracer = _Tracer(backbone, blocks)
-            try:
-                with tracer, _gradients(runs), torch.compiler.set_stance("force_eager"):
-                    tracer.output = runs(**batch)
-                if all(block in tracer.starts for block in blocks):
-                    return tracer.result(model)
-                reason = "some blocks did not run"
-            except Exception as error:  # the model's own code, on a batch that it may not expect
-                reason = f"{type(error).__name__}: {error}"
-            finally:
-                if isinstance(runs, FSDPModule):
-                    runs.reset_iter_state()
-                reshard(runs)
-            logger.debug(f"{type(backbone).__name__} was not traced with {', '.join(batch)}: {reason}")
-    return Trace(candidates[0] if candidates else model)
+        tracer = _Tracer(backbone, blocks)
+        try:
+            with tracer, _gradients(runs), torch.compiler.set_stance("force_eager"):
+                tracer.output = runs(**batch)
+            ran = sum(module in tracer.starts for module in wanted)
+            if ran > most:
+                best, most = tracer.result(model), ran
+            if ran == len(wanted):
+                break
+            reason = f"{len(wanted) - ran} of {len(wanted)} blocks did not run"
+        except Exception as error:  # the model's own code, on a batch that it may not expect
+            reason = f"{type(error).__name__}: {error}"
+        finally:
+            forget_failed_pass(runs)
+            reshard(runs)
+        best = replace(best, problem=f"{type(backbone).__name__} on {', '.join(batch)}: {reason}")
+    return best
+
+
+def _attempts(
+    model: nn.Module, candidates: list[PreTrainedModel], inputs: Inputs
+) -> Iterator[tuple[nn.Module, Mapping[str, Any]]]:
+    for backbone in candidates:
+        for batch in tiny_batches(backbone):
+            yield backbone, batch
+    given = inputs() if callable(inputs) else inputs
+    if given is not None:
+        yield model, given
 
 
 def _backbones(model: nn.Module, blocks: list[nn.Module]) -> list[PreTrainedModel]:
     """The models inside the model that hold all blocks: its base model first, and the larger of others before the smaller."""
     holders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and set(blocks) <= set(m.modules())]
-    base = getattr(model, "base_model", None)
-    return sorted(holders, key=lambda m: m is not base)
-
-
-def _tiny_batches(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches to try: the main input alone, then everything that the forward pass takes and that is known here."""
-    config, device, main = model.config, model.device, model.main_input_name
-    takes = inspect.signature(model.forward).parameters
-    text = {name: value.to(device) for name, value in model.dummy_inputs.items()}
-    rows = len(text[main]) if main in text else 1
-    nested = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
-
-    def size(*keys: str) -> Any:
-        values = (getattr(part, key, None) for key in keys for part in (config, *nested))
-        return next((value for value in values if value is not None), None)
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros((rows, *shape), device=device, dtype=model.dtype)
-
-    # A network without positions takes any size that its strides do not bring to nothing.
-    image = size("image_size") or 64
-    height, width = (image, image) if isinstance(image, int) else image
-    picture = (size("num_channels") or 3, height, width)
-    known = text | {"pixel_values": zeros(*picture), "input_values": zeros(AUDIO_SAMPLES)}
-    mels, frames, features = size("num_mel_bins"), size("max_source_positions"), size(*FEATURE_SIZES)
-    if mels and frames:  # Whisper
-        known["input_features"] = zeros(mels, 2 * frames)
-    elif features:
-        known["input_features"] = zeros(AUDIO_FRAMES, features)
-    if mels and (frames := size("max_length")):  # AST
-        known["input_values"] = zeros(frames, mels)
-    if main in known:
-        yield text if main in text else {main: known[main]}
-    known["decoder_input_ids"] = torch.ones(rows, 2, dtype=torch.long, device=device)
-    yield {name: value for name, value in known.items() if name in takes}
-    if frames := size("num_frames"):
-        known["pixel_values"] = zeros(frames, *picture)
-        yield {name: value for name, value in known.items() if name in takes}
+    return sorted(holders, key=lambda m: m is not base_model(model))
 
 
 @contextmanager
@@ -186,18 +172,25 @@ class _Tracer:
         self._started_blocks: set[nn.Module] = set()
         self._seen: set[Node] = set()
         self._node_readers: dict[Node, int] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle | ForwardPatch] = []
 
     def __enter__(self) -> "_Tracer":
         for module in self.backbone.modules():
-            self._hooks.append(module.register_forward_pre_hook(self._start, with_kwargs=True))
+            if module in self.blocks:  # SqueezeBERT calls the forward pass of its blocks without their hooks
+                self._hooks.append(ForwardPatch(module, partial(self._run_block, module, module.forward)))
+            else:
+                self._hooks.append(module.register_forward_pre_hook(self._start, with_kwargs=True))
             if next(module.parameters(), None) is None:
                 self._hooks.append(module.register_forward_hook(self._end))
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for hook in self._hooks:
+        for hook in reversed(self._hooks):
             hook.remove()
+
+    def _run_block(self, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        self._start(module, args, kwargs)
+        return forward(*args, **kwargs)
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.starts.append(module)

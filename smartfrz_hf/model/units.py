@@ -7,10 +7,11 @@ from typing import Any, overload
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from .discovery import discover, match
+from .discovery import NoOrderError as NoOrderError
+from .discovery import describe, find_stacks, match, stack_of
 from .stem import STEM, assign
+from .tracing import Inputs, trace
 from .tracing import evaluation_mode as evaluation_mode
-from .tracing import trace
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -25,12 +26,14 @@ class Unit:
         own (`dict[str, torch.nn.Parameter]`): parameters that no module of `modules` holds, such as a position table that
             belongs to the backbone itself.
         runs_once (`bool`): whether the block is known to run once in a forward pass, unlike ALBERT's shared layer.
+        shared (`frozenset[str]`): names of parameters in `modules` that are an earlier unit's, too, and belong to that.
     """
 
     name: str
     modules: dict[str, nn.Module]
     own: dict[str, nn.Parameter] = field(default_factory=dict)
     runs_once: bool = False
+    shared: frozenset[str] = frozenset()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by dotted name in the unwrapped model, each once."""
@@ -38,6 +41,7 @@ class Unit:
             f"{prefix}.{name}": parameter
             for prefix, module in self.modules.items()
             for name, parameter in module.named_parameters()
+            if f"{prefix}.{name}" not in self.shared
         }
         return parameters | self.own
 
@@ -66,12 +70,14 @@ class BlockStack:
         units (`tuple[Unit]`): unit 0 is the stem, units 1 to n are the blocks.
         bypassed (`frozenset[str]`): names of parameters that the backbone's main output does not depend on, such as those
             of BERT's pooler. A loss may never reach them.
+        problem (`str`): why not all is known about the order in which the model runs. Empty if it is.
     """
 
     model: nn.Module
     backbone: nn.Module
     units: tuple[Unit, ...]
     bypassed: frozenset[str] = frozenset()
+    problem: str = ""
 
     def __len__(self) -> int:
         return len(self.units)
@@ -95,6 +101,7 @@ class BlockStack:
 
     def __repr__(self) -> str:
         lines = [f"  {index:>3}  {unit}" for index, unit in enumerate(self.units)]
+        lines += [f"  {self.problem}"] if self.problem else []
         return "\n".join([f"{len(self)} units of {type(self.model).__name__}", *lines])
 
     @property
@@ -140,34 +147,45 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def find_blocks(
-    model: nn.Module, blocks: Sequence[str] | None = None, stem: Sequence[str] | None = None
+    model: nn.Module,
+    blocks: Sequence[str] | None = None,
+    stem: Sequence[str] | None = None,
+    inputs: Inputs = None,
 ) -> BlockStack:
     """
     Find the stem and the blocks of a model.
 
-    Blocks are the outermost [`~transformers.modeling_layers.GradientCheckpointingLayer`]s of the model where it has them,
-    else the members of its largest `ModuleList` (MPNet's layers, ALBERT's shared layer, the stages of ConvNeXt and
-    ResNet).
+    Blocks are what repeats: the members of the model's outermost `ModuleList`s, and members of one type of its `Sequential`s
+    (see [`~smartfrz_hf.model.discovery.find_stacks`]): transformer layers, the stages of a convolutional network. A model may
+    have several stacks of them: an encoder and a decoder, or the towers of a multimodal model.
 
-    One forward pass of a tiny batch in evaluation mode shows the order in which the blocks run and, through the autograd
-    graph, which parameters the input of each block depends on. What the first block reads is the stem. What a later block
-    reads besides the blocks before it belongs to the unit in front of it. Everything else is the head, which never freezes.
+    One forward pass in evaluation mode shows the order in which the blocks run and, through the autograd graph, which
+    parameters the input of each block depends on. What the first block reads is the stem. What a later block reads besides the
+    blocks before it belongs to the unit in front of it: the embeddings of a decoder belong to the last block of the encoder.
+    Everything else is the head, which never freezes. So is a stack that does not run. A stack in which nothing trains, such as
+    a tower that was frozen by hand, is no block, but stem or head, if another one trains.
 
-    In a model that cannot be run so, blocks run in the order in which they are registered, and the stem holds only what is
-    an embedding by its name or type.
+    A parameter that several units share, such as the embeddings of T5's encoder and decoder, belongs to the first of them.
+
+    The pass takes a tiny batch that is made up from the model's configuration. In a model that does not run on that, or not
+    with all of its stacks, it takes `inputs`. Without them, a model with one stack is taken to run in the order in which it is
+    registered, and the stem holds only what is an embedding by its name or type.
 
     Args:
         model ([`~torch.nn.Module`]): the model, wrapped (DDP, `torch.compile`, PEFT) or not.
-        blocks (`list[str]`, *optional*): dotted names or shell patterns of the blocks in execution order.
+        blocks (`list[str]`, *optional*): dotted names or shell patterns of the blocks.
         stem (`list[str]`, *optional*): dotted names or shell patterns of all modules and parameters that the first block
             reads. Needed only where they cannot be found.
+        inputs (`Mapping` or `Callable`, *optional*): keyword arguments of the model for a batch of one or two rows, such as the
+            first ones of the training data, or a function that returns them. Used where a made-up batch does not do.
 
     Returns:
         [`BlockStack`]
 
     Raises:
-        ValueError: the model has no linear order of blocks; `blocks` or `stem` names something that is not in the model; or
-            the model cannot be run, and something that is registered in front of the blocks may be stem or head.
+        ValueError: the model has no repeated blocks; `blocks` or `stem` names something that is not in the model; or
+            the model cannot be run ([`NoOrderError`]), and it has several stacks, or something that is registered in front of
+            the blocks may be stem or head.
 
     Example:
 
@@ -187,16 +205,45 @@ def find_blocks(
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a {type(model).__name__}; it must be a `torch.nn.Module`.")
     outermost, model = model, unwrap_model(model)
-    names = discover(model) if blocks is None else match(model, blocks, "blocks")
-    traced = trace(model, outermost, names)
+    stacks = {"": match(model, blocks, "blocks")} if blocks is not None else find_stacks(model)
+    if not stacks:
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks that could freeze one by one. Name by hand what can freeze, front "
+            'first, with dotted names or shell patterns: `SmartFRZConfig(blocks=["conv1", "conv2"])`.'
+        )
+    modules = dict(model.named_modules())
+    everything = [name for members in stacks.values() for name in members]
+    training = {
+        key: members
+        for key, members in stacks.items()
+        if any(p.requires_grad for name in members for p in modules[name].parameters())
+    }
+    stacks = training or stacks
+    names = [name for members in stacks.values() for name in members]
+    traced = trace(model, outermost, names, inputs, [name for name in everything if name not in names])
+    kind, why, problem = type(model).__name__, traced.problem or "none could be made for it", ""
     if traced.order:
-        modules = dict(model.named_modules())
+        idle = [name for name in names if modules[name] not in traced.order]
+        if idle:
+            problem = f"{', '.join(dict.fromkeys(map(stack_of, idle)))} of {kind} did not run on a small batch ({why}), and never freeze."
+        names = [name for name in names if modules[name] in traced.order]
         names.sort(key=lambda name: traced.order[modules[name]])
+    elif len(stacks) > 1:
+        raise NoOrderError(
+            f"{kind} has {len(stacks)} stacks of blocks, and does not run on a small batch ({why}), so it is not known in which "
+            f"order they run. Pass a batch of your own, `find_blocks(model, inputs=batch)`, or name what can freeze, front first: "
+            f"{describe(stacks)}."
+        )
+    else:
+        problem = f"{kind} does not run on a small batch ({why}); its blocks are taken to run as they are registered."
     by_hand = None if stem is None else match(model, stem, "stem", parameters=True)
     parts = assign(model, names, traced, by_hand)
-    runs_once = traced.runs_once
-    units = [
-        Unit(name, part.modules, part.own, runs_once=i > 0 and part.modules[name] in runs_once)
-        for i, (name, part) in enumerate(zip([STEM, *names], parts, strict=True))
-    ]
-    return BlockStack(model, traced.backbone, tuple(units), traced.bypassed)
+    units: list[Unit] = []
+    taken: set[nn.Parameter] = set()
+    for name, part in zip([STEM, *names], parts, strict=True):
+        inside = Unit(name, part.modules, part.own).named_parameters()
+        shared = frozenset(key for key, parameter in inside.items() if parameter in taken)
+        own = {key: parameter for key, parameter in part.own.items() if key not in shared}
+        units.append(Unit(name, part.modules, own, part.modules.get(name) in traced.runs_once, shared))
+        taken.update(inside.values())
+    return BlockStack(model, traced.backbone, tuple(units), traced.bypassed, problem)

@@ -4,8 +4,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from ..signals.pilot import PilotSignals
 from ..signals.probe_history import ProbeHistory
 from ..signals.schedule import LearningRates
+from ..signals.steps import BeforeUpdate
 from ..signals.weights import WeightHistory
 
 
@@ -22,6 +24,10 @@ class Observation:
         rates ([`LearningRates`]): learning rate before each step of the run.
         history ([`WeightHistory`], *optional*): given to a policy that sets `history_size`.
         probe ([`ProbeHistory`], *optional*): given to a policy that sets `front_probe`, where the probe works.
+        pilot ([`PilotSignals`], *optional*): given once to a policy that sets `pilot`, at the end of the pilot.
+        savings (`list[float]`, *optional*):
+            With `pilot`: for each depth from 0 to all units, the share of a training step's FLOPs that freezing so many
+            units saves, without an activation cache.
     """
 
     step: int
@@ -31,6 +37,8 @@ class Observation:
     rates: LearningRates
     history: WeightHistory | None = None
     probe: ProbeHistory | None = None
+    pilot: PilotSignals | None = None
+    savings: list[float] | None = None
 
     @property
     def units(self) -> int:
@@ -51,10 +59,14 @@ class Decision:
     Attributes:
         depth (`int`): units to freeze, counted from the front. A depth below the current one changes nothing.
         reason (`str`): why, for the ledger and the log.
+        unfreeze (`bool`): whether all units train again first.
+        probabilities (`list[float]`, *optional*): that each active unit has converged, front first, for the report.
     """
 
     depth: int
     reason: str
+    unfreeze: bool = False
+    probabilities: list[float] | None = None
 
 
 class Policy(ABC):
@@ -66,6 +78,9 @@ class Policy(ABC):
         history_size (`tuple[int, int]`, *optional*): snapshots in the weight history that it needs, and weights in each
             snapshot. Without it no history is recorded.
         front_probe (`bool`): whether it needs the front probe.
+        pilot (`float`):
+            Length of the pilot, as a fraction of the run; 0 for none. When it ends, the policy is asked with
+            `observation.pilot`, and units that it freezes then go back to the weights that they had at the start.
 
     Example:
 
@@ -82,10 +97,35 @@ class Policy(ABC):
 
     history_size: tuple[int, int] | None = None
     front_probe: bool = False
+    pilot: float = 0.0
 
     @abstractmethod
     def decide(self, observation: Observation) -> Decision:
-        """Answer at a freezing stage. Called once before the first step, too."""
+        """
+        Answer at a freezing stage. Called once before the first step, too. With several processes each one asks its own
+        policy, and all take the answer of process 0.
+        """
+
+    def before_update(self, now: BeforeUpdate) -> None:  # noqa: B027
+        """
+        Look at the gradients and weights before each optimizer step. Nothing is observed unless a policy implements it.
+
+        Args:
+            now ([`~smartfrz_hf.signals.steps.BeforeUpdate`]): the gradients and weights of the active units.
+        """
+
+    def rate_factors(self, progress: float, units: int) -> list[float]:
+        """
+        What the learning rate of each unit is multiplied with in the next step. It must be the same in all processes.
+
+        Args:
+            progress (`float`): fraction of the run that is done.
+            units (`int`): number of units.
+
+        Returns:
+            `list[float]`: one factor a unit, the stem first. The head keeps the learning rate of the schedule.
+        """
+        return [1.0] * units
 
     def state_dict(self) -> dict[str, Any]:
         """What the policy has to remember when a run resumes: plain JSON values and tensors. Empty by default."""

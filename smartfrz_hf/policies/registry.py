@@ -7,12 +7,27 @@ from typing import Any
 
 from ..config import POLICIES, SmartFRZConfig
 from ..predictor import SmartFRZPredictor, load_predictor
+from .autofreeze import AutoFreezePolicy
 from .base import Policy
+from .egeria import EgeriaPolicy
+from .freezeout import FreezeOutPolicy
+from .grades import GradESPolicy
 from .linear import LinearPolicy
 from .never import NeverPolicy
+from .random import RandomPolicy
+from .self_cka import SelfCKAPolicy
 from .smartfrz import SmartFRZPolicy
 from .static import StaticPolicy
 
+# Rules of other papers. By name they have their published settings; for others, an instance is passed.
+PEERS: dict[str, type[Policy]] = {
+    "autofreeze": AutoFreezePolicy,
+    "egeria": EgeriaPolicy,
+    "freezeout": FreezeOutPolicy,
+    "grades": GradESPolicy,
+    "random": RandomPolicy,
+    "self_cka": SelfCKAPolicy,
+}
 _makers: dict[str, Callable[[SmartFRZConfig], Policy]] = {
     "linear": lambda config: LinearPolicy(config.linear_start, config.linear_depth),
     "never": lambda config: NeverPolicy(),
@@ -69,6 +84,8 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
     Raises:
         OSError: the predictor's files are missing or damaged, or the Hub cannot be reached.
     """
+    if config.policy in PEERS:
+        return PEERS[config.policy]()
     if config.policy != "smartfrz":
         return _makers[config.policy](config)
     if predictor is None:
@@ -76,7 +93,12 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
     threshold = config.freeze_threshold
     if threshold is None:
         threshold = predictor.config.operating_points[config.operating_point]
-    return SmartFRZPolicy(predictor, threshold)
+    return SmartFRZPolicy(
+        predictor,
+        threshold,
+        tolerance=predictor.config.start_tolerances[config.operating_point] if config.start_stage else None,
+        target_saving=config.target_saving,
+    )
 
 
 def resolve(

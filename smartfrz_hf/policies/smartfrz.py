@@ -3,13 +3,15 @@
 import torch
 from transformers.utils import logging
 
-from ..predictor import SmartFRZPredictor, build_inputs
+from ..predictor import SmartFRZPredictor, build_inputs, start_features
+from ..signals.pilot import PilotSignals
 from ..signals.weights import WeightHistory
 from .base import Decision, Observation, Policy
 
 logger = logging.get_logger(__name__)
 
 MIN_SNAPSHOTS = 3
+PILOT = 0.03  # fraction of the run
 # Nothing freezes in this fraction of the run while the learning rate is at or above this fraction of its peak.
 EARLY, PEAK = 0.2, 0.8
 
@@ -25,10 +27,23 @@ class SmartFRZPolicy(Policy):
     Args:
         predictor ([`SmartFRZPredictor`]): gives the probabilities.
         threshold (`float`): probability from which a unit counts as converged, in `[0, 1]`.
+        tolerance (`float`, *optional*):
+            Points that a front which freezes from the start of the run may cost, as the predictor's [`StartPredictor`] sees
+            it at the end of the pilot. Without it nothing freezes from the start.
+        target_saving (`float`, *optional*): share of the compute to be saved, in place of the tolerance.
     """
 
-    def __init__(self, predictor: SmartFRZPredictor, threshold: float):
+    def __init__(
+        self,
+        predictor: SmartFRZPredictor,
+        threshold: float,
+        tolerance: float | None = None,
+        target_saving: float | None = None,
+    ):
         self.predictor, self.threshold = predictor.eval(), threshold
+        self.tolerance, self.target_saving = tolerance, target_saving
+        if target_saving is not None or (tolerance is not None and predictor.start is not None):
+            self.pilot = PILOT
         self.history_size = (predictor.config.window, predictor.config.weights_per_unit)
         self.front_probe = predictor.config.front_probe
         self._warned = False
@@ -47,6 +62,8 @@ class SmartFRZPolicy(Policy):
             [`Decision`]: the reason gives the probabilities of the units that freeze, or that of the first active unit.
         """
         history, depth = observation.history, observation.depth
+        if observation.pilot is not None:
+            return self.start(observation, observation.pilot)
         if history is None or history.filled < MIN_SNAPSHOTS or depth == observation.units:
             return Decision(depth, "not enough history")
         if observation.progress < EARLY and observation.rates.relative[observation.step] >= PEAK:
@@ -66,7 +83,41 @@ class SmartFRZPolicy(Policy):
         ):
             reached += 1
         listed = ", ".join(f"{p:.3f}" for p in probabilities[: max(1, reached - depth)])
-        return Decision(reached, f"probability {listed} against {self.threshold:g}")
+        return Decision(reached, f"probability {listed} against {self.threshold:g}", probabilities=probabilities)
+
+    @torch.no_grad()
+    def start(self, observation: Observation, pilot: PilotSignals) -> Decision:
+        """
+        Freeze a front from the start of the run on: the deepest one that the predictor finds cheap enough, or the one that saves
+        as much compute as was asked for.
+
+        Args:
+            observation ([`Observation`]): at the end of the pilot.
+            pilot ([`PilotSignals`]): what the pilot has shown.
+
+        Returns:
+            [`Decision`]: the reason says what is expected to be saved and lost.
+        """
+        assert observation.savings is not None
+        savings = [(1 - observation.progress) * saving for saving in observation.savings]
+        if self.target_saving is not None:
+            enough = (depth for depth, saving in enumerate(savings) if saving >= self.target_saving)
+            depth = max(next(enough, observation.units), observation.depth)
+            return Decision(depth, f"from the start, to save {savings[depth]:.0%} of the compute")
+        if pilot.agreement <= 0:
+            return Decision(observation.depth, "the loss does not fall in the pilot")
+        assert self.predictor.start is not None
+        spent = float(observation.rates.spent[observation.step])
+        features = start_features(pilot, observation.max_steps, spent).to(self.predictor.device)
+        if not torch.isfinite(features).all():
+            return Decision(observation.depth, "gradients of the pilot are not finite")
+        lost = [0.0, *self.predictor.start(features).tolist()]
+        within = (d for d, points in enumerate(lost) if points <= (self.tolerance or 0.0))
+        depth = max(observation.depth, *within)
+        return Decision(
+            depth,
+            f"from the start: expected to save {savings[depth]:.0%} of the compute and to lose {lost[depth]:.1f} points",
+        )
 
     @torch.no_grad()
     def score(self, observation: Observation, history: WeightHistory, snapshots: torch.Tensor) -> list[float]:

@@ -4,6 +4,7 @@ from .configuration import SmartFRZPredictorConfig
 from .features import PredictorInputs, build_inputs
 from .hub import FILES, default_predictor_path, load_predictor, push_predictor
 from .modeling import SmartFRZPredictor, SmartFRZPredictorOutput
+from .start import StartPredictor, start_features
 
 __all__ = [
     "FILES",
@@ -11,8 +12,10 @@ __all__ = [
     "SmartFRZPredictor",
     "SmartFRZPredictorConfig",
     "SmartFRZPredictorOutput",
+    "StartPredictor",
     "build_inputs",
     "default_predictor_path",
     "load_predictor",
     "push_predictor",
+    "start_features",
 ]

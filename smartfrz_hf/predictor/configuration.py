@@ -11,6 +11,7 @@ logger = logging.get_logger(__name__)
 
 FORMS = ("dynamics", "weights")
 DEFAULT_POINTS = {"conservative": 0.9, "balanced": 0.7, "aggressive": 0.5}
+DEFAULT_TOLERANCES = {"conservative": 0.1, "balanced": 0.3, "aggressive": 1.0}
 SIZES = ("window", "weights_per_unit", "encoder_size", "attention_size", "unit_size", "head_size")
 RENAMED = {"samples": "weights_per_unit"}
 
@@ -44,6 +45,10 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         operating_points (`dict[str, float]`, *optional*):
             Probability from which a unit counts as converged, for `"conservative"`, `"balanced"` and `"aggressive"`
             freezing.
+        start_size (`int`, *optional*, defaults to `0`):
+            Width of the [`StartPredictor`], which decides what freezes from the first step on. 0 for none.
+        start_tolerances (`dict[str, float]`, *optional*):
+            Points that freezing from the first step on may cost by its prediction, for each of the three.
 
     Raises:
         ValueError: `form` is unknown or has no front probe, a size is below 1, or an operating point is no
@@ -75,6 +80,8 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         front_probe: bool = False,
         head_size: int = 16,
         operating_points: dict[str, float] | None = None,
+        start_size: int = 0,
+        start_tolerances: dict[str, float] | None = None,
         **kwargs: Any,
     ):
         # Written out: Transformers makes no arguments of annotated fields before version 5.4.
@@ -83,6 +90,8 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         self.unit_attention, self.front_sum, self.front_probe = unit_attention, front_sum, front_probe
         self.head_size = head_size
         self.operating_points = dict(DEFAULT_POINTS if operating_points is None else operating_points)
+        self.start_size = start_size
+        self.start_tolerances = dict(DEFAULT_TOLERANCES if start_tolerances is None else start_tolerances)
         for old, new in RENAMED.items():
             if old in kwargs:
                 setattr(self, new, kwargs.pop(old))
@@ -106,6 +115,11 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         if set(points) != set(OPERATING_POINTS) or not all(0 <= value <= 1 for value in points.values()):
             raise ValueError(
                 f"`operating_points` is {points!r}; it must have a probability for each of "
+                f"{', '.join(OPERATING_POINTS)}."
+            )
+        if set(self.start_tolerances) != set(OPERATING_POINTS):
+            raise ValueError(
+                f"`start_tolerances` is {self.start_tolerances!r}; it must have the points that may be lost for each of "
                 f"{', '.join(OPERATING_POINTS)}."
             )
 

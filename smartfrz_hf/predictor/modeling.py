@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
 from .configuration import DYNAMICS_SIZE, SmartFRZPredictorConfig
+from .start import StartPredictor
 
 CLIP = 2.0  # standard deviations at which features are clipped, so that none lies far outside of what was trained on
 MIN_LOG_ODDS = -1e4  # of an inactive unit, so that it adds nothing to the odds against freezing
@@ -112,6 +113,7 @@ class SmartFRZPredictor(PreTrainedModel):
             if config.unit_attention:
                 self.unit_query, self.unit_key, self.unit_value = (nn.Linear(unit_size, unit_size) for _ in range(3))
         self.head = mlp(unit_size, config.head_size, config.head_size, 1)
+        self.start = StartPredictor(config.start_size) if config.start_size else None
         self.register_buffer("offset", torch.zeros(()))
         self.register_buffer("temperature", torch.ones(()))
         self.post_init()

@@ -179,7 +179,7 @@ class RecordingCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Sum the gradients at the sampled positions."""
         for unit, total in enumerate(self._gradients):
-            total += self._sampler.read_gradient(unit).cpu()
+            total += self._sampler.read_gradients([unit])[0].cpu()
         if not self._front.steps:
             self._record_front(0)
 

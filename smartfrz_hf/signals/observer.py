@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from ..distributed.fsdp import reshard
 from ..model.units import BlockStack
+from .pilot import Pilot
 from .probe import FrontProbe
 from .probe_history import ProbeHistory, affordable_rows
 from .weights import WeightHistory, WeightSampler
@@ -28,13 +29,15 @@ class Observer:
         probe_examples (`int`): most examples of the front probe; 0 for none.
         examples_between (`Callable[[int], int]`):
             From the examples of the first training batch to those that are trained between two freezing stages. The
-            probe may take 3 % of that time.
+            probe may take 1 % of that time; there is none if this is too little for one example.
+        pilot_steps (`int`): optimizer steps of the pilot at the start of the run; 0 for none.
         alone (`Callable`): a context in which the model runs beside training.
         on_pass (`Callable[[int], None]`): called after each pass of the probe with the elements of its main input.
 
     Attributes:
         history ([`WeightHistory`], *optional*): the snapshots so far.
         probe ([`ProbeHistory`], *optional*): the snapshots of the probe; `None` without a probe.
+        pilot ([`Pilot`], *optional*): the first steps of the run, until they are over.
     """
 
     def __init__(
@@ -45,10 +48,13 @@ class Observer:
         sampling_seed: int,
         probe_examples: int,
         examples_between: Callable[[int], int],
+        pilot_steps: int,
         alone: Callable[[], AbstractContextManager],
         on_pass: Callable[[int], None],
     ):
         self._stack, self._record_every, self._alone = stack, record_every, alone
+        self.pilot_steps, self._sampling_seed = pilot_steps, sampling_seed
+        self.pilot: Pilot | None = None
         self.history: WeightHistory | None = None
         if history_size is not None:
             window, weights_per_unit = history_size
@@ -62,12 +68,19 @@ class Observer:
             self.probe = ProbeHistory(probe)
 
     def begin(self, step: int) -> None:
-        """Take the first snapshot of the weights."""
+        """Take the first snapshot of the weights, and start the pilot if the run starts here."""
+        if self.pilot_steps and not step:
+            self.pilot = Pilot(self._stack, self._sampling_seed)
         if self.history is not None:
             self.history.record(self.sampler, step)
 
-    def before_first_update(self, step: int) -> None:
-        """Take the first snapshot of the probe, once its examples are there and before any weight has changed."""
+    def before_update(self, step: int) -> None:
+        """
+        Take the first snapshot of the probe, once its examples are there and before any weight has changed. Record the
+        gradients of the pilot.
+        """
+        if self.pilot is not None:
+            self.pilot.before_update()
         if self.probe is not None and not self.probe.steps:
             self._probe(step)
 
@@ -92,16 +105,18 @@ class Observer:
             self._probe(step)
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model, and forget the weights of the start."""
+        self.pilot = None
         if self.probe is not None:
             self.probe.probe.close()
             self.probe = None
 
     def state_dict(self) -> dict[str, Any]:
-        """`weight_history` and `probe_history`, each as its class documents it, or `None`."""
+        """`weight_history`, `probe_history` and `pilot`, each as its class documents it, or `None`."""
         return {
             "weight_history": None if self.history is None else self.history.state_dict(),
             "probe_history": self.probe.state_dict() if self.probe is not None and self.probe.steps else None,
+            "pilot": None if self.pilot is None else self.pilot.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -110,6 +125,9 @@ class Observer:
             self.history.load_state_dict(state["weight_history"])
         if self.probe is not None and state["probe_history"] is not None:
             self.probe.load_state_dict(state["probe_history"])
+        if self.pilot_steps and state.get("pilot") is not None:  # checkpoints of earlier versions have none
+            self.pilot = Pilot(self._stack, self._sampling_seed)
+            self.pilot.load_state_dict(state["pilot"])
 
     @property
     def history_shape(self) -> tuple[int, ...] | None:

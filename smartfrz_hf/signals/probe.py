@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from inspect import Parameter, signature
 from math import gcd
 from typing import Any
 
@@ -77,7 +78,7 @@ class FirstBatch:
     Args:
         model (`torch.nn.Module`): the model; a pre-hook on it takes the rows at its first call in training mode.
         rows (`int` or `Callable[[int], int]`):
-            The largest number of rows, or a function that gives it for the number of rows in the batch.
+            The largest number of rows, or a function that gives it for the number of rows in the batch. None are kept at 0.
 
     Attributes:
         inputs (`tuple[tuple, dict]`, *optional*): positional and keyword arguments; `None` until the batch has come.
@@ -124,9 +125,11 @@ class FirstBatch:
 
     def _take(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training:
-            kwargs = {key: value for key, value in kwargs.items() if key not in self._without}
+            needed = {p.name for p in signature(module.forward).parameters.values() if p.default is Parameter.empty}
+            kwargs = {key: value for key, value in kwargs.items() if key not in self._without or key in needed}
             rows = self._rows if isinstance(self._rows, int) else self._rows(batch_size((args, kwargs)))
-            self.inputs = first_rows((args, kwargs), rows)
+            if rows:
+                self.inputs = first_rows((args, kwargs), rows)
             self.close()
 
 

@@ -9,17 +9,17 @@ from accelerate.utils import send_to_device
 from .probe import FrontProbe, ProbeSnapshot
 
 LAGS = (1, 2, 4)
-MIN_ROWS, MAX_COST = 4, 0.03
+MAX_COST = 0.01
 
 
 def affordable_rows(rows_between: int) -> int:
     """
-    The number of rows for which a probe takes no more than 3 % of a run, but at least four.
+    The number of rows for which the probe takes at most 1 % of a run. It is 0 for a run that is too short for a single row.
 
     Args:
         rows_between (`int`): training rows from one snapshot to the next.
     """
-    return max(MIN_ROWS, int(MAX_COST * 3 * rows_between))  # a training step costs three forward passes
+    return int(MAX_COST * 3 * rows_between)  # a training step costs three forward passes
 
 
 def compared_snapshots(number: int) -> list[int]:
@@ -49,6 +49,16 @@ class ProbeHistory:
         self.steps: list[int] = []
         self.changes: torch.Tensor | None = None
         self._snapshots: dict[int, ProbeSnapshot] = {}
+
+    @property
+    def first(self) -> ProbeSnapshot | None:
+        """The snapshot before the first step of the run, or since the last restart; `None` before it is taken."""
+        return self._snapshots.get(0)
+
+    @property
+    def last(self) -> ProbeSnapshot | None:
+        """The latest snapshot; `None` before the first one."""
+        return self._snapshots.get(len(self.steps) - 1)
 
     def record(self, step: int) -> None:
         """

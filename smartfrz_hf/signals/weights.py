@@ -30,29 +30,28 @@ class WeightSampler:
 
     Positions are drawn once, without replacement, evenly over all trainable floating-point matrices and convolution
     kernels of the unit. A unit with fewer weights than `weights_per_unit` repeats them in turn. Each read is one indexed
-    gather per parameter, on its device: no parameter is copied as a whole. Under FSDP2 each process reads its own shards,
-    and the samples are put together from all of them.
+    gather per parameter, on its device: no parameter is copied as a whole. A unit without floating-point weights, such as the
+    stem of a network whose first layer is a block, reads as zeros. Under FSDP2 each process reads its own shards, and the
+    samples are put together from all of them.
 
     Args:
         units (`Sequence[Unit]`): the units, in order.
         weights_per_unit (`int`): weights in a sample.
         seed (`int`, *optional*, defaults to `0`): seed of the positions. The process's random state is not touched.
-
-    Raises:
-        ValueError: a unit has no floating-point parameter at all.
     """
 
     def __init__(self, units: Sequence[Unit], weights_per_unit: int, seed: int = 0):
         self.weights_per_unit = weights_per_unit
-        sharded = (p for unit in units for p in unit.named_parameters().values() if isinstance(p, DTensor))
-        self._mesh: DeviceMesh | None = next((p.device_mesh for p in sharded), None)
+        parameters = [p for unit in units for p in unit.named_parameters().values()]
+        self._mesh: DeviceMesh | None = next((p.device_mesh for p in parameters if isinstance(p, DTensor)), None)
+        self._device = parameters[0].device if parameters else torch.device("cpu")
         generator = np.random.default_rng(seed)
         self._reads = [self._draw(unit, generator) for unit in units]
 
     def _draw(self, unit: Unit, generator: np.random.Generator) -> list[_Read]:
         parameters = [p for p in unit.named_parameters().values() if p.is_floating_point() and p.numel()]
         if not parameters:
-            raise ValueError(f"Unit {unit.name!r} has no floating-point weights to record.")
+            return []
         # Weights that do not train, such as the base model under PEFT, show nothing.
         parameters = [p for p in parameters if p.requires_grad] or parameters
         parameters = [p for p in parameters if p.dim() >= 2] or parameters
@@ -112,20 +111,22 @@ class WeightSampler:
         """
         return self._put_together([self._take(unit, lambda parameter: parameter) for unit in units])
 
-    def read_gradient(self, unit: int) -> torch.Tensor:
+    def read_gradients(self, units: Sequence[int]) -> torch.Tensor:
         """
-        The gradient of one unit at its positions, zero where there is none.
+        The gradients of several units at their positions, zero where there is none. Under FSDP2 all ranks have to call it.
 
         Args:
-            unit (`int`): index of the unit.
+            units (`Sequence[int]`): indices of the units.
 
         Returns:
-            `torch.Tensor` of shape `(weights_per_unit,)`, `float32`.
+            `torch.Tensor` of shape `(units, weights_per_unit)`, `float32`.
         """
-        return self._put_together([self._take(unit, lambda parameter: parameter.grad)])[0]
+        return self._put_together([self._take(unit, lambda parameter: parameter.grad) for unit in units])
 
     def _take(self, unit: int, get: Callable[[nn.Parameter], torch.Tensor | None]) -> torch.Tensor:
         """A sample of one unit, zero where another process holds the element."""
+        if not self._reads[unit]:
+            return torch.zeros(self.weights_per_unit, device=self._device)
         parts = []
         for read in self._reads[unit]:
             tensor = get(read.parameter)

@@ -43,8 +43,15 @@ class Sharding:
 
     def __init__(self):
         self.bytes = self.gathers = 0
-        self.reduce_scatter, dist.reduce_scatter_single = dist.reduce_scatter_single, self.reduce
-        self.all_gather, dist.all_gather_single = dist.all_gather_single, self.gather
+        new = hasattr(dist, "reduce_scatter_single")  # the names that torch has given them since 2.7
+        reduce, gather = (
+            ("reduce_scatter_single", "all_gather_single")
+            if new
+            else ("reduce_scatter_tensor", "all_gather_into_tensor")
+        )
+        self.reduce_scatter, self.all_gather = getattr(dist, reduce), getattr(dist, gather)
+        setattr(dist, reduce, self.reduce)
+        setattr(dist, gather, self.gather)
 
     def reduce(self, *args, **kwargs):
         tensor = kwargs["input"] if "input" in kwargs else args[1]
@@ -114,6 +121,7 @@ def main():
     parser.add_argument("--arguments", type=json.loads, default={}, help="of training, more of them")
     parser.add_argument("--stages", type=json.loads, default=STAGES, help="which depth from which step on")
     parser.add_argument("--front", action="store_true", help="look at the front probe, too")
+    parser.add_argument("--pilot", type=float, default=0.0, help="fraction of the run that is the pilot")
     parser.add_argument("--dies_at", type=int, help="rank 1 leaves before the freezing stage of this step")
     options = parser.parse_args()
 
@@ -159,14 +167,20 @@ def main():
             predictor=predictor,
         )
         callback = trainer.smartfrz
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()},
+        options.folder / f"start-{rank}.safetensors",
+    )
     watching.trainer, watching.callback = trainer, callback
     stages = {int(step): depth for step, depth in options.stages.items()}
 
-    changes = {}
+    changes, pilots = {}, []
 
     def decide(seen):
         if seen.probe is not None and seen.probe.changes is not None:
             changes[seen.step] = seen.probe.changes.tolist()
+        if seen.pilot is not None:
+            pilots.append({key: torch.as_tensor(value).tolist() for key, value in vars(seen.pilot).items()})
         if options.dies_at == seen.step and rank == 1:
             raise SystemExit(3)
         ahead = 2 if options.unlike and rank else 0
@@ -174,7 +188,7 @@ def main():
             max((step, depth) for step, depth in {0: 0, **stages}.items() if step <= seen.step + ahead)[1], "told"
         )
 
-    callback.policy.decide = decide
+    callback.policy.decide, callback.policy.pilot = decide, options.pilot
     trainer.train(resume_from_checkpoint=str(options.resume) if options.resume else None)
     weights = {key: whole(value) for key, value in model.state_dict().items()}
     save_file(weights, options.folder / f"end-{rank}.safetensors")
@@ -189,6 +203,7 @@ def main():
         "gathers": watching.gathers,
         "states": watching.states,
         "changes": changes,
+        "pilots": pilots,
         "spent": callback.ledger.to_dict()["spent"],
     }
     (options.folder / f"end-{rank}.json").write_text(json.dumps(found))

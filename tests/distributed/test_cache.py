@@ -7,6 +7,7 @@ import pytest
 import torch
 from launching import launch
 from safetensors.torch import load_file
+from versions import resume_on_two_cpu_ranks
 
 # An epoch has six steps.
 GROWING = '--stages={"0": 2, "9": 4}'
@@ -111,6 +112,7 @@ def test_each_host_keeps_its_rows(tmp_path):
     assert 0 < hits(found)[1] < hits(found)[2] < 48
 
 
+@resume_on_two_cpu_ranks
 @pytest.mark.parametrize(("save_steps", "resumed_at"), [(5, 10), (7, 7)], ids=["after the stage", "before the stage"])
 def test_killed_ranks_go_on(never_killed, tmp_path, save_steps, resumed_at):
     """SIGKILL, to every rank, in mid-epoch: no handler, no clean-up, and the store of the host is gone with them."""

@@ -10,6 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from example_scripts import FREEZE_TWO, TRAIN, pairs, read_json, run_script
 from transformers import AutoConfig
+from versions import accumulates
 
 
 def test_trains_evaluates_and_predicts(run_glue, bert, texts, tmp_path, caplog):
@@ -89,6 +90,7 @@ def test_resumes_from_last_checkpoint(run_glue, bert, texts, tmp_path, caplog):
     assert read_json(tmp_path, "out", "trainer_state.json")["global_step"] == 3
 
 
+@accumulates
 def test_accumulating_gradients_leaves_them_as_large(run_glue, bert, texts, tmp_path):
     first_logs = []
     for batch, accumulated in ((8, 1), (2, 4)):

@@ -8,6 +8,7 @@ from example_scripts import FREEZE_TWO, pairs, read_json, run_script
 from launching import RECIPES
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
+from versions import accumulates
 
 LINEAR = ["--smartfrz_policy", "linear", "--smartfrz_linear_depth", "1.0"]
 LINEAR += ["--smartfrz_first_decision", "3", "--smartfrz_decide_every", "2"]
@@ -40,7 +41,7 @@ def run_trainer(run_glue, common, out):
     run_glue.main([*common, "--do_train", "--do_eval", "--optim", "adamw_torch", "--output_dir", str(out)])
 
 
-@pytest.mark.parametrize(("accumulation", "cache"), [("1", "true"), ("2", "false")])
+@pytest.mark.parametrize(("accumulation", "cache"), [("1", "true"), pytest.param("2", "false", marks=accumulates)])
 def test_trains_and_freezes_as_the_trainer_does(
     run_glue, run_glue_no_trainer, bert, words, tmp_path, accumulation, cache
 ):

@@ -7,8 +7,11 @@ from architectures import ARCHITECTURES, TEXT, build
 from odd_models import ClassifierFirst, OddOrder, bart, clip, dual_encoder, llava, t5, wav2vec2, whisper
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaModel
+from versions import VISION_TOWER
+from zoo import build_tiny
 
 from smartfrz_hf import find_blocks
+from smartfrz_hf.model.discovery import NoOrderError, find_stacks
 from smartfrz_hf.model.units import unwrap_model
 
 
@@ -116,13 +119,80 @@ def test_blocks_by_hand():
         find_blocks(bert, blocks=["bert.encoder.layer.0", "bert.encoder"])
 
 
-def test_models_without_an_order_are_refused():
-    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration is an encoder-decoder.*blocks="):
-        find_blocks(t5())
-    with pytest.raises(ValueError, match=r"VisionTextDualEncoderModel has 2 separate stacks.*blocks="):
-        find_blocks(dual_encoder())
+def test_models_without_blocks_are_refused():
     with pytest.raises(ValueError, match=r"Linear has no repeated blocks.*blocks="):
         find_blocks(nn.Linear(2, 2))
+
+
+def test_encoder_then_decoder():
+    stack = find_blocks(t5())
+    blocks = [f"{part}.block.{i}" for part in ("encoder", "decoder") for i in range(2)]
+    assert stack.names == ["stem", *blocks]
+    # The table that both and the head share is the stem's. The norm behind the encoder trains until the decoder freezes.
+    assert list(stack.stem.named_parameters()) == ["encoder.embed_tokens.weight"]
+    assert {"encoder.final_layer_norm", "decoder.block.0"} <= set(stack["decoder.block.0"].modules)
+    assert set(stack.head_parameters()) == {"decoder.final_layer_norm.weight"}
+
+
+def test_a_head_that_is_tied_to_the_decoder_trains_as_long_as_it():
+    stack = find_blocks(whisper())
+    assert "model.decoder.embed_tokens" in stack["model.decoder.layers.0"].modules
+    assert [name for name in stack.names if "encoder" in name] == stack.names[1:3]
+
+
+def test_towers_follow_each_other():
+    stack = find_blocks(clip())
+    assert stack.names[1:5] == [f"vision_model.encoder.layers.{i}" for i in range(4)] or stack.names[1:5] == [
+        f"text_model.encoder.layers.{i}" for i in range(4)
+    ]
+    assert len(stack) == 9
+    other = stack.names[5]
+    assert set(stack[other].modules) > {other}, "a tower's embeddings belong to its first block"
+
+
+def test_the_first_batch_shows_what_a_made_up_one_does_not():
+    model, batch = (
+        llava(),
+        {"input_ids": torch.tensor([[1, *[98] * 16, 5]]), "pixel_values": torch.zeros(1, 3, 32, 32)},
+    )
+    alone = find_blocks(model)
+    assert alone.names[1:] == [f"model.language_model.layers.{i}" for i in range(4)]
+    assert "model.vision_tower.encoder.layers of LlavaForConditionalGeneration did not run" in alone.problem
+    stack = find_blocks(model, inputs=lambda: batch)
+    assert not stack.problem
+    assert stack.names[1:5] == [f"model.vision_tower.encoder.layers.{i}" for i in range(4)]
+    first = stack["model.language_model.layers.0"]
+    assert {"model.multi_modal_projector", "model.language_model.embed_tokens"} <= set(first.modules)
+
+
+def test_a_tower_that_is_frozen_already_is_stem():
+    model, batch = (
+        llava(),
+        {"input_ids": torch.tensor([[1, *[98] * 16, 5]]), "pixel_values": torch.zeros(1, 3, 32, 32)},
+    )
+    model.model.vision_tower.requires_grad_(False)
+    stack = find_blocks(model, inputs=batch)
+    assert stack.names[1:] == [f"model.language_model.layers.{i}" for i in range(4)]
+    assert "model.multi_modal_projector" in stack.stem.modules
+
+
+def test_several_stacks_that_cannot_be_run_are_listed(monkeypatch):
+    model = dual_encoder()
+    monkeypatch.setattr(type(model), "forward", refuse)
+    with pytest.raises(NoOrderError, match=r"2 stacks.*this model does not run.*blocks=\['vision_model.*\.\*'\]"):
+        find_blocks(model)
+
+
+def test_lists_that_alternate_and_lists_in_lists():
+    xlm = find_blocks(build_tiny("xlm"))
+    assert xlm.names[1:] == ["transformer.attentions.0", "transformer.attentions.1"]
+    assert "transformer.ffns.0" in xlm[1].modules
+    assert find_blocks(build_tiny("pvt")).names[2:4] == ["pvt.encoder.block.0.1", "pvt.encoder.block.1.0"]
+    nested = nn.Module()
+    nested.stages = nn.ModuleList(
+        nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 8) for _ in range(2)) for _ in range(2)
+    )
+    assert find_stacks(nested) == {"stages": ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1"]}
 
 
 def test_stack_is_of_the_model_it_was_given():
@@ -173,8 +243,8 @@ BESIDE = {
     ),
     "the language model": (
         llava,
-        ["model.vision_tower.encoder.layers.*"],
-        {"model.vision_tower.embeddings", "model.vision_tower.pre_layrnorm"},
+        [f"{VISION_TOWER}.encoder.layers.*"],
+        {f"{VISION_TOWER}.embeddings", f"{VISION_TOWER}.pre_layrnorm"},
     ),
     "a classifier that is declared first": (ClassifierFirst, None, {"encoder.embeddings"}),
 }

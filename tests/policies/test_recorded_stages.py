@@ -24,7 +24,7 @@ def one_thread():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RECORDED)
-def test_freezing_stages_are_the_recorded_ones(tmp_path, run):
+def test_freezing_stages_are_the_recorded_ones(tmp_path, affordable, run):
     model, operating_point = run.split("/")
     callback = SmartFRZCallback(SmartFRZConfig(operating_point=operating_point))
     train(tmp_path, [callback], build(model), max_steps=160, lr_scheduler_type="cosine")

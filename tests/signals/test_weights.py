@@ -60,9 +60,9 @@ def test_only_trainable_matrices_are_read():
     assert WeightSampler([unit_of(module)], 100).read(0).tolist() == list(range(9, 109)), "a vector if that is all"
 
 
-def test_units_without_weights_are_refused():
-    with pytest.raises(ValueError, match="'unit' has no floating-point weights"):
-        WeightSampler([unit_of(nn.Dropout())], weights_per_unit=4)
+def test_a_unit_without_weights_reads_as_zeros():
+    sampler = WeightSampler([unit_of(nn.Dropout()), unit_of(numbered((2, 2)))], weights_per_unit=4)
+    assert sampler.read_all([0, 1]).tolist() == [[0.0] * 4, [0.0, 1.0, 2.0, 3.0]]
 
 
 def test_process_random_state_is_left_alone():

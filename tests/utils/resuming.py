@@ -5,7 +5,14 @@ import torch
 from architectures import build
 from training import Rows, train
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictor, SmartFRZPredictorConfig, SmartFRZTrainer
+from smartfrz_hf import (
+    Policy,
+    SmartFRZCallback,
+    SmartFRZConfig,
+    SmartFRZPredictor,
+    SmartFRZPredictorConfig,
+    SmartFRZTrainer,
+)
 
 STAGES = {"first_decision": 5, "decide_every": 2}
 
@@ -32,14 +39,15 @@ def run(
     settings["activation_cache"] = (
         False  # with it, a resumed run is the same up to rounding: it starts with an empty cache
     )
+    own_policy = settings.pop("policy") if isinstance(policy, Policy) else None
     made = SmartFRZConfig(**settings | (config or {}))
     predictor = predictor or undecided_predictor()
     changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 20, "logging_steps": 1} | changes
     arguments = {"model": model or build("bert"), "dataset": dataset or Rows(40), "folder": folder, "resume": resume}
     if alone:
-        callback = SmartFRZCallback(made, predictor)
+        callback = SmartFRZCallback(made, None if own_policy else predictor, own_policy)
         return train(callbacks=[callback], **arguments, **changes), callback
-    kwargs = {"smartfrz": made, "predictor": predictor}
+    kwargs = {"smartfrz": made} | ({"policy": own_policy} if own_policy else {"predictor": predictor})
     trainer = train(trainer_class=SmartFRZTrainer, trainer_kwargs=kwargs, **arguments, **changes)
     return trainer, trainer.smartfrz
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from transformers import PreTrainedModel
 from transformers.models.vit import modeling_vit
 
@@ -21,3 +22,15 @@ def checkpoint_activations(model: PreTrainedModel, reentrant: bool = False) -> N
     """Turn on activation checkpointing in all blocks."""
     enable = model.activation_checkpointing_enable if RENAMED else model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
+
+
+VISION_TOWER = "model.vision_tower" if RENAMED else "model.vision_tower.vision_model"  # of LLaVA
+
+accumulates = pytest.mark.skipif(
+    not RENAMED,
+    reason="the Trainer of this version divides accumulated gradients twice, unless the model counts items",
+)
+# Earlier versions load the optimizer to the device "cpu:0" there, which torch refuses.
+resume_on_two_cpu_ranks = pytest.mark.skipif(
+    not RENAMED, reason="the Trainer of this version cannot resume on several CPU ranks"
+)

@@ -2,7 +2,7 @@
 Fine-tunes each (model, task) pair of `pairs.json` in full and with its front frozen from the first step, and keeps what each
 run came to: one JSON file a run in `results/`. Runs that are there are not repeated; one that was cut off is.
 
-    python benchmarks/predictor/start/harvest.py --model_dir MODELS --data_dir DATA MORE_DATA
+    python -m benchmarks.predictor.start.harvest --model_dir MODELS --data_dir DATA MORE_DATA
 """
 
 import argparse
@@ -20,18 +20,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from signals import SAMPLES, Signals, WatchedTrainer, rounded
-from tasks import Pair, Plan, Task, find_data, load_task, losses, points
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from benchmarks.predictor.start.signals import Signals, WatchedTrainer, rounded
+from benchmarks.tasks import Pair, Plan, Task, find_data, load_task, losses, points
 from smartfrz_hf.freezing.freezer import Freezer
 from smartfrz_hf.model.units import find_blocks
+from smartfrz_hf.predictor_training.start import pilot_signals
 
 HERE = Path(__file__).parent
 EARLY_ROWS = 200  # held-out rows of the evaluations before the last one
 EARLY = (1 / 3, 2 / 3)
-RATE_MOMENT, MAX_FACTOR = 0.05, 4.0
+RATE_MOMENT = "0.05"
 
 
 def result_file(out: Path, pair: Pair, blocks: int | None) -> Path:
@@ -66,18 +67,9 @@ class Evaluations(TrainerCallback):
 
 def rate_factor(full: dict[str, Any], blocks: int) -> float:
     """
-    What the learning rate of a frozen run is multiplied with, so that its loss falls as fast at first as that of the full run:
-    the change of the loss that all units bring over that of the units behind the front, early in the full run. The head does not
-    count: what it brings at first, it soon no longer brings.
+    What the learning rate of a frozen run is multiplied with, so that its loss falls as fast at first as that of the full run.
     """
-    signals = full["signals"]
-    seen = signals["moments"][str(RATE_MOMENT)]
-    changes = [
-        max(0.0, -change) * size / SAMPLES
-        for change, size in zip(seen["sampled_loss_change"], signals["unit_parameters"], strict=True)
-    ]
-    rest = sum(changes[blocks + 1 :])
-    return min(MAX_FACTOR, sum(changes) / max(rest, 1e-30)) if sum(changes) else 1.0
+    return pilot_signals(full["signals"], RATE_MOMENT).rate_factor(blocks + 1)
 
 
 def run(pair: Pair, blocks: int | None, task: Task, factor: float = 1.0) -> dict[str, Any]:

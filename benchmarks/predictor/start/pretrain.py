@@ -1,7 +1,7 @@
 """
 Pretrains the models of the harvest that no package ships. Resumes where it was; the model is there once all steps are done.
 
-    python benchmarks/predictor/start/pretrain.py resnet --out MODELS --data_dir DATA MORE_DATA
+    python -m benchmarks.predictor.start.pretrain resnet --out MODELS --data_dir DATA MORE_DATA
 
 `bert`: 12 blocks of width 384, the six of MiniLM each taken twice, then trained by masked language modelling on the training
 texts of the harvest's tasks and on `--text`, and to give MiniLM's last hidden states on the texts without masks.
@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow.parquet as parquet
 import torch
 from PIL import Image
-from tasks import Plan
 from torch.nn import functional as F
 from transformers import (
     AutoModelForImageClassification,
@@ -43,6 +42,8 @@ from transformers import (
     ViTForImageClassification,
     set_seed,
 )
+
+from benchmarks.tasks import Plan
 
 HERE = Path(__file__).parent
 TOKENS = 64

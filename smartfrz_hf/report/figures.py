@@ -1,0 +1,82 @@
+"""The charts of a report as PNG files, for papers."""
+
+import os
+from pathlib import Path
+
+from transformers.utils import is_matplotlib_available
+
+from .charts import short
+from .runs import SavedRun
+
+ACTIVE, FROZEN = "#f0e2d8", "#7d97a5"
+
+
+def save_figures(run: SavedRun, folder: str | os.PathLike, plain: SavedRun | None = None) -> list[Path]:
+    """
+    Draw the timeline of the units, and each loss and metric.
+
+    Args:
+        run ([`SavedRun`]): to draw.
+        folder (`str`): for the PNG files; made when it is missing.
+        plain ([`SavedRun`], *optional*): shown beside it.
+
+    Returns:
+        `list[Path]`: the files.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    if not is_matplotlib_available():
+        raise ImportError("PNG files need matplotlib: `pip install matplotlib`.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    if run.state is not None:
+        files.append(_timeline(run, folder / "timeline.png"))
+    for key in ("loss", *run.metrics):
+        if run.curve(key):
+            files.append(_curves(key, run, plain, folder / f"{key.replace('/', '_')}.png"))
+    return files
+
+
+def _timeline(run: SavedRun, path: Path) -> Path:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    assert run.state is not None
+    units, records = run.state["units"], run.ledger.get("records") or []
+    colors = LinearSegmentedColormap.from_list("freeze", [ACTIVE, "#d4691f"])
+    figure = Figure(figsize=(7, 1.2 + 0.26 * len(units)), layout="constrained")
+    axes = figure.subplots()
+    for row, unit in enumerate(units):
+        axes.barh(row, run.steps, height=0.9, color=ACTIVE)
+        for record, following in zip(records, [*records[1:], None], strict=True):
+            scores, place = record["probabilities"], row - record["depth"]
+            if scores and 0 <= place < len(scores):
+                end = following["step"] if following else run.steps
+                axes.barh(row, end - record["step"], left=record["step"], height=0.9, color=colors(scores[place]))
+        for begin, end in run.frozen_spans.get(unit, ()):
+            axes.barh(row, end - begin, left=begin, height=0.9, color=FROZEN)
+    axes.set_yticks(range(len(units)), [short(unit, 30) for unit in units], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, run.steps)
+    axes.set_xlabel("optimizer step (grey: frozen)")
+    figure.colorbar(ScalarMappable(cmap=colors), ax=axes, label="probability", pad=0.02)
+    figure.savefig(path, dpi=200)
+    return path
+
+
+def _curves(key: str, run: SavedRun, plain: SavedRun | None, path: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*run.curve(key), strict=True), color="#d4691f", label="SmartFRZ")
+    if plain is not None and plain.curve(key):
+        axes.plot(*zip(*plain.curve(key), strict=True), color="#6b7780", linestyle="--", label="plain")
+        axes.legend(frameon=False)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(key)
+    figure.savefig(path, dpi=200)
+    return path

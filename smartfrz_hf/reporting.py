@@ -1,0 +1,208 @@
+"""Where people look: the progress bar, the log, experiment trackers and the model card show what a run freezes."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainerState
+from transformers.trainer_callback import CallbackHandler
+from transformers.utils import is_matplotlib_available, logging
+
+from ._compat import calling_handler
+from .config import SmartFRZConfig
+from .cost.ledger import HEAD, Ledger
+from .policies import SmartFRZPolicy
+from .run import FreezingRun
+
+logger = logging.get_logger(__name__)
+
+TAG = "smartfrz"
+SECTION = re.compile(r"\n*<!-- smartfrz -->.*?<!-- /smartfrz -->\n*", re.DOTALL)
+PICTURE = "freeze_timeline.png"
+
+
+class Reporter(TrainerCallback):
+    """
+    Shows in a Trainer what a run freezes. Made and told by [`SmartFRZCallback`].
+
+    It puts itself in front of the Trainer's other callbacks, so that trackers log the figures of [`Ledger.logs`], too.
+
+    Args:
+        config ([`SmartFRZConfig`]): of the runs.
+    """
+
+    def __init__(self, config: SmartFRZConfig):
+        self.config = config
+        self.run: FreezingRun | None = None
+        self._handler: CallbackHandler | None = None
+        self._shown = -1
+
+    def attach(self) -> None:
+        """Take a place in front of the callbacks of the Trainer that is calling now."""
+        handler = calling_handler()
+        if handler is not None and self not in handler.callbacks:
+            # A new list: the Trainer is going through the old one.
+            handler.callbacks = [self, *handler.callbacks]
+        self._handler = handler
+
+    def begin(self, state: TrainerState, run: FreezingRun) -> None:
+        """Say what will happen, and give the configuration to the trackers."""
+        self.attach()
+        self.run, self._shown = run, -1
+        if state.is_world_process_zero:
+            _say(opening_line(run))
+            for callback in [] if self._handler is None else self._handler.callbacks:
+                share_configuration(self.config, callback)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Add the figures of the ledger to training logs, before any tracker sees them, and to `log_history`."""
+        if self.run is not None and ("loss" in logs or "train_loss" in logs):
+            figures = self.run.ledger.logs()
+            logs.update(figures)
+            if state.log_history and state.log_history[-1].get("step") == state.global_step:
+                state.log_history[-1].update(figures)
+
+    def show_depth(self) -> None:
+        """Show in the progress bar how many units are frozen."""
+        if self.run is None or self._handler is None or self.run.depth == self._shown:
+            return
+        for callback in self._handler.callbacks:
+            bar = callback.training_bar if isinstance(callback, ProgressCallback) else None
+            if bar is not None and hasattr(bar, "set_postfix_str"):
+                bar.set_postfix_str(f"frozen {self.run.depth}/{len(self.run.stack)}", refresh=False)
+                self._shown = self.run.depth
+
+    def end(self, state: TrainerState, model: Any) -> None:
+        """Say what was saved, and tag the model for `push_to_hub`."""
+        if self.run is not None and state.is_world_process_zero:
+            _say(closing_line(self.run.ledger, state.global_step))
+        if hasattr(model, "add_model_tags") and TAG not in (getattr(model, "model_tags", None) or []):
+            model.add_model_tags([TAG])
+
+
+def _say(line: str) -> None:
+    # At the default verbosity, like the Trainer's own lines, and in the same way, which leaves the progress bar whole.
+    if logging.get_verbosity() <= logging.WARNING:
+        tqdm.write(line)
+
+
+def opening_line(run: FreezingRun) -> str:
+    """One line on what a run will do."""
+    config, policy, units = run.config, run.policy, len(run.stack)
+    if isinstance(policy, SmartFRZPolicy):
+        point = f"threshold {policy.threshold:g}" if config.freeze_threshold is not None else config.operating_point
+        name = f"predictor, {point}"
+    else:
+        name = f"policy {type(policy).__name__.removesuffix('Policy')}"
+    most = min(units, units if config.max_depth is None else config.max_depth)
+    every = config.steps("decide_every", run.total_steps)
+    often = "at every step" if every == 1 else f"every {every} steps"
+    frozen = f"; {run.depth} are frozen already" if run.depth else ""
+    return (
+        f"SmartFRZ: up to {most} of {units} units of {type(run.stack.model).__name__} may freeze, decided {often} of "
+        f"{run.total_steps} ({name}){frozen}."
+    )
+
+
+def closing_line(ledger: Ledger, steps: int) -> str:
+    """One line on what a run has frozen and saved."""
+    if not ledger.stages:
+        return f"SmartFRZ: nothing froze in {steps} steps."
+    first = ledger.stages[0].step
+    line = (
+        f"SmartFRZ: {ledger.depth} of {len(ledger.units)} units are frozen at the end, the first froze at step {first} of "
+        f"{steps}; saved {ledger.compute_saved:.1%} of the compute"
+    )
+    if ledger.cache is not None and ledger.cache.rows:
+        line += f", and {ledger.cache.seconds_saved:.1f} s by the cache ({ledger.cache.hit_rate:.0%} of rows found)"
+    return f"{line}."
+
+
+def share_configuration(config: SmartFRZConfig, callback: TrainerCallback) -> None:
+    """
+    Give the configuration to a tracker: to the `config` of W&B and Trackio, the parameters of MLflow, the texts of
+    TensorBoard. Does nothing for other callbacks. A tracker that refuses it is worth a warning only.
+
+    Args:
+        config ([`SmartFRZConfig`]): of the run.
+        callback ([`~transformers.TrainerCallback`]): any callback of the Trainer, after its `on_train_begin`.
+    """
+    names = {cls.__name__ for cls in type(callback).__mro__}
+    values = {f"smartfrz/{name}": value for name, value in config.to_dict().items()}
+    try:
+        if "WandbCallback" in names and (wandb := sys.modules.get("wandb")) and wandb.run is not None:
+            wandb.config.update(values, allow_val_change=True)
+        elif "TrackioCallback" in names and (trackio := sys.modules.get("trackio")):
+            trackio.config.update(values, allow_val_change=True)
+        elif "MLflowCallback" in names and (mlflow := sys.modules.get("mlflow")) and mlflow.active_run() is not None:
+            mlflow.log_params(values)
+        elif "TensorBoardCallback" in names and (writer := getattr(callback, "tb_writer", None)) is not None:
+            writer.add_text("smartfrz", "\n".join(f"    {name}: {value!r}" for name, value in values.items()))
+    except Exception as error:  # of a tracker, which may be offline, or have other values for a run that goes on
+        logger.warning(
+            f"{type(callback).__name__} did not take the configuration of SmartFRZ ({type(error).__name__}: {error})."
+        )
+
+
+def model_card_section(ledger: Ledger, config: SmartFRZConfig, picture: str | None = None) -> str:
+    """
+    A section for a model card: what froze when, and what it saved.
+
+    Args:
+        ledger ([`Ledger`]): of the run.
+        config ([`SmartFRZConfig`]): of the run; options that are not the default ones are listed.
+        picture (`str`, *optional*): path of the timeline, relative to the card.
+
+    Returns:
+        `str`: Markdown.
+    """
+    steps, saved = ledger.freeze_steps, ledger.unit_compute_saved
+    rows = [
+        f"| `{unit}` | {ledger.unit_parameters.get(unit, 0):,} | {steps.get(unit, '-')} | {saved.get(unit, 0.0):.1%} |"
+        for unit in (*ledger.units, HEAD)
+    ]
+    defaults = SmartFRZConfig().to_dict()
+    options = [f"`{name}={value!r}`" for name, value in config.to_dict().items() if value != defaults[name]]
+    lines = [
+        "<!-- smartfrz -->",
+        "## Layer freezing",
+        "",
+        f"Trained with [smartfrz_hf](https://github.com/smartfrz/smartfrz_hf): {ledger.depth} of {len(ledger.units)} units "
+        f"were frozen at the end, and {ledger.compute_saved:.1%} of the training compute was saved. "
+        f"Options: {', '.join(options) or 'the default ones'}.",
+        "",
+        "| unit | parameters | froze at step | compute saved |",
+        "|---|---|---|---|",
+        *rows,
+        *(["", f"![When each unit froze]({picture})"] if picture else []),
+        "<!-- /smartfrz -->",
+    ]
+    return "\n".join(lines)
+
+
+def add_to_model_card(path: str | os.PathLike, ledger: Ledger, config: SmartFRZConfig) -> None:
+    """
+    Add the tag `smartfrz` and a section on freezing to a model card, in place of the section of an earlier run. With
+    matplotlib, a picture of the timeline is written beside it.
+
+    Args:
+        path (`str`): Markdown file of the card, such as the `README.md` that `Trainer.create_model_card` writes.
+        ledger ([`Ledger`]): of the run.
+        config ([`SmartFRZConfig`]): of the run.
+
+    Raises:
+        FileNotFoundError: there is no card.
+    """
+    path = Path(path)
+    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    tags = card.data.get("tags") or []
+    card.data["tags"] = [*([tags] if isinstance(tags, str) else tags), *([] if TAG in tags else [TAG])]
+    picture = PICTURE if is_matplotlib_available() and ledger.units else None
+    if picture:
+        ledger.plot(path.with_name(PICTURE))
+    card.text = f"{SECTION.sub(chr(10), card.text).rstrip()}\n\n{model_card_section(ledger, config, picture)}\n"
+    card.save(path)

@@ -1,0 +1,232 @@
+"""The pilot: the first steps of a run, what their gradients show of each unit, and the weights to go back to."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..model.units import BlockStack, Unit
+from .weights import WeightSampler
+
+WEIGHTS_PER_UNIT = 1024  # sampled
+HEAD = "head"
+MIN_STEPS = 4  # of a pilot: a signal to noise ratio needs a few gradients
+MAX_RATE_FACTOR = 4.0
+REACH_SHARE = 0.1
+EPSILON = 1e-30
+
+
+@dataclass(frozen=True)
+class PilotSignals:
+    r"""
+    What the first steps of a run show of each unit, at its sampled weights.
+
+    With \\(g_t\\) the gradient before step \\(t\\) and \\(w_t\\) the weights then, for each unit and, last, the head (zeros where it
+    has nothing to train):
+
+    Attributes:
+        steps (`int`): optimizer steps.
+        parameters (`torch.Tensor` of shape `(units + 1,)`): trainable parameters.
+        signal_to_noise (`torch.Tensor` of shape `(units + 1,)`):
+            \\(\\|\sum_t g_t\\|^2 / (T \sum_t \\|g_t\\|^2)\\): 1 if all gradients are the same, \\(1/T\\) if they are noise. 0 in a
+            unit without gradients. (Liu et al., ICLR 2020; McCandlish et al., arXiv 1812.06162.)
+        gradient (`torch.Tensor` of shape `(units + 1,)`): root mean square of the gradient of one weight.
+        loss_change (`torch.Tensor` of shape `(units + 1,)`):
+            \\(\sum_t g_{t+1} \cdot (w_{t+1} - w_t)\\), the change of the loss that the unit's motion has brought, for one
+            weight ("loss change allocation", Lan et al., NeurIPS 2019).
+        weight (`torch.Tensor` of shape `(units + 1,)`): root mean square of the weights at the start.
+        displacement (`torch.Tensor` of shape `(units + 1,)`): root mean square of \\(w_T - w_0\\).
+    """
+
+    steps: int
+    parameters: torch.Tensor
+    signal_to_noise: torch.Tensor
+    gradient: torch.Tensor
+    loss_change: torch.Tensor
+    weight: torch.Tensor
+    displacement: torch.Tensor
+
+    @property
+    def reach(self) -> torch.Tensor:
+        """
+        By how much each unit's motion could have changed the loss at most, `(units,)`: the root mean squares of its gradient and
+        of its motion, times its parameters.
+        """
+        return (self.gradient.double() * self.displacement * self.parameters)[:-1]
+
+    @property
+    def contributions(self) -> torch.Tensor:
+        """
+        By how much each unit's motion has lowered the loss, `(units,)`. A tenth of its reach is added, since a few steps show
+        little, and no unit is worth nothing.
+        """
+        lowered = (-self.loss_change.double() * self.parameters)[:-1].clamp(min=0)
+        return lowered + REACH_SHARE * self.reach
+
+    @property
+    def agreement(self) -> float:
+        """Change of the loss that the motion of all units has brought, over their reach; positive where the loss falls."""
+        lowered = -float((self.loss_change.double() * self.parameters)[:-1].sum())
+        return lowered / max(float(self.reach.sum()), EPSILON)
+
+    def rate_factor(self, depth: int) -> float:
+        r"""
+        What the learning rate of the rest has to be multiplied with if the front is frozen, so that the loss falls as fast as
+        it would with everything training: \\(1 / (1 - c)\\), with \\(c\\) the share of the front in the contributions of all
+        units. At most 4. The head is left out: it brings much in the pilot, and soon no longer.
+
+        Args:
+            depth (`int`): frozen units.
+        """
+        total, rest = float(self.contributions.sum()), float(self.contributions[depth:].sum())
+        return min(MAX_RATE_FACTOR, total / max(rest, EPSILON)) if total > 0 else 1.0
+
+
+def pilot_steps(length: float, total_steps: int) -> int:
+    """
+    Optimizer steps of a pilot: at least four, and none in a run that is too short for them to be a tenth of it.
+
+    Args:
+        length (`float`): fraction of the run; 0 for no pilot.
+        total_steps (`int`): optimizer steps of the run.
+    """
+    return max(MIN_STEPS, round(length * total_steps)) if length and total_steps >= 10 * MIN_STEPS else 0
+
+
+class Pilot:
+    """
+    Records the first steps of a run, and keeps the weights of its start until a policy has decided what freezes with them.
+
+    The copy is in host memory and has the trainable parameters and the buffers of the units: what else is in them does not
+    change. Under FSDP2 each process keeps its shards.
+
+    Args:
+        stack ([`BlockStack`]): the units.
+        seed (`int`): seed of the sampled positions.
+
+    Attributes:
+        steps (`int`): optimizer steps that were recorded.
+    """
+
+    def __init__(self, stack: BlockStack, seed: int):
+        self._stack = stack
+        head = {name: p for name, p in stack.head_parameters().items() if p.requires_grad}
+        units = [*stack.units, *([Unit(HEAD, {}, head)] if head else [])]
+        self._sampler = WeightSampler(units, WEIGHTS_PER_UNIT, seed)
+        self._recorded = range(len(units))
+        self._copies = [_copy(unit) for unit in stack]
+        sizes = [sum(p.numel() for p in unit.named_parameters().values() if p.requires_grad) for unit in units]
+        self._parameters = torch.tensor(sizes, dtype=torch.float64)
+        self._start = self._read()
+        self._previous = self._start
+        self._sum, self._squares = torch.zeros_like(self._start), torch.zeros_like(self._start)
+        self._loss_change = torch.zeros(len(units))
+        self.steps = 0
+
+    def _read(self) -> torch.Tensor:
+        return self._sampler.read_all(self._recorded).cpu()
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Take note of the gradients of a step, before it is taken. To be called in all processes."""
+        gradients, weights = self._sampler.read_gradients(self._recorded).cpu(), self._read()
+        self._loss_change += (gradients * (weights - self._previous)).mean(
+            1
+        )  # of the batch after the one that moved it
+        self._sum += gradients
+        self._squares += gradients**2
+        self._previous = weights
+        self.steps += 1
+
+    def signals(self) -> PilotSignals:
+        """What the steps so far have shown."""
+        squares, moved = self._squares.mean(1), self._read() - self._start
+        found = [
+            self._parameters,
+            (self._sum**2).mean(1) / (self.steps * squares).clamp(min=EPSILON),
+            (squares / max(1, self.steps)).sqrt(),
+            self._loss_change,
+            (self._start**2).mean(1).sqrt(),
+            (moved**2).mean(1).sqrt(),
+        ]
+        missing = len(self._stack) + 1 - len(self._recorded)
+        return PilotSignals(self.steps, *(torch.nn.functional.pad(values, (0, missing)) for values in found))
+
+    @torch.no_grad()
+    def restore(self, depth: int) -> None:
+        """Put the units in front of `depth` back to the weights that they had when the pilot began."""
+        for unit, copies in zip(self._stack.units[:depth], self._copies, strict=False):
+            tensors = _tensors(unit)
+            for name, copy in copies.items():
+                _local(tensors[name]).copy_(copy)
+
+    def _convert(self, how: Callable, number: int, copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = _tensors(self._stack.units[number])
+        return {name: how(copy, tensors[name]) for name, copy in copies.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        What a run needs to continue. Under FSDP2 all ranks have to call it.
+
+        Returns:
+            `dict`: `"steps"`, `"weights"` (by unit, those of the start by name), `"sampled_start"`, `"sampled_previous"`,
+            `"gradient_sum"`, `"gradient_squares"` (a row for each unit, and the head if it trains) and `"loss_change"`.
+        """
+        return {
+            "steps": self.steps,
+            "weights": {
+                str(number): self._convert(_whole, number, copies) for number, copies in enumerate(self._copies)
+            },
+            "sampled_start": self._start,
+            "sampled_previous": self._previous,
+            "gradient_sum": self._sum,
+            "gradient_squares": self._squares,
+            "loss_change": self._loss_change,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state. Under FSDP2 all ranks have to call it."""
+        self.steps = state["steps"]
+        self._copies = [self._convert(_part, int(number), weights) for number, weights in state["weights"].items()]
+        self._start, self._previous = state["sampled_start"], state["sampled_previous"]
+        self._sum, self._squares = state["gradient_sum"], state["gradient_squares"]
+        self._loss_change = state["loss_change"]
+
+
+def _tensors(unit: Unit) -> dict[str, torch.Tensor]:
+    """The parameters and the buffers of a unit, by dotted name."""
+    parameters = {name: p.detach() for name, p in unit.named_parameters().items()}
+    return parameters | {
+        f"{prefix}.{name}": buffer
+        for prefix, module in unit.modules.items()
+        for name, buffer in module.named_buffers()
+    }
+
+
+def _copy(unit: Unit) -> dict[str, torch.Tensor]:
+    """Those that training changes, in host memory."""
+    fixed = {name for name, p in unit.named_parameters().items() if not p.requires_grad}
+    return {name: _local(t).to("cpu", copy=True) for name, t in _tensors(unit).items() if name not in fixed}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of which this process holds a part, put together from all processes."""
+    if not isinstance(like, DTensor):
+        return local
+    parts = DTensor.from_local(
+        local.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
+    return parts.full_tensor().cpu()
+
+
+def _part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements).to_local().cpu()

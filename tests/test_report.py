@@ -1,0 +1,147 @@
+"""The report of a run: a page that parses, loads nothing, and says what the run did."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from training import smartfrz, train
+from typer.testing import CliRunner
+
+from smartfrz_hf import SmartFRZCallback
+from smartfrz_hf.cli import app
+from smartfrz_hf.report import read_run, write_report
+from smartfrz_hf.report.charts import ticks
+
+VOID = {"meta", "br", "img", "input", "link", "hr"}
+
+
+class Checker(HTMLParser):
+    """Fails where tags are not closed in order, and collects addresses and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.addresses, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value for key, value in attrs if key in ("href", "src", "xlink:href")]
+        assert tag != "script"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def check(path):
+    page = path.read_text()
+    checker = Checker()
+    checker.feed(page)
+    assert not checker.open and not checker.addresses
+    assert not re.search(r"https?://|@import|url\(", page)
+    return checker.text, page
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "logging_steps": 2,
+    }
+    callback = smartfrz(0.9, first_decision=5, decide_every=5, record_every=1, max_depth=2)
+    train(folder / "frozen", [callback], **options).save_state()
+    train(folder / "plain", **options).save_state()
+    return folder
+
+
+def test_page(runs, tmp_path):
+    text, page = check(write_report(runs / "frozen", tmp_path / "report.html", runs / "plain", tmp_path / "png"))
+    for said in (
+        "2 of 5 units are frozen after 20 optimizer steps; the first froze at step 5.",
+        "compute saved",
+        "bert.encoder.layer.0",
+        "bert.encoder.layer.3, step 15: probability 0.900",
+        "stem: frozen from step 5 to 20",
+        "eval_loss, over time",
+        "against plain",
+        "decide_every",
+        "transformers",
+        "seconds saved",
+    ):
+        assert said in text, said
+    assert "prefers-color-scheme: dark" in page and page.count('class="narrow"') == page.count('class="wide"') > 4
+    assert {path.name for path in (tmp_path / "png").iterdir()} == {"timeline.png", "loss.png", "eval_loss.png"}
+
+
+def test_a_checkpoint_a_plain_run_and_a_run_in_which_nothing_froze(runs, tmp_path):
+    text, _ = check(write_report(runs / "frozen" / "checkpoint-10", tmp_path / "early.html"))
+    assert "after 10 optimizer steps" in text
+    text, _ = check(write_report(runs / "plain", tmp_path / "plain.html"))
+    assert "without SmartFRZ" in text
+    train(tmp_path / "never", [SmartFRZCallback(policy="never")], save_strategy="steps", save_steps=10)
+    text, _ = check(write_report(tmp_path / "never", tmp_path / "never.html"))
+    assert "Nothing froze in 20 optimizer steps." in text
+
+
+def test_names_are_escaped(runs, tmp_path):
+    shutil.copytree(runs / "plain", tmp_path / "<b>&")
+    _, page = check(write_report(tmp_path / "<b>&", tmp_path / "report.html"))
+    assert "&lt;b&gt;&amp;" in page
+
+
+def test_time_runs_forward_with_the_steps(runs):
+    run = read_run(runs / "frozen")
+    times = [run.time_at(step) for step in range(21)]
+    assert times == sorted(times) and times[0] == 0 and times[-1] == pytest.approx(run.seconds, rel=1e-6)
+
+
+def test_folders_without_a_run_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        read_run(tmp_path)
+    (tmp_path / "trainer_state.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_run(tmp_path)
+
+
+def test_command(runs, tmp_path):
+    done = CliRunner().invoke(app, ["report", str(runs / "frozen"), "--out", str(tmp_path / "page.html")])
+    assert done.exit_code == 0 and (tmp_path / "page.html").is_file()
+    both = [str(runs / "frozen"), str(runs / "plain")]
+    done = CliRunner().invoke(app, ["report", *both])
+    assert done.exit_code == 0 and (runs / "plain" / "smartfrz_report.html").is_file()
+    assert CliRunner().invoke(app, ["report", *both, "--out", "x.html"]).exit_code == 2
+    assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 1
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 20), (0.693, 0.6931), (-3, 1e6), (5, 5)])
+def test_ticks_are_few_and_inside(low, high):
+    found = ticks(low, high, 5)
+    assert len(found) <= 7 and all(low - 1e-9 <= tick <= max(high, low + 1) + 1e-9 for tick in found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+@pytest.mark.parametrize("width", [375, 1100])
+def test_nothing_is_wider_than_the_screen(runs, tmp_path, width):
+    """In a frame, as a browser's window has a least width. The page itself says how wide it is."""
+    write_report(runs / "frozen", tmp_path / "report.html", runs / "plain")
+    (tmp_path / "frame.html").write_text(
+        f'<iframe src="report.html" style="width:{width}px;height:900px;border:0"></iframe><p id=w></p><script>onload=()=>'
+        "{const d=frames[0].document.documentElement;w.textContent=`scroll ${d.scrollWidth} client ${d.clientWidth}`}</script>"
+    )
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += ["--virtual-time-budget=3000", "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    scroll, client = map(int, re.search(r"scroll (\d+) client (\d+)", done.stdout).groups())
+    assert 0 < client <= width and scroll <= client
