@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,7 @@ def evaluate_start(pairs: Sequence[StartPair]) -> dict[str, Any]:
     results: dict[str, Any] = {
         "pairs": len(pairs),
         "runs": sum(len(pair.depths) for pair in pairs),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
         "shares": shares,
         "tolerances": tolerances,
     }
