@@ -110,7 +110,7 @@ class SmartFRZPolicy(Policy):
         assert self.predictor.start is not None and self.limits is not None
         lost = [0.0, *self.predictor.start.predict(pilot).tolist()]
         shares = [0.0, *pilot.front_shares.tolist()]
-        fit = (d for d in range(len(lost)) if lost[d] <= self.limits[0] and shares[d] <= self.limits[1])
+        fit = (d for d in range(pilot.pretrained + 1) if lost[d] <= self.limits[0] and shares[d] <= self.limits[1])
         depth = max(observation.depth, *fit)
         return Decision(
             depth,

@@ -69,13 +69,14 @@ def read_pairs(folder: Path, moment: str = "0.05") -> list[StartPair]:
     return pairs
 
 
-def pilot_signals(signals: dict[str, Any], moment: str) -> PilotSignals:
+def pilot_signals(signals: dict[str, Any], moment: str, pretrained: bool = True) -> PilotSignals:
     """
     What the pilot of a full run would have shown, from its recorded signals.
 
     Args:
         signals (`dict`): of the full run.
         moment (`str`): when the pilot is over, or the earliest later moment that was recorded.
+        pretrained (`bool`, *optional*, defaults to `True`): whether the model had learned something before.
     """
     known = signals["moments"]
     seen = known.get(moment) or known[min(known, key=float)]
@@ -91,13 +92,14 @@ def pilot_signals(signals: dict[str, Any], moment: str) -> PilotSignals:
         torch.tensor([*(change / WEIGHTS_PER_UNIT for change in seen["sampled_loss_change"]), head]),
         torch.zeros(len(squares)),
         torch.tensor([*seen["sampled_displacement"], 0.0]) / WEIGHTS_PER_UNIT**0.5,
+        len(signals["unit_names"]) if pretrained else 0,
     )
 
 
 def _pair(name: str, runs: dict[int | None, Any], moment: str) -> StartPair:
     full = runs.pop(None)
     signals = full["signals"]
-    pilot = pilot_signals(signals, moment)
+    pilot = pilot_signals(signals, moment, "scratch" not in full["pair"]["model"])
     depths = sorted(blocks for blocks in runs if blocks is not None)
     before = full["evaluations"][-1]
     points = torch.tensor([before["points"] - runs[blocks]["evaluations"][-1]["points"] for blocks in depths])
@@ -137,6 +139,7 @@ def fit_start(pairs: Sequence[StartPair], steps: int = 300) -> StartPredictor:
     Returns:
         [`StartPredictor`]
     """
+    pairs = [pair for pair in pairs if may_freeze(pair.pilot)]  # what never freezes teaches nothing about cost
     model = StartPredictor()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     for _ in range(steps):
@@ -153,6 +156,11 @@ def fit_start(pairs: Sequence[StartPair], steps: int = 300) -> StartPredictor:
 def squashed(points: torch.Tensor) -> torch.Tensor:
     """Linear for a few points and logarithmic for many: a tenth of a point matters where little is lost only."""
     return torch.asinh(points)
+
+
+def may_freeze(pilot: PilotSignals) -> int:
+    """Units that the policy may freeze from the start: none where the loss does not fall, and none that are not pretrained."""
+    return pilot.pretrained if pilot.agreement > 0 else 0
 
 
 Rule = Callable[[StartPair], torch.Tensor]

@@ -37,6 +37,7 @@ class PilotSignals:
             \\(\sum_t g_{t+1} \cdot (w_{t+1} - w_t)\\), the change of the loss that the unit's motion has brought, for one
             weight ("loss change allocation", Lan et al., NeurIPS 2019).
         weight (`torch.Tensor` of shape `(units + 1,)`): root mean square of the weights at the start.
+        pretrained (`int`): units in front of the first block whose weights are as a library initializes them.
         displacement (`torch.Tensor` of shape `(units + 1,)`): root mean square of \\(w_T - w_0\\).
     """
 
@@ -47,6 +48,7 @@ class PilotSignals:
     loss_change: torch.Tensor
     weight: torch.Tensor
     displacement: torch.Tensor
+    pretrained: int
 
     @property
     def reach(self) -> torch.Tensor:
@@ -105,6 +107,17 @@ def pilot_steps(length: float, total_steps: int) -> int:
     return max(MIN_STEPS, round(length * total_steps)) if length and total_steps >= 10 * MIN_STEPS else 0
 
 
+@torch.no_grad()
+def is_fresh(block: Unit) -> bool:
+    """
+    Whether a block looks as a library initializes it: the scales of its norms are all the same number, which training changes at
+    once; in a block without them, all biases. A block with neither counts as fresh.
+    """
+    vectors = {name: p for name, p in block.named_parameters().items() if p.dim() == 1 and _local(p).numel() > 1}
+    scales = [p for name, p in vectors.items() if name.endswith("weight")] or list(vectors.values())
+    return all(bool((_local(p) == _local(p)[0]).all()) for p in scales)
+
+
 class Pilot:
     """
     Records the first steps of a run, and keeps the weights of its start until a policy has decided what freezes with them.
@@ -133,6 +146,10 @@ class Pilot:
         self._previous = self._start
         self._sum, self._squares = torch.zeros_like(self._start), torch.zeros_like(self._start)
         self._loss_change = torch.zeros(len(units))
+        fresh = (index for index, unit in enumerate(stack.units[1:], start=1) if is_fresh(unit))
+        self._pretrained = next(fresh, len(stack))
+        if self._pretrained == 1:  # then the stem has learned nothing either
+            self._pretrained = 0
         self.steps = 0
 
     def _read(self) -> torch.Tensor:
@@ -162,7 +179,8 @@ class Pilot:
             (moved**2).mean(1).sqrt(),
         ]
         missing = len(self._stack) + 1 - len(self._recorded)
-        return PilotSignals(self.steps, *(torch.nn.functional.pad(values, (0, missing)) for values in found))
+        padded = (torch.nn.functional.pad(values, (0, missing)) for values in found)
+        return PilotSignals(self.steps, *padded, pretrained=self._pretrained)  # type: ignore[arg-type, misc]
 
     @torch.no_grad()
     def restore(self, depth: int) -> None:
@@ -181,11 +199,12 @@ class Pilot:
         What a run needs to continue. Under FSDP2 all ranks have to call it.
 
         Returns:
-            `dict`: `"steps"`, `"weights"` (by unit, those of the start by name), `"sampled_start"`, `"sampled_previous"`,
+            `dict`: `"steps"`, `"pretrained"` (units), `"weights"` (by unit, those of the start by name), `"sampled_start"`, `"sampled_previous"`,
             `"gradient_sum"`, `"gradient_squares"` (a row for each unit, and the head if it trains) and `"loss_change"`.
         """
         return {
             "steps": self.steps,
+            "pretrained": self._pretrained,
             "weights": {
                 str(number): self._convert(_whole, number, copies) for number, copies in enumerate(self._copies)
             },
@@ -198,7 +217,7 @@ class Pilot:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state. Under FSDP2 all ranks have to call it."""
-        self.steps = state["steps"]
+        self.steps, self._pretrained = state["steps"], state["pretrained"]
         self._copies = [self._convert(_part, int(number), weights) for number, weights in state["weights"].items()]
         self._start, self._previous = state["sampled_start"], state["sampled_previous"]
         self._sum, self._squares = state["gradient_sum"], state["gradient_squares"]

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from architectures import build
+from torch.utils.data import DataLoader
 from training import Rows, predictor_that_says, train
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictorConfig, load_predictor
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictorConfig, find_blocks, load_predictor
 from smartfrz_hf.predictor import StartPredictor
+from smartfrz_hf.signals import pilot
 from smartfrz_hf.signals.pilot import PilotSignals
 
 STEPS = 40
@@ -27,7 +29,8 @@ def predictor_that_loses(points, never=0.1, **config):
 
 @pytest.fixture
 def shares(monkeypatch):
-    """All units contribute the same, and the loss falls: what tiny random models show in four steps is anything."""
+    """As in a pretrained model: all units contribute the same, the loss falls, and no block is as it was initialized."""
+    monkeypatch.setattr(pilot, "is_fresh", lambda block: False)
     monkeypatch.setattr(PilotSignals, "agreement", 0.1)
     monkeypatch.setattr(PilotSignals, "contributions", torch.ones(5))
 
@@ -50,6 +53,24 @@ def test_the_deepest_front_within_the_limits(tmp_path, shares, point, points, de
 
 def test_nothing_freezes_where_the_loss_does_not_fall(tmp_path, monkeypatch):
     monkeypatch.setattr(PilotSignals, "agreement", -0.1)
+    assert run(tmp_path, predictor_that_loses(0.01), operating_point="aggressive").depth == 0
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "resnet", "convnext"])
+def test_a_model_from_scratch_is_known(name):
+    stack = find_blocks(build(name))
+    assert all(pilot.is_fresh(unit) for unit in stack[1:])
+    optimizer = torch.optim.AdamW(stack.model.parameters(), lr=1e-4)
+    rows = Rows(8, images=name in ("vit", "resnet", "convnext"))
+    for batch in DataLoader(rows, batch_size=4):
+        causal = name in ("gpt2", "llama")
+        stack.model(**batch | ({"labels": batch["input_ids"]} if causal else {})).loss.backward()
+        optimizer.step()
+    assert not any(pilot.is_fresh(unit) for unit in stack[1:]), "training changes each block at once"
+
+
+def test_a_model_from_scratch_freezes_nothing_from_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(PilotSignals, "agreement", 0.1)
     assert run(tmp_path, predictor_that_loses(0.01), operating_point="aggressive").depth == 0
 
 
@@ -114,6 +135,7 @@ def test_what_the_pilot_shows_against_worked_numbers():
         loss_change=torch.tensor([-1e-5, 1e-5, -1e-5]),
         weight=torch.ones(3),
         displacement=torch.tensor([0.001, 0.001, 1.0]),
+        pretrained=2,
     )
     torch.testing.assert_close(signals.reach, torch.tensor([0.001, 0.006]).double())
     contributions = torch.tensor([0.0011, 0.0006]).double()  # the second unit has raised the loss
