@@ -195,7 +195,8 @@ class Freezer:
     def _check_gradients(self) -> None:
         """Say once for each depth if no unit behind the frozen front has a gradient, as in Reformer's reversible blocks."""
         place = f"gradients at depth {self.depth}"
-        if self.depth and place not in self._explained:
+        known = not self.depth or place in self._explained
+        if not known and any(p.grad is not None for p in self.stack.model.parameters()):
             self._explained.add(place)
             active = [p for unit in self.stack.units[self.depth :] for p in unit.named_parameters().values()]
             if any(p.requires_grad for p in active) and all(p.grad is None for p in active):
