@@ -15,6 +15,7 @@ from .distributed.ddp import rebuild_reducer
 from .distributed.fsdp import reshard
 from .freezing.compile import GraphLimits
 from .freezing.freezer import Freezer
+from .freezing.kept import kept_parameters
 from .freezing.rate import RateFactor
 from .model.units import BlockStack, Unit
 from .signals.pilot import Pilot
@@ -75,7 +76,7 @@ class Front:
         if pilot is not None:
             if self._config.compensate_rate:
                 self.rate.factor = pilot.signals().rate_factor(depth)
-            pilot.restore(depth)
+            pilot.restore(depth, {name for unit in self._stack.units[:depth] for name in kept_parameters(unit)})
         units = self.freezer.freeze_to(depth)
         if self.cache is not None and self.freezer.constant:
             self.cache.freeze_to(depth)

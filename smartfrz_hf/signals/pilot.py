@@ -1,6 +1,6 @@
 """The pilot: the first steps of a run, what their gradients show of each unit, and the weights to go back to."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,12 +183,19 @@ class Pilot:
         return PilotSignals(self.steps, *padded, pretrained=self._pretrained)  # type: ignore[arg-type, misc]
 
     @torch.no_grad()
-    def restore(self, depth: int) -> None:
-        """Put the units in front of `depth` back to the weights that they had when the pilot began."""
+    def restore(self, depth: int, kept: Collection[str] = ()) -> None:
+        """
+        Put the units in front of `depth` back to the weights that they had when the pilot began.
+
+        Args:
+            depth (`int`): number of units.
+            kept (`Collection[str]`, *optional*): parameters that go on training, and stay as they are, by dotted name.
+        """
         for unit, copies in zip(self._stack.units[:depth], self._copies, strict=False):
             tensors = _tensors(unit)
             for name, copy in copies.items():
-                _local(tensors[name]).copy_(copy)
+                if name not in kept:
+                    _local(tensors[name]).copy_(copy)
 
     def _convert(self, how: Callable, number: int, copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         tensors = _tensors(self._stack.units[number])

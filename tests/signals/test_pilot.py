@@ -71,6 +71,24 @@ def test_the_front_keeps_the_weights_of_the_start(name):
     assert started.ledger.compute_saved == pytest.approx(seen.savings[2] * (STEPS - 4) / STEPS, rel=0.02)
 
 
+def test_rows_that_go_on_training_stay_trained():
+    """Of an embedding table of which only some rows are trained, by a gradient hook."""
+    model = build("bert")
+    table = model.get_input_embeddings().weight
+    table.register_hook(lambda gradient: torch.cat([torch.zeros_like(gradient[:50]), gradient[50:]]))
+    first = table.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with FreezingRun(model, optimizer, STEPS, SmartFRZConfig(**OPTIONS), policy=StartAt(2)) as started:
+        for number, batch in enumerate(DataLoader(Rows(4 * STEPS), batch_size=4)):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            before = table.detach().clone()
+            started.step()
+            assert torch.equal(table, before), f"step {number}"
+    assert torch.equal(table[:50], first[:50]) and not torch.equal(table[50:], first[50:])
+
+
 def test_signals_against_gradients_at_all_weights():
     """Units of at most 1,024 weights are read whole, so that each signal is known."""
     model = build("bert")
