@@ -6,7 +6,7 @@ name serves.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from accelerate.utils import ParallelismConfig
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -294,3 +295,16 @@ def calling_handler() -> CallbackHandler | None:
             return caller
         frame = frame.f_back
     return None
+
+
+# torch: operations, as a dispatch mode sees them
+
+
+def written_arguments(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operation writes to, tensors or lists of them. torch tells only in the operation's schema."""
+    schema = function._schema
+    return [
+        args[position] if position < len(args) else kwargs.get(argument.name)
+        for position, argument in enumerate(schema.arguments if schema.is_mutable else ())
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]

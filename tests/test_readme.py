@@ -26,7 +26,7 @@ SETTINGS = {
     "distributed": ["1.15"],
     "migrating": ["0.5", "1.0"],
     "policies": ["0.5 %", "5 %", "1 %", "3 %", "40 %", "0.4"],
-    "predictor": ["0.5 %"],
+    "predictor": ["0.5 %", "first 3 %"],
     "resume": ["5.23"],
 }
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._compat import TorchDispatchMode, written_arguments
 
 
 def random_state(device: torch.device) -> torch.Tensor:
@@ -89,13 +90,9 @@ class _CopyOnWrite(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        schema = function._schema
-        if schema.is_mutable:
-            for position, argument in enumerate(schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    value = args[position] if position < len(args) else kwargs.get(argument.name)
-                    for tensor in value if isinstance(value, list | tuple) else [value]:
-                        self._keep(tensor)
+        for value in written_arguments(function, args, kwargs):
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                self._keep(tensor)
         return function(*args, **kwargs)
 
     def _keep(self, tensor: Any) -> None:

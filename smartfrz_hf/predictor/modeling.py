@@ -87,7 +87,7 @@ class SmartFRZPredictor(PreTrainedModel):
 
     >>> predictor = load_predictor()  # the one that comes with the package
     >>> predictor.config.window, predictor.num_parameters()
-    (20, 3721)
+    (20, 3724)
     ```
     """
 

@@ -189,6 +189,7 @@ def main():
         )
 
     callback.policy.decide, callback.policy.pilot = decide, options.pilot
+    callback.policy.min_probe_examples = 4
     trainer.train(resume_from_checkpoint=str(options.resume) if options.resume else None)
     weights = {key: whole(value) for key, value in model.state_dict().items()}
     save_file(weights, options.folder / f"end-{rank}.safetensors")

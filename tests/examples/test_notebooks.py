@@ -135,14 +135,15 @@ def test_sentence_encoder(tmp_path, minilm_dir):
 
 
 def test_your_own_predictor(tmp_path):
-    data = tmp_path / "data" / "cifar10"
-    write_parquet(data, {"train": pictures(96), "test": pictures(96)})
+    for data in ("cifar10", "fashion_mnist"):
+        write_parquet(tmp_path / "data" / data, {"train": pictures(96), "test": pictures(96)})
     parameters = (
         'common |= {"train_rows": 64, "epochs": 10, "batch_size": 16, "learning_rate": 3e-3}\n'
         'vit = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}\n'
         'resnet = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}\n'
         'vit |= {"image_size": 32, "patch_size": 8}\n'
-        'runs = [{"name": name, "model": name, "config": eval(name), **common} for name in ("vit", "resnet")]\n'
+        'kinds = (("vit", vit, "cifar10"), ("resnet", resnet, "fashion_mnist"))\n'
+        'runs = [{"name": name, "model": name, "config": config, "data": data, **common} for name, config, data in kinds]\n'
         'repo, harvest_options, evaluate_options = "me/mine", "--data-dir data", "--epochs 2 --label cka-0.98"'
     )
     with HubServer() as server:

@@ -254,6 +254,7 @@ def test_harvest_resumes(harvested):
 
 
 @pytest.mark.parametrize("front_probe", [False, True])
+@pytest.mark.usefixtures("affordable")
 def test_rows_equal_the_inputs_in_use(harvested, tmp_path, front_probe):
     """The row of a recorded run equals the inputs that the callback builds in the same run."""
     runs = read_runs(harvested[0] / "out")
