@@ -11,7 +11,7 @@ import torch
 
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig, StartPredictor
 from ..predictor.configuration import DEFAULT_SHARES
-from ..signals.pilot import EPSILON, WEIGHTS_PER_UNIT, PilotSignals
+from ..signals.pilot import WEIGHTS_PER_UNIT, PilotSignals
 
 # Loss that is added counts as so many points lost: over the harvest, a change of the held-out loss by 0.1 goes with one of about
 # 4 points. The mean of both is less noisy than the points of a thousand rows.
@@ -85,12 +85,8 @@ def pilot_signals(signals: dict[str, Any], moment: str, pretrained: bool = True)
     return PilotSignals(
         seen["step"] + 1,
         torch.tensor([*signals["unit_parameters"], signals["head_parameters"]], dtype=torch.float64),
-        torch.tensor([*seen["sampled_mean_gradient_square_norm"], 0.0])
-        / WEIGHTS_PER_UNIT
-        / squares.clamp(min=EPSILON),
         squares.sqrt(),
         torch.tensor([*(change / WEIGHTS_PER_UNIT for change in seen["sampled_loss_change"]), head]),
-        torch.zeros(len(squares)),
         torch.tensor([*seen["sampled_displacement"], 0.0]) / WEIGHTS_PER_UNIT**0.5,
         len(signals["unit_names"]) if pretrained else 0,
     )

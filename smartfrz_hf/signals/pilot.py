@@ -12,7 +12,7 @@ from .weights import WeightSampler
 
 WEIGHTS_PER_UNIT = 1024  # sampled
 HEAD = "head"
-MIN_STEPS = 4  # of a pilot: a signal to noise ratio needs a few gradients
+MIN_STEPS = 4  # of a pilot: fewer gradients show nothing but noise
 MAX_RATE_FACTOR = 4.0
 REACH_SHARE = 0.1
 EPSILON = 1e-30
@@ -29,24 +29,18 @@ class PilotSignals:
     Attributes:
         steps (`int`): optimizer steps.
         parameters (`torch.Tensor` of shape `(units + 1,)`): trainable parameters.
-        signal_to_noise (`torch.Tensor` of shape `(units + 1,)`):
-            \\(\\|\sum_t g_t\\|^2 / (T \sum_t \\|g_t\\|^2)\\): 1 if all gradients are the same, \\(1/T\\) if they are noise. 0 in a
-            unit without gradients. (Liu et al., ICLR 2020; McCandlish et al., arXiv 1812.06162.)
         gradient (`torch.Tensor` of shape `(units + 1,)`): root mean square of the gradient of one weight.
         loss_change (`torch.Tensor` of shape `(units + 1,)`):
             \\(\sum_t g_{t+1} \cdot (w_{t+1} - w_t)\\), the change of the loss that the unit's motion has brought, for one
             weight ("loss change allocation", Lan et al., NeurIPS 2019).
-        weight (`torch.Tensor` of shape `(units + 1,)`): root mean square of the weights at the start.
         pretrained (`int`): units in front of the first block whose weights are as a library initializes them.
         displacement (`torch.Tensor` of shape `(units + 1,)`): root mean square of \\(w_T - w_0\\).
     """
 
     steps: int
     parameters: torch.Tensor
-    signal_to_noise: torch.Tensor
     gradient: torch.Tensor
     loss_change: torch.Tensor
-    weight: torch.Tensor
     displacement: torch.Tensor
     pretrained: int
 
@@ -144,7 +138,7 @@ class Pilot:
         self._parameters = torch.tensor(sizes, dtype=torch.float64)
         self._start = self._read()
         self._previous = self._start
-        self._sum, self._squares = torch.zeros_like(self._start), torch.zeros_like(self._start)
+        self._squares = torch.zeros(len(units))
         self._loss_change = torch.zeros(len(units))
         fresh = (index for index, unit in enumerate(stack.units[1:], start=1) if is_fresh(unit))
         self._pretrained = next(fresh, len(stack))
@@ -162,20 +156,17 @@ class Pilot:
         self._loss_change += (gradients * (weights - self._previous)).mean(
             1
         )  # of the batch after the one that moved it
-        self._sum += gradients
-        self._squares += gradients**2
+        self._squares += (gradients**2).mean(1)
         self._previous = weights
         self.steps += 1
 
     def signals(self) -> PilotSignals:
         """What the steps so far have shown."""
-        squares, moved = self._squares.mean(1), self._read() - self._start
+        moved = self._read() - self._start
         found = [
             self._parameters,
-            (self._sum**2).mean(1) / (self.steps * squares).clamp(min=EPSILON),
-            (squares / max(1, self.steps)).sqrt(),
+            (self._squares / max(1, self.steps)).sqrt(),
             self._loss_change,
-            (self._start**2).mean(1).sqrt(),
             (moved**2).mean(1).sqrt(),
         ]
         missing = len(self._stack) + 1 - len(self._recorded)
@@ -207,7 +198,7 @@ class Pilot:
 
         Returns:
             `dict`: `"steps"`, `"pretrained"` (units), `"weights"` (by unit, those of the start by name), `"sampled_start"`, `"sampled_previous"`,
-            `"gradient_sum"`, `"gradient_squares"` (a row for each unit, and the head if it trains) and `"loss_change"`.
+            `"gradient_squares"` and `"loss_change"` (one number for each unit, and the head if it trains).
         """
         return {
             "steps": self.steps,
@@ -217,7 +208,6 @@ class Pilot:
             },
             "sampled_start": self._start,
             "sampled_previous": self._previous,
-            "gradient_sum": self._sum,
             "gradient_squares": self._squares,
             "loss_change": self._loss_change,
         }
@@ -227,7 +217,7 @@ class Pilot:
         self.steps, self._pretrained = state["steps"], state["pretrained"]
         self._copies = [self._convert(_part, int(number), weights) for number, weights in state["weights"].items()]
         self._start, self._previous = state["sampled_start"], state["sampled_previous"]
-        self._sum, self._squares = state["gradient_sum"], state["gradient_squares"]
+        self._squares = state["gradient_squares"]
         self._loss_change = state["loss_change"]
 
 

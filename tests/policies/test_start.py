@@ -130,10 +130,8 @@ def test_what_the_pilot_shows_against_worked_numbers():
     signals = PilotSignals(
         steps=5,
         parameters=torch.tensor([100.0, 300.0, 600.0]),
-        signal_to_noise=torch.tensor([0.5, 0.099, 1.0]),
         gradient=torch.tensor([0.01, 0.02, 1.0]),
         loss_change=torch.tensor([-1e-5, 1e-5, -1e-5]),
-        weight=torch.ones(3),
         displacement=torch.tensor([0.001, 0.001, 1.0]),
         pretrained=2,
     )

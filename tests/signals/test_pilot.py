@@ -106,12 +106,10 @@ def test_signals_against_gradients_at_all_weights():
         optimizer.step()
         optimizer.zero_grad()
     signals = pilot.signals()
-    total, count = sum(gradients), len(gradients[0])
+    count = len(gradients[0])
     squares = sum(g.square().sum() for g in gradients)
     assert signals.steps == 5 and signals.parameters[unit] == stack[unit].parameter_count
     assert signals.parameters[-1] == sum(p.numel() for p in stack.head_parameters().values())
-    assert signals.signal_to_noise[unit] == pytest.approx(float(total.square().sum() / (5 * squares)), rel=1e-5)
-    assert float(signals.signal_to_noise.min()) > 0 and float(signals.signal_to_noise.max()) <= 1
     assert signals.gradient[unit] == pytest.approx(float((squares / 5 / count).sqrt()), rel=1e-5)
     change = sum(float((gradients[t + 1] * (weights[t + 1] - weights[t])).sum()) for t in range(4)) / count
     assert signals.loss_change[unit] == pytest.approx(change, rel=1e-3)

@@ -56,7 +56,7 @@ def signals(full: Result) -> Iterator[tuple[str, list[float]]]:
     for moment, known in [("before", found["before"]), *found["moments"].items()]:
         flat = {**known, **{f"put_back_{k}": v for k, v in known.get("front_put_back", {}).items()}}
         for name, values in flat.items():
-            if isinstance(values, list):
+            if isinstance(values, list) and name != "losses":  # one number a step
                 yield f"{moment}:{name}", [inf if v is None else v for v in values]
         if "front_put_back" in known:
             put_back = known["front_put_back"]
