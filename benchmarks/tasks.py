@@ -27,6 +27,9 @@ from smartfrz_hf.model.units import evaluation_mode
 
 Row = dict[str, Any]
 MAX_HELD_OUT = 1000
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# For short rows in bf16 on a CPU, eager attention is a quarter faster than the fused one.
+ATTENTION = {"attn_implementation": "eager"} if DEVICE == "cpu" else {}
 
 
 @dataclass(frozen=True)
@@ -125,21 +128,25 @@ class Task:
     vocabulary: int | None = None
     train_collate: Callable[[list[Row]], dict[str, torch.Tensor]] | None = None
 
+    def batch(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+        """A batch on the model's device."""
+        return {key: value.to(self.model.device) for key, value in self.collate(rows).items()}
+
     def batches(self, rows: Sequence[Row], size: int = 64) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
         """Batches of rows of about the same length, with the places of their rows."""
         places = sorted(range(len(rows)), key=lambda i: len(rows[i].get("input_ids", ())))
         for start in range(0, len(places), size):
             some = places[start : start + size]
-            yield some, self.collate([rows[i] for i in some])
+            yield some, self.batch([rows[i] for i in some])
 
     def outputs(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `(rows, classes)` and labels `(rows,)`, in evaluation mode under bf16 autocast."""
         logits = torch.zeros(len(rows), self.labels)
         labels = torch.zeros(len(rows), dtype=torch.float32 if self.labels == 1 else torch.long)
-        with evaluation_mode(self.model), torch.autocast("cpu", torch.bfloat16):
+        with evaluation_mode(self.model), bf16_autocast():
             for places, batch in self.batches(rows):
-                labels[places] = batch.pop("labels").to(labels.dtype)
-                logits[places] = self.model(**batch).logits.float()
+                labels[places] = batch.pop("labels").to(labels.dtype).cpu()
+                logits[places] = self.model(**batch).logits.float().cpu()
         return logits, labels
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -151,7 +158,7 @@ class Task:
             percent of perplexity) and, for classes, `"correct"`: one bit a row, in hexadecimal, the first row first.
         """
         if not self.labels:
-            with evaluation_mode(self.model), torch.autocast("cpu", torch.bfloat16):
+            with evaluation_mode(self.model), bf16_autocast():
                 sums = [(len(some), float(self.model(**batch).loss)) for some, batch in self.batches(rows, 16)]
             loss = sum(count * value for count, value in sums) / len(rows)
             return {"loss": loss, "points": -100 * loss}
@@ -161,6 +168,11 @@ class Task:
             bits = "".join("1" if hit else "0" for hit in logits.argmax(1) == labels)
             known["correct"] = f"{int(bits, 2):0{ceil(len(bits) / 4)}x}"
         return known
+
+
+def bf16_autocast() -> torch.autocast:
+    """What the benchmarks train and evaluate in."""
+    return torch.autocast(DEVICE, torch.bfloat16)
 
 
 def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -218,8 +230,7 @@ def load_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path, spare
         config = AutoConfig.from_pretrained(folder, num_labels=labels, **model.get("config", {}))
     if regression:
         config.problem_type = "regression"
-    # For short rows in bf16 on a CPU, eager attention is a quarter faster than the fused one.
-    loading = {"config": config, "dtype": torch.float32, "attn_implementation": "eager"}
+    loading = {"config": config, "dtype": torch.float32} | ATTENTION
     if texts:
         tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -257,8 +268,8 @@ def _language_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path) 
 
     config = AutoConfig.from_pretrained(folder, **model.get("config", {}))
     loaded = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, attn_implementation="eager"
-    )
+        folder, config=config, dtype=torch.float32, **ATTENTION
+    ).to(DEVICE)
     held_out = blocks("validation" if (data / "validation.parquet").is_file() else "test", MAX_HELD_OUT // 4, 0)
     train = blocks("train", pair.rows, pair.seed)
     if len(train) < pair.rows:
@@ -270,8 +281,8 @@ def _language_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path) 
 
 def _load(auto: Any, folder: Path, loading: dict[str, Any], scratch: bool) -> PreTrainedModel:
     if scratch:
-        return auto.from_config(loading["config"], attn_implementation=loading["attn_implementation"])
-    return auto.from_pretrained(folder, **loading)
+        return auto.from_config(loading["config"], **ATTENTION).to(DEVICE)
+    return auto.from_pretrained(folder, **loading).to(DEVICE)
 
 
 def _trim_vocabulary(model: PreTrainedModel, rows: list[Row], padding: int) -> int:
@@ -285,6 +296,7 @@ def _trim_vocabulary(model: PreTrainedModel, rows: list[Row], padding: int) -> i
     for row in rows:
         row["input_ids"] = [numbers[token] for token in row["input_ids"]]
     trimmed = torch.nn.Embedding(len(used), table.embedding_dim, padding_idx=None if table.padding_idx is None else 0)
+    trimmed = trimmed.to(table.weight.device)
     trimmed.weight.data.copy_(table.weight.data[used])
     model.set_input_embeddings(trimmed)
     model.config.vocab_size, model.config.pad_token_id = len(used), 0

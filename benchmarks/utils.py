@@ -1,11 +1,13 @@
 """What the benchmarks share: Markdown tables, results files with versions and machine, and parallel jobs."""
 
+import fcntl
 import json
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -48,9 +50,29 @@ def provenance(*packages: str) -> dict[str, Any]:
             "architecture": platform.machine(),
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "memory_gib": round(psutil.virtual_memory().total / 2**30),
         },
     }
+
+
+@contextmanager
+def claim(file: Path) -> Iterator[bool]:
+    """
+    Whether no other process is at work on a file. What was claimed is free again when the context or the process ends.
+
+    Args:
+        file (`Path`): that is to be written. The claim is a file beside it.
+    """
+    lock = file.with_name(f".{file.name}.lock")
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        lock.unlink(missing_ok=True)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

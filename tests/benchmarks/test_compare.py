@@ -194,7 +194,7 @@ def test_runs_are_killed_resumed_and_reported(folder):
     process = start(folder, *chosen, "--most", "1")
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
-    assert said.split()[1] == "dots/smartfrz-balanced.1" and "2 runs of this shard are missing, 0 have failed" in said
+    assert said.split()[1] == "dots/smartfrz-balanced.1" and "2 runs are missing, 0 have failed" in said
     assert full.stat().st_mtime_ns == before, "made again"
     known = json.loads(ours.read_text())
     assert known["steps"] == 9 and [entry["step"] for entry in known["evaluations"]] == [3, 6, 9]

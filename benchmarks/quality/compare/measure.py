@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
+from benchmarks.tasks import bf16_autocast
 from smartfrz_hf.model.nested import main_input_elements
 from smartfrz_hf.model.units import evaluation_mode
 from smartfrz_hf.signals.probe import FirstBatch
@@ -118,7 +119,7 @@ class FlopMeter(TrainerCallback):
         args, kwargs = self._batch.inputs or ((), {})
         elements = main_input_elements(self.model, (args, kwargs))
         plain = sdpa_kernel(SDPBackend.MATH)  # not all fused kernels are known to the counter
-        with evaluation_mode(self.model), torch.enable_grad(), torch.autocast("cpu", torch.bfloat16), plain:
+        with evaluation_mode(self.model), torch.enable_grad(), bf16_autocast(), plain:
             with FlopCounterMode(display=False) as forward:
                 loss = self.model(*args, **kwargs).loss
             with FlopCounterMode(display=False) as backward:
@@ -129,14 +130,19 @@ class FlopMeter(TrainerCallback):
 
 
 def reset_peak_memory() -> int:
-    """Begin to watch the memory of this process, and give the bytes that it has now."""
+    """Begin to watch the memory, and give the bytes in use now: of the GPU where there is one, of this process elsewhere."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is measured anew
     return psutil.Process().memory_info().rss
 
 
 def peak_memory() -> int | None:
-    """The most bytes that this process has had since then; `None` where the system does not tell."""
+    """The most bytes in use since then; `None` where the system does not tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     if not STATUS.is_file():
         return None
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))

@@ -1,21 +1,27 @@
 """
-Makes the runs that are missing, one after the other, each in a process of its own with one thread.
+Makes the runs that are missing, one after the other, each in a process of its own with one thread. Several of these scripts
+share the runs among them.
 
 A run that was cut off leaves nothing and is made again. Runs that other runs depend on come first; those whose model, data or
 package is not there are passed over.
 """
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
 import time
+import traceback
+
+import torch
+from transformers.utils import logging
 
 from benchmarks.quality.compare.arms import missing_package
 from benchmarks.quality.compare.plan import Experiment, Plan
-from benchmarks.quality.compare.train import add_folders
+from benchmarks.quality.compare.train import add_folders, train
 from benchmarks.tasks import find_data
-from benchmarks.utils import ROOT
+from benchmarks.utils import ROOT, claim
 
 # Of full training's time, to estimate what is left.
 USUAL_SHARE = 0.8
@@ -49,8 +55,21 @@ def describe(plan: Plan, missing: list[Experiment], options: argparse.Namespace)
     return "\n".join(lines)
 
 
+def make_here(experiment: Experiment, plan: Plan, options: argparse.Namespace) -> bool:
+    """Make one run in this process, and say how it went."""
+    try:
+        said = train(experiment, plan, options)
+    except Exception:
+        print(time.strftime("%H:%M:%S"), experiment.name, "failed", traceback.format_exc(), sep="\n", flush=True)
+        return False
+    finally:
+        gc.collect()
+    print(time.strftime("%H:%M:%S"), experiment.name, said, flush=True)
+    return True
+
+
 def make(experiment: Experiment, options: argparse.Namespace) -> bool:
-    """Make one run, and say how it went."""
+    """Make one run in a new process, and say how it went."""
     words = [experiment.task.name, experiment.arm.name, str(experiment.seed)]
     words += [f"--model_dir={options.model_dir}", f"--out={options.out}", f"--plan={options.plan}"]
     words += ["--data_dir", *map(str, options.data_dir)]
@@ -75,20 +94,23 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", help="names of tasks; all by default")
     parser.add_argument("--arms", nargs="+", help="names of arms; all by default")
     parser.add_argument("--tier", type=int, default=10**9, help="no runs of higher tiers")
-    parser.add_argument("--shard", default="0/1", help="I/N: every N-th run from the I-th on, for N processes")
+    parser.add_argument("--same_process", action="store_true", help="no new process for each run: sooner, on a GPU")
     parser.add_argument("--most", type=int, default=10**9, help="stop after so many runs")
     parser.add_argument("--list", action="store_true", help="say what is missing and how long it takes, and stop")
     options = parser.parse_args()
     options.out, options.plan = options.out.resolve(), options.plan.resolve()
     options.model_dir, options.data_dir = options.model_dir.resolve(), [f.resolve() for f in options.data_dir]
-    shard, shards = map(int, options.shard.split("/"))
+    if options.same_process:
+        torch.set_num_threads(1)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     failed: set[str] = set()
     made = 0
     while True:
         plan = Plan.read(options.plan)  # again each time: it may have grown
         missing = [
             experiment
-            for experiment in plan.experiments[shard::shards]
+            for experiment in plan.experiments
             if not experiment.file(options.out).exists()
             and experiment.name not in failed
             and (not options.tasks or experiment.task.name in options.tasks)
@@ -98,14 +120,19 @@ def main() -> None:
         if options.list:
             print(describe(plan, missing, options))
             return
-        ready = (e for e in missing if available(plan, e, options) and plan.ready(e, options.out))
-        experiment = next(ready, None)
-        if experiment is None or made == options.most:
-            print(f"{len(missing)} runs of this shard are missing, {len(failed)} have failed.", flush=True)
+        ready = [e for e in missing if available(plan, e, options) and plan.ready(e, options.out)]
+        for experiment in [] if made == options.most else ready:
+            file = experiment.file(options.out)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with claim(file) as claimed:
+                if claimed and not file.exists():
+                    made += 1
+                    well = make_here(experiment, plan, options) if options.same_process else make(experiment, options)
+                    failed |= set() if well else {experiment.name}
+                    break
+        else:
+            print(f"{len(missing)} runs are missing, {len(failed)} have failed.", flush=True)
             sys.exit(1 if failed else 0)
-        made += 1
-        if not make(experiment, options):
-            failed.add(experiment.name)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from benchmarks.quality.compare.arms import LEARNING_RATE, Method, frozen_share,
 from benchmarks.quality.compare.choice import choose
 from benchmarks.quality.compare.measure import FlopMeter, Stopwatch, peak_memory, reset_peak_memory
 from benchmarks.quality.compare.plan import HERE, Arm, Experiment, Plan, Result
-from benchmarks.tasks import Task, find_data, load_task
+from benchmarks.tasks import DEVICE, Task, find_data, load_task
 from benchmarks.utils import provenance
 
 EARLY_ROWS = 200  # held-out rows of the evaluations before the last one
@@ -100,7 +100,7 @@ def run(experiment: Experiment, arm: Arm, plan: Plan, model_dir: Path, data_dirs
             lr_scheduler_type=pair.schedule,
             seed=experiment.seed,
             bf16=True,
-            use_cpu=True,
+            use_cpu=DEVICE == "cpu",
             save_strategy="no",
             logging_steps=max(1, steps // 12),
             report_to=[],
@@ -158,6 +158,15 @@ def write(result: Result, path: Path) -> None:
     os.replace(partial, path)
 
 
+def train(experiment: Experiment, plan: Plan, options: argparse.Namespace) -> str:
+    """Make a run, write its result, and say what it came to."""
+    arm = choose(plan, experiment, options.out)
+    result = run(experiment, arm, plan, options.model_dir, options.data_dir, options.out)
+    write(result, experiment.file(options.out))
+    last, seconds = result["evaluations"][-1], result["seconds"]["processor"]
+    return f"points {last['points']}, loss {last['loss']}, {seconds}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task")
@@ -171,11 +180,7 @@ def main() -> None:
     plan = Plan.read(options.plan)
     wanted = (options.task, options.arm, options.seed)
     experiment = next(e for e in plan.experiments if (e.task.name, e.arm.name, e.seed) == wanted)
-    arm = choose(plan, experiment, options.out)
-    result = run(experiment, arm, plan, options.model_dir, options.data_dir, options.out)
-    write(result, experiment.file(options.out))
-    last, seconds = result["evaluations"][-1], result["seconds"]["processor"]
-    sys.stdout.write(f"points {last['points']}, loss {last['loss']}, {seconds}\n")
+    sys.stdout.write(f"{train(experiment, plan, options)}\n")
 
 
 def add_folders(parser: argparse.ArgumentParser) -> None:
