@@ -71,8 +71,10 @@ def claim(file: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield True
-        lock.unlink(missing_ok=True)
+        try:
+            yield True
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -184,7 +184,7 @@ def fit_start(
                     f"{group} held out, {rule} {tolerance}: saved {found['saved']:.1%}, points lost "
                     f"{found['points_lost']:+.2f} (worst {found['worst']:+.2f})"
                 )
-    typer.echo(f"Tolerances: {evaluation['tolerances']}. Added to {predictor}.")
+    typer.echo(f"Limits: {evaluation['limits']}. Added to {predictor}.")
 
 
 @app.command()

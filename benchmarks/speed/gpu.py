@@ -35,7 +35,7 @@ from benchmarks.utils import provenance, read_json, write_json
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-BATCHES, EPOCHS = 12, 4  # the cache is filled in the second epoch; the last one is timed
+BATCHES, EPOCHS = 8, 3  # the cache is filled in the first epoch; the last one is timed
 DEPTHS = (0.0, 0.34, 0.5, 0.67, 0.84)
 
 
@@ -66,7 +66,7 @@ def llama() -> tuple[PreTrainedModel, Rows, int]:
     """A Llama of SmolLM2-360M's shape (32 blocks of width 960), blocks of 512 tokens."""
     shape = {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15}
     config = LlamaConfig(vocab_size=49152, num_key_value_heads=5, use_cache=False, tie_word_embeddings=True, **shape)
-    return LlamaForCausalLM(config), texts(16 * BATCHES, 512, 49_000, False), 16
+    return LlamaForCausalLM(config), texts(32 * BATCHES, 512, 49_000, False), 32
 
 
 def vit() -> tuple[PreTrainedModel, Rows, int]:
@@ -137,13 +137,14 @@ def run(name: str, depth: float, cache: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--depths", nargs="+", type=float, default=DEPTHS, help="fractions of the units; 0 first")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.set_verbosity_error()
     found = read_json(options.out) if options.out.exists() else {"models": {}} | provenance()
     for name in options.models:
         runs: dict[str, Any] = {}
-        for depth in DEPTHS:
+        for depth in options.depths:
             for cache in (False, True) if depth else (False,):
                 key = f"{depth}{' cached' if cache else ''}"
                 runs[key] = run(name, depth, cache)

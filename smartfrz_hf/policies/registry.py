@@ -96,14 +96,7 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
     return SmartFRZPolicy(
         predictor,
         threshold,
-        start=(
-            (
-                predictor.config.start_tolerances[config.operating_point],
-                predictor.config.start_shares[config.operating_point],
-            )
-            if config.start_stage
-            else None
-        ),
+        start=predictor.config.start_limits[config.operating_point] if config.start_stage else None,
         target_saving=config.target_saving,
     )
 

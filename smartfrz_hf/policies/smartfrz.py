@@ -27,10 +27,9 @@ class SmartFRZPolicy(Policy):
     Args:
         predictor ([`SmartFRZPredictor`]): gives the probabilities.
         threshold (`float`): probability from which a unit counts as converged, in `[0, 1]`.
-        start (`tuple[float, float]`, *optional*):
-            What limits a front that freezes from the start of the run, at the end of the pilot: the points that it may cost, as
-            the predictor's [`StartPredictor`] sees it, and its share in the contributions of all units. Without it nothing
-            freezes from the start.
+        start (`dict[str, float]`, *optional*):
+            What limits a front that freezes from the start of the run, at the end of the pilot: one entry of `start_limits` in
+            [`SmartFRZPredictorConfig`]. Without it nothing freezes from the start.
         target_saving (`float`, *optional*): share of the compute to be saved, in place of these limits.
     """
 
@@ -38,7 +37,7 @@ class SmartFRZPolicy(Policy):
         self,
         predictor: SmartFRZPredictor,
         threshold: float,
-        start: tuple[float, float] | None = None,
+        start: dict[str, float] | None = None,
         target_saving: float | None = None,
     ):
         self.predictor, self.threshold = predictor.eval(), threshold
@@ -107,11 +106,14 @@ class SmartFRZPolicy(Policy):
             return Decision(depth, f"from the start, to save {savings[depth]:.0%} of the compute")
         if not pilot.agreement > 0:  # also where it is not a number
             return Decision(observation.depth, "the loss does not fall in the pilot")
+        if pilot.regression:
+            return Decision(observation.depth, "the pilot of a regression shows little but the mean of its labels")
         assert self.predictor.start is not None and self.limits is not None
         lost = [0.0, *self.predictor.start.predict(pilot).tolist()]
         shares = [0.0, *pilot.front_shares.tolist()]
-        fit = (d for d in range(pilot.pretrained + 1) if lost[d] <= self.limits[0] and shares[d] <= self.limits[1])
-        depth = max(observation.depth, *fit)
+        deepest = min(pilot.pretrained, 1 + int(self.limits["blocks"] * (observation.units - 1)))
+        points, share = self.limits["points"], self.limits["share"]
+        depth = max(observation.depth, *(d for d in range(deepest + 1) if lost[d] <= points and shares[d] <= share))
         return Decision(
             depth,
             f"from the start: expected to save {savings[depth]:.0%} of the compute and to lose {lost[depth]:.1f} points",

@@ -11,8 +11,12 @@ logger = logging.get_logger(__name__)
 
 FORMS = ("dynamics", "weights")
 DEFAULT_POINTS = {"conservative": 0.9, "balanced": 0.7, "aggressive": 0.5}
-DEFAULT_SHARES = {"conservative": 0.2, "balanced": 0.4, "aggressive": 0.7}
-DEFAULT_TOLERANCES = {"conservative": 0.1, "balanced": 0.3, "aggressive": 1.0}
+START_LIMITS = ("points", "share", "blocks")
+DEFAULT_LIMITS = {
+    "conservative": {"points": 0.1, "share": 0.3, "blocks": 0.34},
+    "balanced": {"points": 0.3, "share": 0.4, "blocks": 0.34},
+    "aggressive": {"points": 1.0, "share": 0.4, "blocks": 0.5},
+}
 SIZES = ("window", "weights_per_unit", "encoder_size", "attention_size", "unit_size", "head_size")
 RENAMED = {"samples": "weights_per_unit"}
 
@@ -48,11 +52,9 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             freezing.
         start_stage (`bool`, *optional*, defaults to `False`):
             Whether there is a [`StartPredictor`], which decides what freezes from the first step on.
-        start_tolerances (`dict[str, float]`, *optional*):
-            Points that freezing from the first step on may cost by its prediction, for each of the three.
-        start_shares (`dict[str, float]`, *optional*):
-            The largest share in the contributions of all units that a front may have that freezes from the first step on, for
-            each of the three.
+        start_limits (`dict[str, dict[str, float]]`, *optional*):
+            What limits a front that freezes from the first step on, for each of the three: the `points` that it may cost by the
+            prediction, its `share` in the contributions of all units, and its fraction of the `blocks`.
 
     Raises:
         ValueError: `form` is unknown or has no front probe, a size is below 1, or an operating point is no
@@ -85,8 +87,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         head_size: int = 16,
         operating_points: dict[str, float] | None = None,
         start_stage: bool = False,
-        start_tolerances: dict[str, float] | None = None,
-        start_shares: dict[str, float] | None = None,
+        start_limits: dict[str, dict[str, float]] | None = None,
         **kwargs: Any,
     ):
         # Written out: Transformers makes no arguments of annotated fields before version 5.4.
@@ -96,8 +97,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         self.head_size = head_size
         self.operating_points = dict(DEFAULT_POINTS if operating_points is None else operating_points)
         self.start_stage = start_stage
-        self.start_tolerances = dict(DEFAULT_TOLERANCES if start_tolerances is None else start_tolerances)
-        self.start_shares = dict(DEFAULT_SHARES if start_shares is None else start_shares)
+        self.start_limits = dict(DEFAULT_LIMITS if start_limits is None else start_limits)
         for old, new in RENAMED.items():
             if old in kwargs:
                 setattr(self, new, kwargs.pop(old))
@@ -123,11 +123,12 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
                 f"`operating_points` is {points!r}; it must have a probability for each of "
                 f"{', '.join(OPERATING_POINTS)}."
             )
-        for name in ("start_tolerances", "start_shares"):
-            if set(getattr(self, name)) != set(OPERATING_POINTS):
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}; it must have a number for each of {', '.join(OPERATING_POINTS)}."
-                )
+        limits = self.start_limits
+        if set(limits) != set(OPERATING_POINTS) or any(set(limit) != set(START_LIMITS) for limit in limits.values()):
+            raise ValueError(
+                f"`start_limits` is {limits!r}; it must have {', '.join(START_LIMITS)} for each of "
+                f"{', '.join(OPERATING_POINTS)}."
+            )
 
     @property
     def input_size(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig, StartPredictor
-from ..predictor.configuration import DEFAULT_SHARES
+from ..predictor.configuration import DEFAULT_LIMITS
 from ..signals.pilot import WEIGHTS_PER_UNIT, PilotSignals
 
 # Loss that is added counts as so many points lost: over the harvest, a change of the held-out loss by 0.1 goes with one of about
@@ -89,6 +89,7 @@ def pilot_signals(signals: dict[str, Any], moment: str, pretrained: bool = True)
         torch.tensor([*(change / WEIGHTS_PER_UNIT for change in seen["sampled_loss_change"]), head]),
         torch.tensor([*seen["sampled_displacement"], 0.0]) / WEIGHTS_PER_UNIT**0.5,
         len(signals["unit_names"]) if pretrained else 0,
+        regression=signals["classes"] == 1,
     )
 
 
@@ -100,7 +101,7 @@ def _pair(name: str, runs: dict[int | None, Any], moment: str) -> StartPair:
     before = full["evaluations"][-1]
     points = torch.tensor([before["points"] - runs[blocks]["evaluations"][-1]["points"] for blocks in depths])
     loss = torch.tensor([runs[blocks]["evaluations"][-1]["loss"] - before["loss"] for blocks in depths])
-    both = points if signals["classes"] == 1 else (points + POINTS_PER_LOSS * loss) / 2
+    both = points if pilot.regression else (points + POINTS_PER_LOSS * loss) / 2
     units = len(signals["unit_names"])
     return StartPair(
         name,
@@ -155,23 +156,29 @@ def squashed(points: torch.Tensor) -> torch.Tensor:
 
 
 def may_freeze(pilot: PilotSignals) -> int:
-    """Units that the policy may freeze from the start: none where the loss does not fall, and none that are not pretrained."""
-    return pilot.pretrained if pilot.agreement > 0 else 0
+    """
+    Units that the policy may freeze from the start: none where the loss does not fall, none of a regression, and none that are
+    not pretrained.
+    """
+    return pilot.pretrained if pilot.agreement > 0 and not pilot.regression else 0
 
 
 Rule = Callable[[StartPair], torch.Tensor]
 
 
-def judge(rule: Rule, pairs: Sequence[StartPair], tolerance: float, share: float = 1.0) -> dict[str, float]:
+def judge(
+    rule: Rule, pairs: Sequence[StartPair], points: float, share: float = 1.0, blocks: float = 1.0
+) -> dict[str, float]:
     """
-    What a rule comes to that freezes the deepest front for which it gives at most a tolerance, among the depths that were run.
-    As in the policy, nothing freezes where the loss does not fall in the pilot.
+    What a rule comes to that freezes the deepest front within some limits, among the depths that were run.
+    Nothing freezes where the policy would freeze nothing.
 
     Args:
-        rule (`Callable`): from a pair to `(units,)` scores, which are compared with the tolerance.
+        rule (`Callable`): from a pair to `(units,)` scores, points lost for instance.
         pairs (`Sequence[StartPair]`): not those that it learned from.
-        tolerance (`float`): highest score that freezes.
+        points (`float`): highest score that freezes.
         share (`float`, *optional*, defaults to `1.0`): largest share of a front in the contributions of all units.
+        blocks (`float`, *optional*, defaults to `1.0`): largest fraction of the blocks that freezes.
 
     Returns:
         `dict`: `saved` (mean share of the compute), `points_lost` (mean, from points and loss), `worst` (most points lost),
@@ -179,10 +186,9 @@ def judge(rule: Rule, pairs: Sequence[StartPair], tolerance: float, share: float
     """
     columns = []
     for pair in pairs:
-        allowed = (rule(pair) <= tolerance) & (pair.pilot.front_shares <= share)
-        fit = [
-            run for run, depth in enumerate(pair.depths.tolist()) if allowed[depth - 1] and pair.pilot.agreement > 0
-        ]
+        allowed = (rule(pair) <= points) & (pair.pilot.front_shares <= share)
+        deepest = min(may_freeze(pair.pilot), 1 + int(blocks * (len(allowed) - 1)))
+        fit = [run for run, d in enumerate(pair.depths.tolist()) if allowed[d - 1] and d <= deepest]
         columns.append(
             [
                 float(pair.saved[pair.depths[fit[-1]]]),
@@ -192,8 +198,8 @@ def judge(rule: Rule, pairs: Sequence[StartPair], tolerance: float, share: float
             else [0.0] * 4
         )
     table = torch.tensor(columns)
-    saved, lost, points, loss = table.mean(0).tolist()
-    return {"saved": saved, "points_lost": lost, "worst": float(table[:, 1].max()), "points": points, "loss": loss}
+    saved, lost, measured, loss = table.mean(0).tolist()
+    return {"saved": saved, "points_lost": lost, "worst": float(table[:, 1].max()), "points": measured, "loss": loss}
 
 
 def cross_validate(pairs: Sequence[StartPair], group: str) -> Rule:
@@ -222,28 +228,27 @@ def fixed(share: float) -> Rule:
     return score
 
 
-# What the choice of a tolerance allows on held-out tasks: mean points lost, and those of the worst pair.
-ALLOWED = {"conservative": (0.05, 0.7), "balanced": (0.1, 1.0), "aggressive": (0.5, 4.0)}
+# Mean points lost on held-out tasks and on held-out families, as measured, that the choice of a tolerance allows.
+ALLOWED = {"conservative": 0.1, "balanced": 0.3, "aggressive": 1.0}
 GRID = [round(0.05 * step, 2) for step in range(1, 41)]
 
 
-def choose_tolerances(rule: Rule, pairs: Sequence[StartPair], shares: dict[str, float]) -> dict[str, float]:
+def choose_limits(rules: Sequence[Rule], pairs: Sequence[StartPair]) -> dict[str, dict[str, float]]:
     """
-    The highest tolerance for each operating point with which held-out pairs lose no more than is allowed, and less would do no
-    harm either.
+    The default limits, with as many predicted points for each operating point as let held-out pairs lose no more than is
+    allowed, where less would do no harm either.
 
     Args:
-        rule (`Callable`): what predictors say of pairs that they have not seen.
+        rules (`Sequence[Callable]`): what predictors say of pairs that they have not seen, for each way to hold pairs out.
         pairs (`Sequence[StartPair]`): all of them.
-        shares (`dict[str, float]`): largest share of a front, by operating point.
     """
-    chosen = dict.fromkeys(ALLOWED, 0.0)
-    for point, (mean, worst) in ALLOWED.items():
-        for tolerance in GRID:
-            found = judge(rule, pairs, tolerance, shares[point])
-            if found["points_lost"] > mean or found["worst"] > worst:
+    chosen = {point: limits | {"points": 0.0} for point, limits in DEFAULT_LIMITS.items()}
+    for point, allowed in ALLOWED.items():
+        for points in GRID:
+            limits = chosen[point] | {"points": points}
+            if any(judge(rule, pairs, **limits)["points"] > allowed for rule in rules):
                 break
-            chosen[point] = tolerance
+            chosen[point] = limits
     return chosen
 
 
@@ -255,22 +260,20 @@ def evaluate_start(pairs: Sequence[StartPair]) -> dict[str, Any]:
         pairs (`Sequence[StartPair]`): all of them.
 
     Returns:
-        `dict`: `pairs` and `runs` (counts), `shares` and `tolerances` (by operating point), and by `"family"` and `"task"`:
+        `dict`: `pairs` and `runs` (counts), `limits` (by operating point), and by `"family"` and `"task"`:
         `operating_points`, and for each rule and tolerance what [`judge`] gives.
     """
-    shares = DEFAULT_SHARES
-    tolerances = choose_tolerances(cross_validate(pairs, "task"), pairs, shares)
+    held_out = {group: cross_validate(pairs, group) for group in ("family", "task")}
+    limits = choose_limits(list(held_out.values()), pairs)
     results: dict[str, Any] = {
         "pairs": len(pairs),
         "runs": sum(len(pair.depths) for pair in pairs),
         "versions": {name: version(name) for name in ("torch", "transformers")},
-        "shares": shares,
-        "tolerances": tolerances,
+        "limits": limits,
     }
-    for group in ("family", "task"):
-        said = cross_validate(pairs, group)
+    for group, said in held_out.items():
         results[group] = {
-            "operating points": {point: judge(said, pairs, tolerances[point], shares[point]) for point in tolerances},
+            "operating points": {point: judge(said, pairs, **limits[point]) for point in limits},
             "predictor": {str(t): judge(said, pairs, t) for t in (0.1, 0.2, 0.3, 0.5, 1.0, 2.0)},
             "share": {
                 str(t): judge(lambda pair: pair.pilot.front_shares, pairs, t) for t in (0.1, 0.2, 0.3, 0.5, 0.7)
@@ -289,9 +292,9 @@ def add_start(
     Args:
         predictor ([`SmartFRZPredictor`]): its other weights are kept.
         pairs (`Sequence[StartPair]`): what the start predictor learns from.
-        evaluation (`dict`): of [`evaluate_start`], which has chosen the tolerances.
+        evaluation (`dict`): of [`evaluate_start`], which has chosen the limits.
     """
-    limits = {"start_tolerances": evaluation["tolerances"], "start_shares": evaluation["shares"]}
+    limits = {"start_limits": evaluation["limits"]}
     config = SmartFRZPredictorConfig.from_dict(predictor.config.to_dict() | {"start_stage": True} | limits)
     joined = SmartFRZPredictor(config)
     kept = {name: value for name, value in predictor.state_dict().items() if not name.startswith("start.")}

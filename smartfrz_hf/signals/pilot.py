@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..model.units import BlockStack, Unit
@@ -35,6 +36,7 @@ class PilotSignals:
             weight ("loss change allocation", Lan et al., NeurIPS 2019).
         pretrained (`int`): units in front of the first block whose weights are as a library initializes them.
         displacement (`torch.Tensor` of shape `(units + 1,)`): root mean square of \\(w_T - w_0\\).
+        regression (`bool`): whether the model has a single output. Its pilot shows how the mean of the labels is learned.
     """
 
     steps: int
@@ -43,6 +45,7 @@ class PilotSignals:
     loss_change: torch.Tensor
     displacement: torch.Tensor
     pretrained: int
+    regression: bool = False
 
     @property
     def reach(self) -> torch.Tensor:
@@ -112,6 +115,12 @@ def is_fresh(block: Unit) -> bool:
     return all(bool((_local(p) == _local(p)[0]).all()) for p in scales)
 
 
+def is_regression(model: nn.Module) -> bool:
+    """Whether a model of Transformers has a single output, as its configuration says."""
+    config = getattr(model, "config", None)
+    return getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1
+
+
 class Pilot:
     """
     Records the first steps of a run, and keeps the weights of its start until a policy has decided what freezes with them.
@@ -171,7 +180,7 @@ class Pilot:
         ]
         missing = len(self._stack) + 1 - len(self._recorded)
         padded = (torch.nn.functional.pad(values, (0, missing)) for values in found)
-        return PilotSignals(self.steps, *padded, pretrained=self._pretrained)  # type: ignore[arg-type, misc]
+        return PilotSignals(self.steps, *padded, pretrained=self._pretrained, regression=is_regression(self._stack.model))  # type: ignore[arg-type, misc]
 
     @torch.no_grad()
     def restore(self, depth: int, kept: Collection[str] = ()) -> None:

@@ -14,12 +14,13 @@ from smartfrz_hf.signals import pilot
 from smartfrz_hf.signals.pilot import PilotSignals
 
 STEPS = 40
+LIMITS = (("conservative", 0.1, 0.5), ("balanced", 0.3, 1.0), ("aggressive", 1.0, 1.0))
 
 
 def predictor_that_loses(points, never=0.1, **config):
     """Freezing all costs so many points, and less in proportion to the share of the front; nothing freezes later."""
-    shares = {"start_shares": {"conservative": 0.5, "balanced": 1.0, "aggressive": 1.0}}
-    predictor = predictor_that_says(never, start_stage=True, **shares | config)
+    limits = {point: {"points": allowed, "share": share, "blocks": 1.0} for point, allowed, share in LIMITS}
+    predictor = predictor_that_says(never, start_stage=True, **{"start_limits": limits} | config)
     with torch.no_grad():
         predictor.start.log_scale.fill_(math.log(points))
         predictor.start.log_share_power.fill_(0.0)
@@ -104,16 +105,35 @@ def test_weights_that_are_not_finite_freeze_nothing(tmp_path):
 
 
 def test_saved_and_loaded(tmp_path):
-    tolerances = {"conservative": 0.0, "balanced": 0.5, "aggressive": 2.0}
-    predictor = predictor_that_loses(3.0, start_tolerances=tolerances)
+    limits = {point: {"points": 0.2, "share": 0.3, "blocks": 0.4} for point in ("conservative", "balanced", "aggressive")}
+    predictor = predictor_that_loses(3.0, start_limits=limits)
     predictor.save_pretrained(tmp_path)
     loaded = load_predictor(tmp_path)
     inputs = torch.rand(5), 1e6 * torch.rand(5)
     assert torch.equal(loaded.start(*inputs), predictor.start(*inputs))
-    assert loaded.config.start_tolerances == tolerances
-    for name in ("start_tolerances", "start_shares"):
-        with pytest.raises(ValueError, match=name):
-            SmartFRZPredictorConfig(**{name: {"balanced": 1.0}})
+    assert loaded.config.start_limits == limits
+    for wrong in ({"balanced": limits["balanced"]}, dict.fromkeys(limits, {"points": 1.0})):
+        with pytest.raises(ValueError, match="start_limits"):
+            SmartFRZPredictorConfig(start_limits=wrong)
+
+
+def test_at_most_a_fraction_of_the_blocks(tmp_path, shares):
+    limits = {point: {"points": 1.0, "share": 1.0, "blocks": 0.5} for point, _, _ in LIMITS}
+    assert run(tmp_path, predictor_that_loses(0.01, start_limits=limits)).depth == 3, "the stem and two of four blocks"
+
+
+def test_a_regression_freezes_nothing_from_the_start(tmp_path, shares):
+    """Its first steps learn the mean of the labels, whatever is in front."""
+    model = build("bert")
+    model.config.problem_type = "regression"
+    assert pilot.is_regression(model) and not pilot.is_regression(build("bert"))
+    callback = SmartFRZCallback(SmartFRZConfig(activation_cache=False), predictor_that_loses(0.01))
+    rows = Rows(4 * STEPS)
+    for row in rows.rows:
+        row["labels"] = row["labels"].float()
+    model.classifier, model.num_labels = torch.nn.Linear(model.config.hidden_size, 1), 1
+    train(tmp_path, [callback], model=model, dataset=rows, max_steps=STEPS)
+    assert callback.ledger.depth == 0
 
 
 def test_the_formula():

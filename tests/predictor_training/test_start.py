@@ -11,7 +11,7 @@ from smartfrz_hf import load_predictor
 from smartfrz_hf.cli import app
 from smartfrz_hf.predictor import default_predictor_path
 from smartfrz_hf.predictor_training.start import (
-    choose_tolerances,
+    choose_limits,
     evaluate_start,
     fit_start,
     fixed,
@@ -94,15 +94,16 @@ def test_judging(results):
     assert found["points_lost"] == pytest.approx(3.0) and found["worst"] == pytest.approx(6.0)
     assert judge(fixed(0.5), pairs, 0.0, share=0.0)["saved"] == 0.0
     said = {pair.name: torch.full((UNITS,), 1.0 if pair.name.startswith("even") else 0.2) for pair in pairs}
-    whole = dict.fromkeys(("conservative", "balanced", "aggressive"), 1.0)
-    assert choose_tolerances(lambda pair: said[pair.name], pairs, whole)["balanced"] == 0.95
+    assert judge(fixed(0.5), pairs, 0.0, blocks=0.34)["saved"] == pytest.approx(2 / 3 / 6), "depths 1, 3 and 5 were run"
+    limits = choose_limits([lambda pair: said[pair.name]], pairs)
+    assert limits["conservative"]["points"] == 0.95 and limits["balanced"]["blocks"] == 0.34
 
 
 def test_held_out_tasks_are_predicted(results):
     evaluation = evaluate_start(read_pairs(results))
     assert evaluation["pairs"] == 8 and evaluation["runs"] == 24
     found = evaluation["task"]["operating points"]["balanced"]
-    assert found["points_lost"] <= 0.1 and evaluation["tolerances"]["balanced"] >= 0
+    assert found["points_lost"] <= 0.1 and evaluation["limits"]["balanced"]["points"] >= 0
     assert evaluation["family"]["fixed 0.50"]["-"]["points_lost"] == pytest.approx(3.0)
 
 
@@ -113,7 +114,7 @@ def test_the_command_adds_it_to_a_predictor(results, tmp_path):
     done = CliRunner().invoke(app, ["fit-start", str(results), str(folder), "--out", str(out)])
     assert done.exit_code == 0, done.output
     after = load_predictor(folder)
-    assert after.start is not None and after.config.start_tolerances == json.loads(out.read_text())["tolerances"]
+    assert after.start is not None and after.config.start_limits == json.loads(out.read_text())["limits"]
     for name, value in before.state_dict().items():
         assert name.startswith("start.") or torch.equal(value, after.state_dict()[name])
     failed = CliRunner().invoke(app, ["fit-start", str(tmp_path), str(folder), "--out", str(out)])
