@@ -9,6 +9,8 @@ from launching import launch
 from safetensors.torch import load_file
 from versions import resume_on_two_cpu_ranks
 
+pytestmark = pytest.mark.slow
+
 # An epoch has six steps.
 GROWING = '--stages={"0": 2, "9": 4}'
 

@@ -7,6 +7,8 @@ import torch
 from launching import launch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 # Their gradients and weights are the same in all processes, so two decide as one does. The others see rows of their own.
 AS_ONE = ["autofreeze", "freezeout", "grades", "random"]
 
@@ -22,7 +24,6 @@ def peers(folder, *words, ranks=2, recipe="ddp_cpu"):
     return found[0]
 
 
-@pytest.mark.slow
 def test_two_processes_agree_and_decide_as_one(tmp_path):
     two, one = peers(tmp_path / "two"), peers(tmp_path / "one", "--policies", *AS_ONE, ranks=1)
     assert all(two[name] for name in two), "nothing froze"
@@ -30,7 +31,6 @@ def test_two_processes_agree_and_decide_as_one(tmp_path):
         assert two[name] == one[name]
 
 
-@pytest.mark.slow
 def test_sharded_gradients_and_weights_are_measured_whole(tmp_path):
     names = ["--policies", "autofreeze", "freezeout", "grades"]
     sharded = peers(tmp_path / "fsdp", *names, "--fsdp", recipe="fsdp2_cpu")
