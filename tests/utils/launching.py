@@ -156,8 +156,9 @@ def wait(processes):
     return failed or next((process.exitcode for process in running), 0)
 
 
-def results(folder, *words, ranks=2, recipe="ddp_cpu"):
-    done = launch(folder, *words, ranks=ranks, recipe=recipe)
+def results(folder, *words, ranks=2, **options):
+    """What each rank of a run said at its end, and the weights, which are the same on all ranks."""
+    done = launch(folder, *words, ranks=ranks, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((folder / f"end-{rank}.json").read_text()) for rank in range(ranks)]
     assert [part["world_size"] for part in found] == [ranks] * ranks
