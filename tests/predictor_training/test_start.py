@@ -98,6 +98,7 @@ def test_judging(results):
     assert choose_tolerances(lambda pair: said[pair.name], pairs, whole)["balanced"] == 0.95
 
 
+@pytest.mark.slow
 def test_held_out_tasks_are_predicted(results):
     evaluation = evaluate_start(read_pairs(results))
     assert evaluation["pairs"] == 8 and evaluation["runs"] == 24
@@ -106,6 +107,7 @@ def test_held_out_tasks_are_predicted(results):
     assert evaluation["family"]["fixed 0.50"]["-"]["points_lost"] == pytest.approx(3.0)
 
 
+@pytest.mark.slow
 def test_the_command_adds_it_to_a_predictor(results, tmp_path):
     folder = shutil.copytree(default_predictor_path(), tmp_path / "predictor")
     before = load_predictor(folder)
