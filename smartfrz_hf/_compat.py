@@ -52,6 +52,27 @@ def has_gradient_hook(tensor: torch.Tensor) -> bool:
     return bool(tensor._backward_hooks)
 
 
+def written_arguments(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operation writes to, tensors or lists of them. torch tells only in the operation's schema."""
+    schema = function._schema
+    return [
+        args[position] if position < len(args) else kwargs.get(argument.name)
+        for position, argument in enumerate(schema.arguments if schema.is_mutable else ())
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def forward_hooks(module: nn.Module) -> list[Callable]:
+    """Forward hooks and pre-hooks of one module, in the order of their registration. torch has no name to list them."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def has_global_forward_hooks() -> bool:
+    """Whether somebody has registered forward hooks or pre-hooks for all modules. torch has no name to list them."""
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+
+
 # torch.compile
 
 
@@ -65,16 +86,12 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
-def get_compile_limits() -> dict[str, int]:
-    """How many graphs `torch.compile` makes of one function before it gives up. `torch.compiler` has no name for them."""
-    config = torch._dynamo.config
-    return {name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
-
-
-def set_compile_limits(limits: dict[str, int]) -> None:
-    """Set what [`get_compile_limits`] returns."""
-    for name, value in limits.items():
-        setattr(torch._dynamo.config, name, value)
+def compile_settings() -> Any:
+    """
+    What holds `recompile_limit` and `accumulated_recompile_limit`, the graphs that `torch.compile` makes of one function before it
+    gives up. `torch.compiler` has no name for them.
+    """
+    return torch._dynamo.config
 
 
 # torch: several processes
@@ -98,6 +115,12 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
 def gathered_modules(module: FSDPModule) -> tuple[nn.Module, ...]:
     """The modules whose parameters FSDP2 gathers together, in one group with those of `module`. `FSDPModule` does not tell."""
     return module._get_fsdp_state()._modules
+
+
+def forget_failed_pass(model: nn.Module) -> None:
+    """Have FSDP2 forget a pass that ended with an exception. Later versions of torch have a public name for it, earlier ones none."""
+    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()
 
 
 # Accelerate
@@ -196,7 +219,32 @@ def disable_input_grads(model: PreTrainedModel) -> None:
                 del module._forward_hooks[key]
 
 
-# Transformers: the Trainer
+# Set on a model when Transformers has put in the hooks that [`records_outputs`] knows.
+OUTPUTS_RECORDED = "_output_capturing_hooks_installed"
+
+
+def records_outputs(hook: Callable) -> bool:
+    """Whether it is the hook by which Transformers collects hidden states and attentions, which does nothing unless asked."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
+# Transformers: the Trainer and its callbacks
+
+
+def calling_handler() -> CallbackHandler | None:
+    """
+    The handler of the Trainer that is calling a callback now, if one is.
+
+    Trackers are callbacks, too, and come before those of the user. A callback that adds to what they log has to stand in
+    front of them; the handler has their order, and no event passes it on.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 class TrainerHooks(_TrainerBase):
@@ -244,67 +292,3 @@ class TrainerHooks(_TrainerBase):
             Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         )
         super()._save_checkpoint(model, trial)
-
-
-# torch: FSDP2
-
-
-def forget_failed_pass(model: nn.Module) -> None:
-    """Have FSDP2 forget a pass that ended with an exception. Later versions of torch have a public name for it, earlier ones none."""
-    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
-        model.reset_iter_state()
-
-
-# torch and Transformers: hooks, for the activation cache
-
-
-def forward_hooks(module: nn.Module) -> list[Callable]:
-    """Forward hooks and pre-hooks of one module, in the order of their registration. torch has no name to list them."""
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-
-
-def has_global_forward_hooks() -> bool:
-    """Whether somebody has registered forward hooks or pre-hooks for all modules. torch has no name to list them."""
-    everywhere = torch.nn.modules.module
-    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
-
-
-# Set on a model when Transformers has put in the hooks that [`records_outputs`] knows.
-OUTPUTS_RECORDED = "_output_capturing_hooks_installed"
-
-
-def records_outputs(hook: Callable) -> bool:
-    """Whether it is the hook by which Transformers collects hidden states and attentions, which does nothing unless asked."""
-    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
-
-
-# Transformers: callbacks
-
-
-def calling_handler() -> CallbackHandler | None:
-    """
-    The handler of the Trainer that is calling a callback now, if one is.
-
-    Trackers are callbacks, too, and come before those of the user. A callback that adds to what they log has to stand in
-    front of them; the handler has their order, and no event passes it on.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler):
-            return caller
-        frame = frame.f_back
-    return None
-
-
-# torch: operations, as a dispatch mode sees them
-
-
-def written_arguments(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that an operation writes to, tensors or lists of them. torch tells only in the operation's schema."""
-    schema = function._schema
-    return [
-        args[position] if position < len(args) else kwargs.get(argument.name)
-        for position, argument in enumerate(schema.arguments if schema.is_mutable else ())
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]

@@ -5,10 +5,13 @@ import os
 import re
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from huggingface_hub import HfApi, hf_hub_download
 from transformers.utils import logging
+
+from .sizes import Size
 
 logger = logging.get_logger(__name__)
 
@@ -19,35 +22,17 @@ POLICIES += ["autofreeze", "egeria", "freezeout", "grades", "random", "self_cka"
 FROZEN_DTYPES = ("float16", "bfloat16")
 CACHE_DTYPES = ("exact", "float16", "bfloat16", "int8")
 CONFIG_NAME = "smartfrz_config.json"
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-class Size(float):
-    """
-    An amount of memory: a fraction below 1, a number of bytes, or a text such as `"8GB"` (10^9) or `"8GiB"` (2^30).
-
-    Example:
-
-    ```python
-    >>> from smartfrz_hf.config import Size
-
-    >>> float(Size("1.5GB"))
-    1500000000.0
-    ```
-    """
-
-    def __new__(cls, value: float | str) -> "Size":
-        """Read a text; raises `ValueError` for one that is no size."""
-        if isinstance(value, str):
-            match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:E[+-]?\d+)?) ?([KMGT]I?)?B?", value.strip().upper())
-            if match is None:
-                raise ValueError(f"{value!r} is no size; give a fraction, bytes, or a text such as '8GB'.")
-            value = float(match[1]) * UNITS[match[2] or ""]
-        return super().__new__(cls, value)
+def _is_share_or_count(value: float) -> bool:
+    return 0 <= value < 1 or (value >= 1 and value % 1 == 0)
 
 
-def _option(default: Any, text: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": text, **metadata})
+def _help(documentation: str, name: str) -> str:
+    """The description of one argument in a docstring, as plain text for the help of a command line."""
+    match = re.search(rf"^ +{name} \(.*?\):\n((?: {{12}}.*\n)+)", documentation, re.MULTILINE)
+    text = re.sub(r"\[(`[^`]+`)\]|`", lambda link: (link[1] or "").strip("`"), match[1] if match else "")
+    return " ".join(text.split()).replace("%", "%%")  # argparse formats it
 
 
 @dataclass
@@ -93,15 +78,15 @@ class SmartFRZConfig:
 
     Parameters that control the weight history:
         record_every (`float`, *optional*, defaults to `0.005`):
-            Time between snapshots.
+            Time between snapshots: below 1 a fraction of the run, else steps.
         sampling_seed (`int`, *optional*, defaults to `0`):
             Seed of the sampled weight positions.
 
     Parameters that control the freezing stages:
         first_decision (`float`, *optional*, defaults to `0.05`):
-            Time of the first freezing stage.
+            Time of the first freezing stage: below 1 a fraction of the run, else steps.
         decide_every (`float`, *optional*, defaults to `0.05`):
-            Time between freezing stages.
+            Time between freezing stages: below 1 a fraction of the run, else steps.
         probe_examples (`int`, *optional*, defaults to `16`):
             Most examples of the first training batch that run again at each freezing stage, to see how the outputs of
             the units change. Fewer are used where they would take more than 3 % of a short run. `0` turns it off.
@@ -110,14 +95,14 @@ class SmartFRZConfig:
         activation_cache (`bool`, *optional*, defaults to `True`):
             Whether the output of the frozen front is kept and used again for rows that were seen before.
         cache_memory (`float` or `str`, *optional*, defaults to `0.25`):
-            Memory for it: a fraction of the memory that is free when training starts, or bytes (`8e9`, `"8GB"`). The
+            Memory of the cache: a fraction of the memory that is free when training starts, or bytes (`8e9`, `"8GB"`). The
             processes of a machine share it.
         cache_disk (`float` or `str`, *optional*, defaults to `0`):
-            Disk for it once memory is full: a fraction of the free disk, or bytes.
+            Disk of the cache, once its memory is full: a fraction of the free disk, or bytes.
         cache_folder (`str`, *optional*):
-            Folder for the part on disk, which is removed at the end. Defaults to the one for temporary files.
+            Folder for the part of the cache on disk, which is removed at the end. Defaults to the one for temporary files.
         cache_dtype (`str`, *optional*, defaults to `"exact"`):
-            Format of the kept outputs: `"exact"`, or smaller and rounded `"float16"`, `"bfloat16"`, `"int8"`.
+            Format of the cached outputs: `"exact"`, or smaller and rounded `"float16"`, `"bfloat16"`, `"int8"`.
 
     Parameters that control the frozen front:
         frozen_dtype (`str`, *optional*):
@@ -144,50 +129,34 @@ class SmartFRZConfig:
         ValueError: a field holds a value that cannot work; the message names the legal ones.
     """
 
-    policy: str = _option("smartfrz", "What decides when a block freezes.", choices=POLICIES)
-    predictor: str | None = _option(None, "Predictor on the Hub or in a folder. Default: the one in the package.")
-    predictor_revision: str | None = _option(None, "Branch, tag or commit of the predictor on the Hub.")
-    operating_point: str = _option("balanced", "How early units freeze.", choices=list(OPERATING_POINTS))
-    freeze_threshold: float | None = _option(
-        None, "Probability from which a unit freezes. Default: the operating point's."
-    )
-    start_stage: bool = _option(True, "Let the predictor freeze a front from the start of the run.")
-    compensate_rate: bool = _option(True, "Raise the learning rate of the rest when a front freezes from the start.")
-    target_saving: float | None = _option(
-        None, "Share of the compute to be saved, in place of the operating point. Default: none."
-    )
-    unfreeze_on_restart: bool = _option(True, "Train everything again when the learning rate rises again.")
-    max_depth: int | None = _option(None, "Most units (stem included) that may freeze. Default: no limit.")
-    when_all_frozen: str = _option(
-        "keep_last",
-        "When all that can train is frozen: keep the last unit active, or stop.",
-        choices=["keep_last", "stop"],
-    )
-    record_every: float = _option(0.005, "Time between snapshots: below 1 a fraction of the run, else steps.")
-    sampling_seed: int = _option(0, "Seed of the sampled weight positions.")
-    first_decision: float = _option(
-        0.05, "Time of the first freezing stage: below 1 a fraction of the run, else steps."
-    )
-    decide_every: float = _option(0.05, "Time between freezing stages: below 1 a fraction of the run, else steps.")
-    probe_examples: int = _option(16, "Most examples that run again at each freezing stage; 0 turns the probe off.")
-    activation_cache: bool = _option(True, "Keep the output of the frozen front for rows that come again.")
-    cache_memory: Size | str | float = _option(
-        0.25, "Memory of the cache: a fraction of what is free, or bytes (8GB)."
-    )
-    cache_disk: Size | str | float = _option(0.0, "Disk of the cache: a fraction of what is free, or bytes (100GB).")
-    cache_folder: str | None = _option(None, "Folder for the cache on disk. Default: the one for temporary files.")
-    cache_dtype: str = _option(
-        "exact", "Format of the kept outputs; all but `exact` round.", choices=list(CACHE_DTYPES)
-    )
-    frozen_dtype: str | None = _option(
-        None, "Precision in which frozen blocks compute. Default: the model's.", choices=list(FROZEN_DTYPES)
-    )
-    offload_frozen: bool = _option(False, "Move the weights of a fully cached front to host memory.")
-    static_depth: float = _option(0.5, "Units that the policy `static` freezes: below 1 a fraction, else a number.")
-    linear_start: float = _option(0.0, "Fraction of the run at which the policy `linear` starts.")
-    linear_depth: float = _option(0.75, "Fraction of the units that the policy `linear` has frozen at the end.")
-    blocks: list[str] | None = _option(None, "Names or shell patterns of the blocks, in order. Default: found.")
-    stem: list[str] | None = _option(None, "Names or patterns of what feeds the first block. Default: found.")
+    policy: str = field(default="smartfrz", metadata={"choices": POLICIES})
+    predictor: str | None = None
+    predictor_revision: str | None = None
+    operating_point: str = field(default="balanced", metadata={"choices": list(OPERATING_POINTS)})
+    freeze_threshold: float | None = None
+    start_stage: bool = True
+    compensate_rate: bool = True
+    target_saving: float | None = None
+    unfreeze_on_restart: bool = True
+    max_depth: int | None = None
+    when_all_frozen: str = field(default="keep_last", metadata={"choices": ["keep_last", "stop"]})
+    record_every: float = 0.005
+    sampling_seed: int = 0
+    first_decision: float = 0.05
+    decide_every: float = 0.05
+    probe_examples: int = 16
+    activation_cache: bool = True
+    cache_memory: Size | str | float = 0.25
+    cache_disk: Size | str | float = 0.0
+    cache_folder: str | None = None
+    cache_dtype: str = field(default="exact", metadata={"choices": list(CACHE_DTYPES)})
+    frozen_dtype: str | None = field(default=None, metadata={"choices": list(FROZEN_DTYPES)})
+    offload_frozen: bool = False
+    static_depth: float = 0.5
+    linear_start: float = 0.0
+    linear_depth: float = 0.75
+    blocks: list[str] | None = None
+    stem: list[str] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.predictor, os.PathLike):
@@ -203,45 +172,36 @@ class SmartFRZConfig:
                     "None" if kind is type(None) else kind.__name__ for kind in types if kind is not Size
                 )
                 raise TypeError(f"`{name}` is {value!r}, of type {type(value).__name__}; it must be of type {wanted}.")
-        for name in ("policy", "operating_point", "when_all_frozen", "frozen_dtype", "cache_dtype"):
-            option = self.__dataclass_fields__[name]
-            value, legal = getattr(self, name), option.metadata["choices"]
-            if value not in legal and (value is not None or option.default is not None):
-                raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, legal))}.")
-        if self.offload_frozen and not self.activation_cache:
-            raise ValueError("`offload_frozen` needs `activation_cache`: without it the front runs in every step.")
+        for name, option in self.__dataclass_fields__.items():
+            choices = option.metadata.get("choices", [getattr(self, name)])
+            legal = getattr(self, name) in (*choices, option.default)
+            self._require(name, legal, f"one of {', '.join(map(repr, choices))}")
         for name in ("cache_memory", "cache_disk"):
             try:
-                size = float(Size(getattr(self, name)))
+                setattr(self, name, float(Size(getattr(self, name))))
             except ValueError as error:
                 raise ValueError(f"`{name}`: {error}") from None
-            setattr(self, name, size)
-            if not 0 <= size < float("inf"):
-                raise ValueError(f"`{name}` is {size}; it must be a fraction from 0 to below 1, or a number of bytes.")
+            legal = 0 <= getattr(self, name) < float("inf")
+            self._require(name, legal, "a fraction from 0 to below 1, or a number of bytes")
         for name in ("freeze_threshold", "linear_start", "linear_depth", "target_saving"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"`{name}` is {value}; it must be between 0 and 1.")
+            self._require(name, 0 <= (getattr(self, name) or 0) <= 1, "between 0 and 1")
+        self._require("linear_start", self.linear_start < 1, "below 1, which is the end of the run")
+        for name in ("record_every", "first_decision", "decide_every"):
+            wanted = "a fraction of the run between 0 and 1, or a whole number of steps"
+            self._require(name, getattr(self, name) > 0 and _is_share_or_count(getattr(self, name)), wanted)
+        legal = _is_share_or_count(self.static_depth)
+        self._require("static_depth", legal, "a fraction below 1 or a whole number of units")
+        for name in ("max_depth", "probe_examples"):
+            self._require(name, (getattr(self, name) or 0) >= 0, "at least 0")
+        self._require("blocks", self.blocks != [], "at least one name or pattern, or left out")
+        if self.offload_frozen and not self.activation_cache:
+            raise ValueError("`offload_frozen` needs `activation_cache`: without it the front runs in every step.")
         if self.target_saving is not None and self.policy in ("linear", "never", "static"):
             raise ValueError(f'`target_saving` needs the policy "smartfrz"; `policy` is {self.policy!r}.')
-        if self.linear_start == 1:
-            raise ValueError("`linear_start` is 1, the end of the run; it must be below 1.")
-        for name in ("record_every", "first_decision", "decide_every"):
-            value = getattr(self, name)
-            if not value > 0 or (value > 1 and value != int(value)):
-                raise ValueError(
-                    f"`{name}` is {value}; it must be a fraction of the run between 0 and 1, or a whole number of steps."
-                )
-        if self.static_depth < 0 or (self.static_depth >= 1 and self.static_depth != int(self.static_depth)):
-            raise ValueError(
-                f"`static_depth` is {self.static_depth}; it must be a fraction below 1 or a whole number of units."
-            )
-        for name in ("max_depth", "probe_examples"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"`{name}` is {value}; it must be at least 0.")
-        if self.blocks == []:
-            raise ValueError("`blocks` is empty; give at least one name or pattern, or leave it out.")
+
+    def _require(self, name: str, legal: bool, wanted: str) -> None:
+        if not legal:
+            raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be {wanted}.")
 
     def steps(self, name: str, total_steps: int) -> int:
         """
@@ -320,6 +280,9 @@ class SmartFRZConfig:
                 ) from error
         return cls.from_dict(json.loads(file.read_text()))
 
+
+for option in fields(SmartFRZConfig):
+    option.metadata = MappingProxyType({"help": _help(SmartFRZConfig.__doc__ or "", option.name), **option.metadata})
 
 PREFIX = "smartfrz_"
 # The options of `SmartFRZConfig` for a command line (`HfArgumentParser`), prefixed so that none collides.

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from .activation_cache import ActivationCache, make_cache
 from .config import SmartFRZConfig
 from .cost.flops import ComputeMeter
+from .cost.ledger import Ledger
 from .distributed.consensus import Ranks
 from .distributed.ddp import rebuild_reducer
 from .distributed.fsdp import reshard
@@ -37,6 +38,7 @@ class Front:
         compiled (`bool`): whether the loop runs a compiled model.
 
     Attributes:
+        stack ([`BlockStack`]): the units.
         freezer ([`Freezer`]): freezes parameters and cuts the backward pass.
         meter ([`ComputeMeter`]): counts FLOPs.
         rate ([`RateFactor`]): raises the learning rate of the rest, where a front froze from the start.
@@ -54,7 +56,7 @@ class Front:
         steps_per_epoch: float | None,
         compiled: bool,
     ):
-        self._model, self._stack, self._config, self._ranks = model, stack, config, ranks
+        self.stack, self._model, self._config, self._ranks = stack, model, config, ranks
         dtype = getattr(torch, config.frozen_dtype) if config.frozen_dtype else None
         self.freezer = Freezer(stack, optimizer, dtype)
         self.meter = ComputeMeter(model, stack, optimizer)
@@ -76,7 +78,7 @@ class Front:
         if pilot is not None:
             if self._config.compensate_rate:
                 self.rate.factor = pilot.signals().rate_factor(depth)
-            pilot.restore(depth, {name for unit in self._stack.units[:depth] for name in kept_parameters(unit)})
+            pilot.restore(depth, {name for unit in self.stack.units[:depth] for name in kept_parameters(unit)})
         units = self.freezer.freeze_to(depth)
         if self.cache is not None and self.freezer.constant:
             self.cache.freeze_to(depth)
@@ -119,7 +121,7 @@ class Front:
             if self.cache is not None:
                 self.cache.close()
             if rebuild_reducer(self._model):  # their gradients of this step were not exchanged
-                parameters = dict(self._stack.model.named_parameters())
+                parameters = dict(self.stack.model.named_parameters())
                 for name in thawed:
                     parameters[name].grad = None
         with self.beside_training():
@@ -130,6 +132,13 @@ class Front:
         """To be called right after a step of the optimizer."""
         self.rate.after_step()
         self.meter.end_of_step()
+
+    def update_ledger(self, ledger: Ledger) -> None:
+        """Enter what is spent and saved so far."""
+        ledger.spent, ledger.full = self.meter.spent, self.meter.full
+        ledger.unit_flops, ledger.full_unit_flops = self.meter.unit_flops, self.meter.full_unit_flops
+        ledger.frozen_parameters = self.freezer.frozen_parameters
+        ledger.cache = None if self.cache is None else self.cache.savings
 
     def beside_training(self) -> AbstractContextManager:
         """A context for passes that the cache must neither serve nor learn from."""

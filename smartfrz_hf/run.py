@@ -9,19 +9,20 @@ from transformers.utils import logging
 
 from .checks import check_loop, check_other_run, check_stack, check_state, check_wrapper
 from .config import SmartFRZConfig
-from .cost.ledger import Ledger, Stage
+from .cost.ledger import Ledger
 from .distributed.consensus import Ranks
 from .freezing.adalora import leave_frozen_ranks
 from .freezing.compile import is_compiled
 from .freezing.steps import follow_steps
 from .front import Front
 from .model.tracing import Inputs
-from .model.units import Unit, find_blocks
-from .policies import Decision, Observation, Policy, resolve
+from .model.units import find_blocks
+from .policies import Policy, resolve
 from .predictor import SmartFRZPredictor
 from .signals.observer import Observer
 from .signals.pilot import pilot_steps
 from .signals.schedule import LearningRates
+from .stages import FreezingStages
 
 logger = logging.get_logger(__name__)
 
@@ -104,11 +105,8 @@ class FreezingRun:
         check_other_run(self.stack.model, FreezingRun.of(self.stack.model))
         check_loop(self.stack.model, optimizer, total_steps)
         self.total_steps, self.steps_done = total_steps, 0
-        self._begun = self.should_stop = False
-        self._trainable = [unit.trainable for unit in self.stack]
-        self._deepest = self.stack.deepest_safe_depth()
-        self._first_decision = config.steps("first_decision", total_steps)
-        self._decide_every = config.steps("decide_every", total_steps)
+        self._begun = False
+        between_stages = config.steps("decide_every", total_steps)
         self.rates = LearningRates.planned(lr_scheduler, total_steps)
         self.ranks = Ranks(timeout)
         compiled = is_compiled(model) if compiled is None else compiled
@@ -116,7 +114,7 @@ class FreezingRun:
         self._patches = leave_frozen_ranks(model, lambda: self.front.freezer.frozen_adapters)
         sizes = self.front.meter.unit_parameters
         self.ledger = Ledger(self.stack.names, sizes, total_steps, trainable_parameters=sum(sizes.values()))
-        self._update_ledger()
+        self.front.update_ledger(self.ledger)
         self.observer = Observer(
             self.stack,
             self.policy.history_size,
@@ -124,10 +122,13 @@ class FreezingRun:
             config.sampling_seed,
             config.probe_examples if self.policy.front_probe else 0,
             self.policy.min_probe_examples,
-            lambda batch: self._decide_every * (examples_per_step or batch),
+            lambda batch: between_stages * (examples_per_step or batch),
             pilot_steps(self.policy.pilot, total_steps),
             self.front.beside_training,
             self.front.meter.add_forward,
+        )
+        self._stages = FreezingStages(
+            config, self.policy, self.front, self.observer, self.rates, self.ranks, self.ledger, total_steps
         )
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
         self._optimizer_stepped = False
@@ -153,6 +154,11 @@ class FreezingRun:
         """Frozen units now, counted from the front."""
         return self.front.depth
 
+    @property
+    def should_stop(self) -> bool:
+        """Whether nothing is left to train and `when_all_frozen="stop"` asks to stop then."""
+        return self._stages.should_stop
+
     def __enter__(self) -> "FreezingRun":
         if not self._begun:
             try:
@@ -174,7 +180,7 @@ class FreezingRun:
         """
         self._begun, self.steps_done = True, step
         self.observer.begin(step)
-        self._decide()
+        self._stages.hold(step)
 
     def step(self, steps_done: int | None = None) -> None:
         """
@@ -201,13 +207,10 @@ class FreezingRun:
         self.observer.end_of_step(steps_done, self.depth)
         rises = self.rates.observe(steps_done, self._optimizer.param_groups[0]["lr"])
         if rises and self.depth and self.config.unfreeze_on_restart and self.policy.history_size:
-            units = self.front.unfreeze()
+            self._stages.unfreeze(steps_done, "the learning rate rises again")
             self.observer.restart(steps_done)
-            self._note(units, "the learning rate rises again")
-        since_first = steps_done - self._first_decision
-        due = since_first >= 0 and since_first % self._decide_every == 0 and steps_done < self.total_steps
-        if due or self._pilot_is_over:
-            self._decide()
+        if self._stages.is_due(steps_done):
+            self._stages.hold(steps_done)
 
     def close(self) -> None:
         """Leave the model as it was found, except for its weights. May be called again."""
@@ -262,7 +265,7 @@ class FreezingRun:
             self.rates.load_state_dict(state["learning_rates"])
         self.front.rate.factor = state.get("rate_factor", 1.0)  # checkpoints of earlier versions have none
         self.observer.load_state_dict(state)
-        self._update_ledger()
+        self.front.update_ledger(self.ledger)
         if state["depth"]:
             self.front.freeze_to(state["depth"])
 
@@ -273,65 +276,4 @@ class FreezingRun:
     def _after_optimizer_step(self, *_) -> None:
         self._optimizer_stepped = True
         self.front.after_update()
-        self._update_ledger()
-
-    def _update_ledger(self) -> None:
-        ledger, meter, cache = self.ledger, self.front.meter, self.front.cache
-        ledger.spent, ledger.full = meter.spent, meter.full
-        ledger.unit_flops, ledger.full_unit_flops = meter.unit_flops, meter.full_unit_flops
-        ledger.frozen_parameters = self.front.freezer.frozen_parameters
-        ledger.cache = None if cache is None else cache.savings
-
-    @property
-    def _pilot_is_over(self) -> bool:
-        return self.observer.pilot is not None and self.steps_done >= self.observer.pilot_steps
-
-    def _decide(self) -> None:
-        """Hold a freezing stage. One at the end of the pilot freezes units with the weights of the start of the run."""
-        pilot = self.observer.pilot if self._pilot_is_over else None
-        if self.depth < len(self.stack):
-            self.observer.before_decision(self.steps_done)
-        observation = Observation(
-            step=self.steps_done,
-            max_steps=self.total_steps,
-            depth=self.depth,
-            trainable=self._trainable,
-            rates=self.rates,
-            history=self.observer.history,
-            probe=self.observer.probe,
-            pilot=None if pilot is None else pilot.signals(),
-            savings=None if pilot is None else self.front.meter.savings(),
-        )
-        decision = self.policy.decide(observation)
-        if not isinstance(decision, Decision):
-            raise TypeError(f"`decide` of {type(self.policy).__name__} gave {decision!r}; it must give a `Decision`.")
-        self.ledger.record(self.steps_done, decision.probabilities)
-        most = len(self.stack) if self.config.max_depth is None else self.config.max_depth
-        depth = max(0, min(int(decision.depth), most))
-        message = -1 - depth if decision.unfreeze else depth
-        message = self.ranks.broadcast(message, f"the freezing stage of step {self.steps_done}")
-        depth = max(message, -1 - message)
-        if message < 0 and self.depth:
-            self._note(self.front.unfreeze(), decision.reason)
-        if depth > self._deepest:  # else nothing would be left to train
-            depth = self._deepest
-            self.should_stop = self.config.when_all_frozen == "stop"
-        self.front.check_consistency(self.steps_done)
-        if depth > self.depth:
-            units = self.front.freeze_to(depth, pilot)
-            rate = (
-                f"; the rest trains at {self.front.rate.factor:.2f} times the learning rate"
-                if pilot is not None
-                else ""
-            )
-            self._note(units, decision.reason + rate)
-        if pilot is not None:
-            self.observer.pilot = None
-
-    def _note(self, units: list[Unit], reason: str) -> None:
-        """Enter a change of depth into the ledger and the log."""
-        names = [unit.name for unit in units]
-        self.ledger.stages.append(Stage(self.steps_done, self.depth, names, reason))
-        self._update_ledger()
-        what = f"froze {', '.join(names)}; {self.depth} of {len(self.stack)} units are frozen now"
-        logger.info(f"Step {self.steps_done}: {what if self.depth else 'all units train again'} ({reason}).")
+        self.front.update_ledger(self.ledger)

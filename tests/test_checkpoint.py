@@ -31,7 +31,9 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback alone"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "plain" else pytest.mark.slow) for name in SETTINGS]
+)
 def test_resuming_equals_never_having_stopped(tmp_path, name, alone):
     """40 shuffled rows in batches of 4, dropout, 20 steps: stopped before, at and after freezing stages, in mid-epoch."""
     whole = run(tmp_path, alone, **SETTINGS[name])
@@ -45,6 +47,7 @@ def test_resuming_equals_never_having_stopped(tmp_path, name, alone):
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback alone"])
+@pytest.mark.slow
 def test_resuming_with_the_cache_is_the_same_up_to_rounding(tmp_path, alone):
     settings = {"config": {"activation_cache": True}, "dataset": Rows(16)}
     whole, callback = run(tmp_path, alone, **settings)
@@ -113,6 +116,7 @@ def test_checkpoint_without_optimizer(tmp_path, warnings_of_library):
     assert early and again.ledger.stages[: len(early)] == early
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(tmp_path):
     run(tmp_path, max_steps=6)
     checkpoint = tmp_path / "checkpoint-6"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -47,7 +48,11 @@ def test_is_a_command_line_beside_training_arguments(tmp_path):
     assert (config.policy, config.static_depth, config.blocks) == ("static", 2.0, ["a.*", "b.*"])
     assert parser.parse_args_into_dataclasses(["--output_dir", "x"])[1] == SmartFRZConfig()
     help_text = parser.format_help()
-    assert "How early units freeze." in " ".join(help_text.split())
+    assert "How early units freeze: " in " ".join(help_text.split())
+
+
+def test_every_option_is_explained_in_the_docstring():
+    assert [option.name for option in fields(SmartFRZConfig) if not option.metadata["help"].endswith(".")] == []
 
 
 def test_saves_and_loads(tmp_path, caplog):

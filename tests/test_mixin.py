@@ -114,6 +114,7 @@ def test_sft_trainer(tmp_path):
     assert_freezes_and_resumes(train, tmp_path)
 
 
+@pytest.mark.slow
 def test_sentence_transformer_trainer(tmp_path, minilm_dir):
     import sentence_transformers
     from datasets import Dataset

@@ -38,6 +38,7 @@ def make(folder, alone, config=None, callbacks=(), model=None, probability=0.9, 
 
 
 @EITHER
+@pytest.mark.slow
 def test_early_stopping(tmp_path, alone):
     best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     changes = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 0.3, "warmup_steps": 12} | best
@@ -87,6 +88,7 @@ class OutOfMemory(TrainerCallback):
 
 @EITHER
 @pytest.mark.parametrize("step", [0, 5, 7])
+@pytest.mark.slow
 def test_a_smaller_batch_starts_anew(tmp_path, alone, step):
     """The memory ends in the first step, while a pass is counted that follows a freezing stage, and later."""
     memory = OutOfMemory(step)
@@ -99,6 +101,7 @@ def test_a_smaller_batch_starts_anew(tmp_path, alone, step):
 
 
 @EITHER
+@pytest.mark.slow
 def test_a_smaller_batch_changes_nothing_where_nothing_freezes(tmp_path, alone):
     plain = train(tmp_path, [OutOfMemory(7)], dataset=Rows(40), logging_steps=1, auto_find_batch_size=True)
     trainer, _ = make(tmp_path, alone, callbacks=[OutOfMemory(7)], probability=0.1, auto_find_batch_size=True)
@@ -131,6 +134,7 @@ def test_a_run_that_breaks_off_leaves_nothing_frozen(tmp_path):
 
 
 @EITHER
+@pytest.mark.slow
 def test_training_twice(tmp_path, alone):
     """The second run has nothing frozen from the first; resumed, it is the first one again."""
     first, callback = make(tmp_path, alone, {"max_depth": 3}, save_strategy="steps", save_steps=4)
@@ -152,6 +156,7 @@ def test_training_twice(tmp_path, alone):
     assert_left_alone(again.model)
 
 
+@pytest.mark.slow
 def test_training_twice_with_nothing_frozen_equals_the_plain_trainer(tmp_path):
     plain = train(tmp_path, dataset=Rows(40), logging_steps=1)
     plain.train()
@@ -201,6 +206,7 @@ class Optuna(ModuleType):
 
 
 @EITHER
+@pytest.mark.slow
 def test_hyperparameter_search(tmp_path, alone, monkeypatch):
     """Each trial starts with a new model and nothing frozen, is like a run by itself, and leaves nothing behind."""
     monkeypatch.setitem(sys.modules, "optuna", Optuna())

@@ -72,6 +72,7 @@ def test_wheel_holds_every_module_and_the_default_predictor(wheel: Path) -> None
     assert {name.split("/")[0].split("-")[0] for name in packed} == {"smartfrz_hf"}
 
 
+@pytest.mark.slow
 def test_default_predictor_loads_from_the_wheel(site: Path, tmp_path: Path) -> None:
     code = """
 from smartfrz_hf import SmartFRZPredictor
@@ -80,10 +81,12 @@ print(sum(parameter.numel() for parameter in SmartFRZPredictor.from_default().pa
     assert int(run_python(code, site, tmp_path)) > 0
 
 
+@pytest.mark.slow
 def test_core_imports_without_optional_packages(site: Path, tmp_path: Path) -> None:
     run_python(f"{HIDE_OPTIONAL_PACKAGES}\nfrom smartfrz_hf import *", site, tmp_path)
 
 
+@pytest.mark.slow
 def test_import_loads_no_optional_package_itself(site: Path, tmp_path: Path) -> None:
     code = """
 import sys

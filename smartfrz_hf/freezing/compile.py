@@ -5,6 +5,8 @@ from torch import nn
 
 from .. import _compat
 
+LIMITS = ("recompile_limit", "accumulated_recompile_limit")
+
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model, or a part of it, is compiled."""
@@ -21,20 +23,19 @@ class GraphLimits:
     """
 
     def __init__(self, wanted: bool):
-        self._limits = _compat.get_compile_limits() if wanted else {}
+        self._limits = {name: getattr(_compat.compile_settings(), name) for name in LIMITS} if wanted else {}
         self._raised = False
 
     def extend(self) -> None:
         """To be called at each freezing stage."""
-        if self._limits:
-            now = _compat.get_compile_limits()
-            _compat.set_compile_limits({name: now[name] + limit for name, limit in self._limits.items()})
+        for name, limit in self._limits.items():
+            setattr(_compat.compile_settings(), name, getattr(_compat.compile_settings(), name) + limit)
             self._raised = True
 
     def restore(self) -> None:
         """Put the limits back. All graphs are dropped, since there are more of them than the limit allows."""
-        if self._limits:
-            _compat.set_compile_limits(self._limits)
+        for name, limit in self._limits.items():
+            setattr(_compat.compile_settings(), name, limit)
         if self._raised:
             torch.compiler.reset()
         self._limits, self._raised = {}, False

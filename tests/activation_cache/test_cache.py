@@ -58,7 +58,7 @@ def collate(rows, left=False):
 def test_every_architecture_is_served_or_refused(tmp_path, name):
     dataset = Text(32) if name in ("gpt2", "llama", "qwen2") else None
     changes = {"eval_strategy": "no"} if dataset else {}
-    changes |= {"smartfrz": {"linear_depth": 1.0}}
+    changes |= {"smartfrz": {"linear_depth": 1.0}, "num_train_epochs": 3}
     if name in REFUSED:
         changes |= {"policy": "static", "smartfrz": {"static_depth": 2}}
     off, on = (run(tmp_path / str(cache), cache, name, dataset, **changes) for cache in (False, True))
@@ -73,6 +73,7 @@ def test_every_architecture_is_served_or_refused(tmp_path, name):
 
 @pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.slow
 def test_rows_that_come_again_are_found(tmp_path, bf16):
     """With dynamic padding, shuffled: all rows of the second epoch, and of a stage that moves on."""
 
@@ -265,7 +266,7 @@ def test_a_disk_that_fills_up_costs_only_its_room(tmp_path, half_a_megabyte):
     [
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
-        {"per_device_eval_batch_size": 16, "dataloader_num_workers": 2},
+        pytest.param({"per_device_eval_batch_size": 16, "dataloader_num_workers": 2}, marks=pytest.mark.slow),
     ],
     ids=["checkpointing", "reentrant", "workers"],
 )
@@ -338,6 +339,7 @@ ROWS = Rows(12).rows
 @example([([0], 1, "right", False), ([0, 1], 0, "left", False)], 2**24, 0, False, "bert")
 @example([([0], 1, "right", False), ([0], 0, "left", False)], 2**24, 1, False, "llama")
 @example([([0], 1, "right", False), ([0], 0, "left", False)], 2**24, 0, False, "bert")
+@pytest.mark.slow
 def test_never_gives_a_wrong_activation(batches, budget, grow_at, without_padding, name):
     """Any order, duplicates, padding, empty masks, growing depth and budget: outputs are those of the plain model."""
     model = build(name).eval()

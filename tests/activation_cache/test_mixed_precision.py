@@ -14,6 +14,7 @@ BF16 = {"bf16": True, "use_cpu": True}
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback alone"])
+@pytest.mark.slow
 def test_resuming_under_autocast_equals_never_having_stopped(tmp_path, alone):
     """One checkpoint lies at a freezing stage, and one behind the next. The cache, which starts empty, would round otherwise."""
     settings = {"config": {"activation_cache": False}} | BF16

@@ -7,7 +7,7 @@ from architectures import IMAGE, TEXT, build
 from odd_models import llava
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from versions import checkpoint_activations
+from versions import RENAMED, checkpoint_activations
 
 from smartfrz_hf import Freezer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
@@ -393,7 +393,12 @@ def blip_for_questions():
         (paligemma, "model.vision_tower.*encoder.layers.*", None),
         (paligemma, "model.language_model.layers.*", "`inputs_embeds` requires a gradient"),
         (blip, "vision_model.encoder.layers.*", None),
-        (blip, "text_decoder.bert.encoder.layer.*", None),
+        # In earlier versions what the images give comes as a keyword argument of the blocks.
+        (
+            blip,
+            "text_decoder.bert.encoder.layer.*",
+            None if RENAMED else "`encoder_hidden_states` requires a gradient",
+        ),
         (blip_for_questions, "text_encoder.encoder.layer.*", None),
         (blip_for_questions, "text_decoder.bert.encoder.layer.*", None),
         (llava, "model.vision_tower.*encoder.layers.*", "`output_hidden_states` is asked for"),

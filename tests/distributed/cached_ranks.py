@@ -10,10 +10,10 @@ import signal
 from pathlib import Path
 
 import torch
-from architectures import TEXT, build
-from safetensors.torch import save_file
+from architectures import build
+from ranks import tiny_bert, whole_weights, write_end
 from training import Rows, arguments
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import TrainerCallback
 
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer
 from smartfrz_hf.activation_cache import sharing
@@ -80,12 +80,8 @@ def main():
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if options.model == "bert":
-        dropout = {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
-        model = BertForSequenceClassification(BertConfig(**TEXT | dropout))
-    else:
-        model = build(options.model)
-    model.accepts_loss_kwargs = False  # its head ignores `num_items_in_batch` (transformers#47688)
+    model = tiny_bert(options.dropout) if options.model == "bert" else build(options.model)
+    model.accepts_loss_kwargs = False
     more = {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}}
     args = arguments(
         options.folder,
@@ -135,23 +131,21 @@ def main():
 
     trainer.smartfrz.policy.decide = decide
     trainer.train(resume_from_checkpoint=True)
-    save_file(
-        {key: value.contiguous() for key, value in model.state_dict().items()},
-        options.folder / f"end-{args.process_index}.safetensors",
-    )
     cache = trainer.ledger.cache
-    found = {
-        "world_size": args.world_size,
-        "resumed_at": counting.resumed_at,
-        "stages": [[stage.step, stage.depth] for stage in trainer.ledger.stages],
-        "losses": [log[key] for log in trainer.state.log_history for key in ("loss", "eval_loss") if key in log],
-        "rows": counting.rows,
-        "hits": counting.hits,
-        "bytes": counting.bytes,
-        "kept": counting.kept,
-        "off": None if cache is None else cache.off,
-    }
-    (options.folder / f"end-{args.process_index}.json").write_text(json.dumps(found))
+    write_end(
+        options.folder,
+        args.process_index,
+        whole_weights(model),
+        world_size=args.world_size,
+        resumed_at=counting.resumed_at,
+        stages=[[stage.step, stage.depth] for stage in trainer.ledger.stages],
+        losses=[log[key] for log in trainer.state.log_history for key in ("loss", "eval_loss") if key in log],
+        rows=counting.rows,
+        hits=counting.hits,
+        bytes=counting.bytes,
+        kept=counting.kept,
+        off=None if cache is None else cache.off,
+    )
 
 
 if __name__ == "__main__":

@@ -1,36 +1,14 @@
 """What each rank does to test the policies of other papers: trains with each of them, and writes what froze."""
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-from architectures import TEXT
-from run import FSDP, whole
-from safetensors.torch import save_file
+from quick_policies import QUICK
+from ranks import FSDP, shard_on_the_cpu, tiny_bert, whole_weights, write_end
 from training import Rows, arguments
-from transformers import BertConfig, BertForSequenceClassification
 
 from smartfrz_hf import SmartFRZTrainer
-from smartfrz_hf.policies import (
-    AutoFreezePolicy,
-    EgeriaPolicy,
-    FreezeOutPolicy,
-    GradESPolicy,
-    RandomPolicy,
-    SelfCKAPolicy,
-)
-
-QUICK = {
-    "autofreeze": lambda: AutoFreezePolicy(percentile=80),
-    "egeria": lambda: EgeriaPolicy(window=2, tolerance=0.9, renew_every=3),
-    "freezeout": lambda: FreezeOutPolicy(start=0.3, power=1),
-    "grades": lambda: GradESPolicy(tau=1.0, alpha=0.3),
-    "random": lambda: RandomPolicy(0.6, seed=2),
-    "self_cka": lambda: SelfCKAPolicy(0.01),
-}
 
 
 def main():
@@ -44,9 +22,7 @@ def main():
     found, weights = {"world_size": 0}, {}
     for name in options.policies:
         torch.manual_seed(0)
-        nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        model = BertForSequenceClassification(BertConfig(**TEXT | nothing))
-        model.accepts_loss_kwargs = False  # its head ignores `num_items_in_batch` (transformers#47688)
+        model = tiny_bert()
         args = arguments(
             options.folder,
             per_device_train_batch_size=8 // options.world_size,
@@ -55,8 +31,8 @@ def main():
             ddp_find_unused_parameters=False,
             **(FSDP if options.fsdp else {}),
         )
-        if options.fsdp:  # Accelerate shards on accelerators only, and takes the CPU for one when it is told so
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if options.fsdp:
+            shard_on_the_cpu()
         trainer = SmartFRZTrainer(
             model,
             args,
@@ -67,9 +43,8 @@ def main():
         trainer.train()
         found["world_size"] = args.world_size
         found[name] = [[stage.step, stage.depth] for stage in trainer.ledger.stages]
-        weights |= {f"{name}.{key}": whole(value) for key, value in model.state_dict().items()}
-    save_file(weights, options.folder / f"end-{args.process_index}.safetensors")
-    (options.folder / f"end-{args.process_index}.json").write_text(json.dumps(found))
+        weights |= {f"{name}.{key}": value for key, value in whole_weights(model).items()}
+    write_end(options.folder, args.process_index, weights, **found)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-from architectures import TEXT
+from ranks import FSDP, shard_on_the_cpu, tiny_bert, whole_weights, write_end
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from training import Rows, arguments, predictor_that_says
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer, find_blocks
 from smartfrz_hf.policies import Decision
 from smartfrz_hf.signals.weights import WeightSampler
 
 STAGES = {5: 2, 9: 3, 13: 5}
-FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
 
 
 class Counting:
@@ -96,16 +93,12 @@ class Watching(TrainerCallback):
         names = {p: name for name, p in model.named_parameters()}
         self.states.append(sorted(names[p] for p in optimizer.state))
         if isinstance(self.hook, Sharding):
-            self.copied.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
+            self.copied.load_state_dict(whole_weights(model))
             units = find_blocks(self.copied).units
             every = range(len(units))
             sampler = self.callback.run.observer.sampler
             samples = WeightSampler(units, sampler.weights_per_unit).read_all(every)
             assert torch.equal(sampler.read_all(every), samples), "shards give other samples"
-
-
-def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).contiguous()
 
 
 def main():
@@ -127,9 +120,7 @@ def main():
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = BertForSequenceClassification(BertConfig(**TEXT | nothing))
-    model.accepts_loss_kwargs = False  # its head ignores `num_items_in_batch` (transformers#47688)
+    model = tiny_bert()
     args = arguments(
         options.folder,
         max_steps=options.steps,
@@ -144,10 +135,8 @@ def main():
         | (FSDP if options.fsdp == "arguments" else {})
         | options.arguments,
     )
-    if (
-        options.fsdp is not None
-    ):  # Accelerate shards on accelerators only, and takes the CPU for one when it is told so
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if options.fsdp is not None:
+        shard_on_the_cpu()
     assert args.world_size == options.world_size, f"{args.world_size} processes, not {options.world_size}"
     rank = args.process_index
     config = SmartFRZConfig(first_decision=1, decide_every=1, record_every=1)
@@ -191,23 +180,24 @@ def main():
     callback.policy.decide, callback.policy.pilot = decide, options.pilot
     callback.policy.min_probe_examples = 4
     trainer.train(resume_from_checkpoint=str(options.resume) if options.resume else None)
-    weights = {key: whole(value) for key, value in model.state_dict().items()}
-    save_file(weights, options.folder / f"end-{rank}.safetensors")
+    weights = whole_weights(model)
     assert all(p.requires_grad for p in model.parameters())
     save_file({"history": callback.run.observer.history.snapshots()}, options.folder / f"history-{rank}.safetensors")
-    found = {
-        "world_size": args.world_size,
-        "stages": [[stage.step, stage.depth] for stage in callback.ledger.stages],
-        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
-        "sent": watching.sent,
-        "active": watching.active,
-        "gathers": watching.gathers,
-        "states": watching.states,
-        "changes": changes,
-        "pilots": pilots,
-        "spent": callback.ledger.to_dict()["spent"],
-    }
-    (options.folder / f"end-{rank}.json").write_text(json.dumps(found))
+    write_end(
+        options.folder,
+        rank,
+        weights,
+        world_size=args.world_size,
+        stages=[[stage.step, stage.depth] for stage in callback.ledger.stages],
+        losses=[log["loss"] for log in trainer.state.log_history if "loss" in log],
+        sent=watching.sent,
+        active=watching.active,
+        gathers=watching.gathers,
+        states=watching.states,
+        changes=changes,
+        pilots=pilots,
+        spent=callback.ledger.to_dict()["spent"],
+    )
     # Left to the interpreter's exit, threads of gloo may still run, and abort the process.
     trainer.accelerator.end_training()
 

@@ -1,13 +1,14 @@
 """The activation cache on two ranks of one host: what one has computed, the other finds."""
 
-import json
 import sys
 
+import launching
 import pytest
 import torch
 from launching import launch
-from safetensors.torch import load_file
 from versions import resume_on_two_cpu_ranks
+
+pytestmark = pytest.mark.slow
 
 # An epoch has six steps.
 GROWING = '--stages={"0": 2, "9": 4}'
@@ -16,20 +17,9 @@ if sys.platform != "linux":
     pytest.skip("processes share a store on Linux only", allow_module_level=True)
 
 
-def results(folder, *words, ranks=2):
+def results(folder, *words, **options):
     """What each rank of `cached_ranks.py` saw, and the weights, which are the same on all."""
-    done = launch(folder, *words, ranks=ranks, script="cached_ranks.py")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads((folder / f"end-{rank}.json").read_text()) for rank in range(ranks)]
-    assert [part["world_size"] for part in found] == [ranks] * ranks
-    weights = [load_file(folder / f"end-{rank}.safetensors") for rank in range(ranks)]
-    for other in weights[1:]:
-        assert_equal(other, weights[0])
-    return found, weights[0]
-
-
-def assert_equal(one, other):
-    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    return launching.results(folder, *words, script="cached_ranks.py", **options)
 
 
 def assert_close(found, expected):

@@ -5,6 +5,8 @@ import torch
 from launching import STAGES, launch, results
 from versions import resume_on_two_cpu_ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):

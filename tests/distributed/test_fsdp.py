@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from launching import STAGES, launch, results
+from launching import STAGES, launch, launch_by_command, results
 from safetensors.torch import load_file
 from versions import RENAMED, resume_on_two_cpu_ranks
+
+pytestmark = pytest.mark.slow
 
 # What a run has to survive: everything trains again at step 8, where a checkpoint is written; evaluations; accumulation.
 RESTARTS = {
@@ -135,6 +137,6 @@ def test_callback_alone(sharded, tmp_path):
 
 
 def test_without_an_accelerator_it_is_ddp_and_says_so(tmp_path):
-    done = launch(tmp_path / "ddp", "--steps=2", recipe="fsdp2_cpu")
+    done = launch_by_command(tmp_path / "ddp", "--steps=2", recipe="fsdp2_cpu")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "asks for FSDP and uses DDP" in done.stderr

@@ -1,28 +1,20 @@
 """The policies of other papers freeze at the same steps in all processes, and as in one process with twice the batch."""
 
-import json
-
 import pytest
-import torch
-from launching import launch
-from safetensors.torch import load_file
+from launching import results
+
+pytestmark = pytest.mark.slow
 
 # Their gradients and weights are the same in all processes, so two decide as one does. The others see rows of their own.
 AS_ONE = ["autofreeze", "freezeout", "grades", "random"]
 
 
-def peers(folder, *words, ranks=2, recipe="ddp_cpu"):
-    done = launch(folder, *words, ranks=ranks, recipe=recipe, script="peers.py")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads((folder / f"end-{rank}.json").read_text()) for rank in range(ranks)]
-    weights = [load_file(folder / f"end-{rank}.safetensors") for rank in range(ranks)]
-    for part, other in zip(found[1:], weights[1:], strict=True):
-        assert part == found[0] and part["world_size"] == ranks
-        assert all(torch.equal(value, other[key]) for key, value in weights[0].items()), "ranks drifted apart"
+def peers(folder, *words, **options):
+    found, _ = results(folder, *words, script="peers.py", **options)
+    assert found == found[:1] * len(found)
     return found[0]
 
 
-@pytest.mark.slow
 def test_two_processes_agree_and_decide_as_one(tmp_path):
     two, one = peers(tmp_path / "two"), peers(tmp_path / "one", "--policies", *AS_ONE, ranks=1)
     assert all(two[name] for name in two), "nothing froze"
@@ -30,7 +22,6 @@ def test_two_processes_agree_and_decide_as_one(tmp_path):
         assert two[name] == one[name]
 
 
-@pytest.mark.slow
 def test_sharded_gradients_and_weights_are_measured_whole(tmp_path):
     names = ["--policies", "autofreeze", "freezeout", "grades"]
     sharded = peers(tmp_path / "fsdp", *names, "--fsdp", recipe="fsdp2_cpu")

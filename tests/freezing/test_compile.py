@@ -115,6 +115,7 @@ def test_more_stages_than_graphs_are_allowed(tmp_path):
         assert counters["stats"]["unique_graphs"] == 2 * GRAPHS[-1]
 
 
+@pytest.mark.slow
 def test_a_model_that_came_compiled(tmp_path, caplog):
     """The cache says in one line that it is off."""
     from transformers.utils import logging as transformers_logging

@@ -4,6 +4,7 @@ import fuzz
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 100, 20))
 def test_losses_are_those_without_the_cache(first):
     with fuzz.quiet():

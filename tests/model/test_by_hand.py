@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from by_hand import batches, by_hand, by_run
+from versions import RENAMED
 from zoo import build_tiny
 
 from smartfrz_hf import find_blocks
@@ -18,6 +19,8 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_final_weights(kind):
+    if kind == "qwen2_vl" and not RENAMED:
+        pytest.skip("its configuration has other fields in this version")
     model = build_tiny(kind)
     data = batches(model)
     stack = find_blocks(model, inputs=data[0])

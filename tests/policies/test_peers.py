@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from architectures import build
+from quick_policies import QUICK
 from resuming import assert_same_end
 from torch import nn
 from training import Rows, arguments, assert_left_alone, train
@@ -183,16 +184,6 @@ def test_each_runs_by_its_name(tmp_path, name):
     assert callback.ledger.decisions > 10
     assert type(callback.policy) is PEERS[name]
     assert_left_alone(trainer.model)
-
-
-QUICK = {
-    "autofreeze": lambda: AutoFreezePolicy(percentile=80),
-    "egeria": lambda: EgeriaPolicy(window=2, tolerance=0.9, renew_every=3),
-    "freezeout": lambda: FreezeOutPolicy(start=0.3, power=1),
-    "grades": lambda: GradESPolicy(tau=1.0, alpha=0.3),
-    "random": lambda: RandomPolicy(0.6, seed=2),
-    "self_cka": lambda: SelfCKAPolicy(0.01),
-}
 
 
 def train_with(policy, folder, resume=None):

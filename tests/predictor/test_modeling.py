@@ -181,6 +181,7 @@ def test_a_predictor_saved_with_the_former_name_of_a_key_loads(tmp_path):
     assert "samples" not in json.loads((tmp_path / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_making_a_predictor_prints_nothing():
     code = (
         "from smartfrz_hf import load_predictor, SmartFRZPredictor; load_predictor(); SmartFRZPredictor.from_default()"

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import Watcher, train
 from typer.testing import CliRunner
+from versions import VIT_BLOCKS
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictor, find_blocks, load_predictor
 from smartfrz_hf.cli import app
@@ -223,7 +224,7 @@ def test_each_row_of_the_table_has_its_provenance(harvested):
         "vit",
         "cifar10",
         "from scratch",
-        "vit.layers.0",
+        f"vit.{VIT_BLOCKS}.0",
     )
     assert json.loads(row["spec"])["learning_rate"] == 3e-3
     assert json.loads(row["versions"])["torch"] == torch.__version__

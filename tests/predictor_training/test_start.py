@@ -99,6 +99,7 @@ def test_judging(results):
     assert limits["conservative"]["points"] == 0.95 and limits["balanced"]["blocks"] == 0.34
 
 
+@pytest.mark.slow
 def test_held_out_tasks_are_predicted(results):
     evaluation = evaluate_start(read_pairs(results))
     assert evaluation["pairs"] == 8 and evaluation["runs"] == 24
@@ -107,6 +108,7 @@ def test_held_out_tasks_are_predicted(results):
     assert evaluation["family"]["fixed 0.50"]["-"]["points_lost"] == pytest.approx(3.0)
 
 
+@pytest.mark.slow
 def test_the_command_adds_it_to_a_predictor(results, tmp_path):
     folder = shutil.copytree(default_predictor_path(), tmp_path / "predictor")
     before = load_predictor(folder)

@@ -172,6 +172,7 @@ def test_the_rate_is_put_back_when_everything_trains_again():
 
 
 @pytest.mark.parametrize("stop", [2, 4, 6])
+@pytest.mark.slow
 def test_resumes_in_the_pilot_and_after_it(tmp_path, stop):
     settings = {"config": OPTIONS, "max_steps": STEPS}
     whole = run(tmp_path / "whole", policy=StartAt(2), **settings)

@@ -1,0 +1,119 @@
+"""Freezing stages: the policy decides, the processes agree, units freeze or train again, and the ledger keeps the reason."""
+
+from transformers.utils import logging
+
+from .config import SmartFRZConfig
+from .cost.ledger import Ledger, Stage
+from .distributed.consensus import Ranks
+from .front import Front
+from .model.units import Unit
+from .policies import Decision, Observation, Policy
+from .signals.observer import Observer
+from .signals.schedule import LearningRates
+
+logger = logging.get_logger(__name__)
+
+
+class FreezingStages:
+    """
+    Holds the freezing stages of a run. All methods are to be called in all processes.
+
+    Args:
+        config ([`SmartFRZConfig`]): of the run.
+        policy ([`Policy`]): decides; that of process 0 for all.
+        front ([`Front`]): what is frozen.
+        observer ([`Observer`]): what the policy is shown.
+        rates ([`LearningRates`]): of the run.
+        ranks ([`Ranks`]): the processes of the run.
+        ledger ([`Ledger`]): keeps what froze when and why.
+        total_steps (`int`): optimizer steps of the run.
+
+    Attributes:
+        should_stop (`bool`): whether nothing is left to train and `when_all_frozen="stop"` asks to stop then.
+    """
+
+    def __init__(
+        self,
+        config: SmartFRZConfig,
+        policy: Policy,
+        front: Front,
+        observer: Observer,
+        rates: LearningRates,
+        ranks: Ranks,
+        ledger: Ledger,
+        total_steps: int,
+    ):
+        self._config, self._policy, self._front, self._observer = config, policy, front, observer
+        self._rates, self._ranks, self._ledger, self._total_steps = rates, ranks, ledger, total_steps
+        self._trainable = [unit.trainable for unit in front.stack]
+        self._deepest = front.stack.deepest_safe_depth()
+        self._first = config.steps("first_decision", total_steps)
+        self._every = config.steps("decide_every", total_steps)
+        self.should_stop = False
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is a stage after this step."""
+        since_first = step - self._first
+        regular = since_first >= 0 and since_first % self._every == 0 and step < self._total_steps
+        return regular or self._pilot_is_over(step)
+
+    def hold(self, step: int) -> None:
+        """Hold a stage. One at the end of the pilot freezes units with the weights of the start of the run."""
+        front, observer = self._front, self._observer
+        pilot = observer.pilot if self._pilot_is_over(step) else None
+        if front.depth < len(front.stack):
+            observer.before_decision(step)
+        decision = self._policy.decide(
+            Observation(
+                step=step,
+                max_steps=self._total_steps,
+                depth=front.depth,
+                trainable=self._trainable,
+                rates=self._rates,
+                history=observer.history,
+                probe=observer.probe,
+                pilot=None if pilot is None else pilot.signals(),
+                savings=None if pilot is None else front.meter.savings(),
+            )
+        )
+        if not isinstance(decision, Decision):
+            raise TypeError(f"`decide` of {type(self._policy).__name__} gave {decision!r}; it must give a `Decision`.")
+        self._ledger.record(step, decision.probabilities)
+        depth, unfreeze = self._agree(decision, step)
+        if unfreeze and front.depth:
+            self.unfreeze(step, decision.reason)
+        if depth > self._deepest:  # else nothing would be left to train
+            depth = self._deepest
+            self.should_stop = self._config.when_all_frozen == "stop"
+        front.check_consistency(step)
+        if depth > front.depth:
+            units, reason = front.freeze_to(depth, pilot), decision.reason
+            if pilot is not None:
+                reason += f"; the rest trains at {front.rate.factor:.2f} times the learning rate"
+            self._note(step, units, reason)
+        if pilot is not None:
+            observer.pilot = None
+
+    def unfreeze(self, step: int, reason: str) -> None:
+        """Train everything again."""
+        self._note(step, self._front.unfreeze(), reason)
+
+    def _pilot_is_over(self, step: int) -> bool:
+        return self._observer.pilot is not None and step >= self._observer.pilot_steps
+
+    def _agree(self, decision: Decision, step: int) -> tuple[int, bool]:
+        """The depth of process 0, and whether everything trains again first, in all processes."""
+        most = len(self._front.stack) if self._config.max_depth is None else self._config.max_depth
+        depth = max(0, min(int(decision.depth), most))
+        message = self._ranks.broadcast(2 * depth + decision.unfreeze, f"the freezing stage of step {step}")
+        return message // 2, bool(message % 2)
+
+    def _note(self, step: int, units: list[Unit], reason: str) -> None:
+        """Enter a change of depth into the ledger and the log."""
+        names, depth, count = [unit.name for unit in units], self._front.depth, len(self._front.stack)
+        self._ledger.stages.append(Stage(step, depth, names, reason))
+        self._front.update_ledger(self._ledger)
+        what = (
+            f"froze {', '.join(names)}; {depth} of {count} units are frozen now" if depth else "all units train again"
+        )
+        logger.info(f"Step {step}: {what} ({reason}).")
