@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from .checks import check_loop, check_other_run, check_stack, check_state, check_wrapper
 from .config import SmartFRZConfig
-from .cost.ledger import Ledger, Stage
+from .cost.ledger import Ledger, Stage, StartStage
 from .distributed.consensus import Ranks
 from .freezing.adalora import leave_frozen_ranks
 from .freezing.compile import is_compiled
@@ -325,7 +325,15 @@ class FreezingRun:
                 else ""
             )
             self._note(units, decision.reason + rate)
-        if pilot is not None:
+        if observation.pilot is not None and observation.savings is not None:
+            self.ledger.start = StartStage(
+                self.steps_done,
+                self.depth,
+                decision.reason,
+                self.front.rate.factor,
+                observation.savings,
+                decision.points_lost,
+            )
             self.observer.pilot = None
 
     def _note(self, units: list[Unit], reason: str) -> None:

@@ -24,6 +24,7 @@ SETTINGS = {
     "benchmarks": ["0.3 points", "cost of 1 %", "3 %, had", "75 %", "25 %", "0.02"],
     "concepts": ["first 3 %"],
     "distributed": ["1.15"],
+    "estimate": ["3 %"],
     "migrating": ["0.5", "1.0"],
     "policies": ["0.5 %", "5 %", "1 %", "3 %", "40 %", "0.4"],
     "predictor": ["0.5 %", "first 3 %"],

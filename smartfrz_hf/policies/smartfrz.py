@@ -115,6 +115,7 @@ class SmartFRZPolicy(Policy):
         return Decision(
             depth,
             f"from the start: expected to save {savings[depth]:.0%} of the compute and to lose {lost[depth]:.1f} points",
+            points_lost=lost,
         )
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import build
 from torch.utils.data import DataLoader
-from training import Rows, predictor_that_says, train
+from training import Rows, predictor_that_loses, predictor_that_says, train
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictorConfig, find_blocks, load_predictor
 from smartfrz_hf.predictor import StartPredictor
@@ -14,17 +14,6 @@ from smartfrz_hf.signals import pilot
 from smartfrz_hf.signals.pilot import PilotSignals
 
 STEPS = 40
-
-
-def predictor_that_loses(points, never=0.1, **config):
-    """Freezing all costs so many points, and less in proportion to the share of the front; nothing freezes later."""
-    shares = {"start_shares": {"conservative": 0.5, "balanced": 1.0, "aggressive": 1.0}}
-    predictor = predictor_that_says(never, start_stage=True, **shares | config)
-    with torch.no_grad():
-        predictor.start.log_scale.fill_(math.log(points))
-        predictor.start.log_share_power.fill_(0.0)
-        predictor.start.log_size_power.fill_(-50.0)
-    return predictor
 
 
 @pytest.fixture
