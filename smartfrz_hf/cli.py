@@ -90,7 +90,7 @@ def estimate(
             "--data-dir", "--data_dir", help="Folder with a folder for the task.", exists=True, file_okay=False
         ),
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train in mixed precision.")] = False,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", "--from_scratch", help="Start from random weights.")
     ] = False,
@@ -106,7 +106,6 @@ def estimate(
     """Tell what freezing would save in a training on this machine, and whether it pays. Takes less than a minute."""
     import tempfile
 
-    import torch
     from transformers.utils import logging
 
     from .config import SmartFRZConfig
@@ -115,9 +114,6 @@ def estimate(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    precisions = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
-    if precision not in precisions:
-        raise typer.BadParameter(f"--precision is {precision!r}; it must be one of {', '.join(precisions)}.")
     try:
         config = SmartFRZConfig(operating_point=operating_point, target_saving=target_saving)
         with tempfile.TemporaryDirectory() as folder:
@@ -133,9 +129,8 @@ def estimate(
                 per_device_train_batch_size=batch_size,
                 learning_rate=learning_rate,
                 warmup_steps=warmup,
-                use_cpu=not torch.accelerator.is_available(),
                 report_to="none",
-                **precisions[precision],
+                bf16=bf16,
             )
             typer.echo(estimate(trainer, config, seconds=seconds, rows=rows))
     except (ImportError, OSError, ValueError) as error:

@@ -65,6 +65,7 @@ def figures():
         results_of("speed/results/cached_run_fixed"),
     )
     cached = results_of("speed/results/cached_run")
+    told = results_of("speed/results/estimate")
     families, data_sets = predictor["leave_one_family_out"], predictor["leave_one_task_out"]
 
     def less(task, key="compute", method="balanced"):
@@ -140,6 +141,12 @@ def figures():
             f"{cached['frozen_over_cached_epochs_2_3']:.2f}x",
             f"{speeds('memory')} in memory, and {speeds('lmdb')} on disk",
             f"free rows had {speeds('arena')}",
+            *(
+                f"| `{p['name']}` | {p['depth']} and {p['run']['depth_at_start']} of 7 | {percent(p['time_saved'])} | "
+                f"{percent(p['run_time_saved'])} |"
+                for p in told["points"]
+            ),
+            f"told to take {told['plain_seconds']:.0f} s and took {told['plain_run']['seconds']:.0f} s",
             f"by {lead(families)} on families, and by {lead(data_sets)} on data sets",
             f"knowing the end of the runs, is {percent(families['frozen_at_most'])}",
             f"Without it, {variant('without the front probe')} is frozen on families at that cost; with it and without any "
@@ -168,6 +175,10 @@ def test_figures_are_those_of_the_results_files(name):
 def test_demo_output_is_that_of_the_results_file():
     demo, results = import_module("demo"), results_of("quality/results/demo")
     assert demo.table(results["runs"][0]) in PAGES["benchmarks"].read_text()
+
+
+def test_the_estimate_shown_is_that_of_the_results_file():
+    assert results_of("speed/results/estimate")["text"] in PAGES["estimate"].read_text()
 
 
 def test_minilm_has_as_many_parameters(minilm_dir):

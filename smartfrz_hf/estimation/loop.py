@@ -1,7 +1,7 @@
 """Training steps with a Trainer's model, data and loss, outside the Trainer's own loop."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -68,7 +68,8 @@ class Loop:
     def loss(self, batch: Any) -> torch.Tensor:
         """The loss of a batch, with the Trainer's precision."""
         with self.trainer.accelerator.autocast():
-            return self.trainer.compute_loss(self.model, batch)
+            loss: Any = self.trainer.compute_loss(self.model, batch)
+        return loss
 
     def warm_up(self, batch: Any) -> float:
         """A forward and a backward pass. Returns the seconds that they took."""
@@ -87,7 +88,8 @@ class Loop:
             (self.loss(batch) * (scale / len(batches))).backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if scale != 1.0:
-            torch._foreach_div_(gradients, scale)
+            for gradient in gradients:
+                gradient.div_(scale)
         if self.args.max_grad_norm:
             nn.utils.clip_grad_norm_(
                 [p for p in self.model.parameters() if p.grad is not None], self.args.max_grad_norm
@@ -118,3 +120,16 @@ class Loop:
         fixed = sum(tensor.nbytes for tensor in (*weights, *gradients, *states))
         self.optimizer.zero_grad(set_to_none=True)
         return fixed, sum(kept.values())
+
+
+def first_share(batch: Any, share: float) -> tuple[Any, float]:
+    """The first rows of a batch, and what share of it they are."""
+    if not isinstance(batch, Mapping):
+        return batch, 1.0
+    rows = max((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), default=1)
+    kept = max(1, round(share * rows))
+    part = {
+        key: value[:kept] if isinstance(value, torch.Tensor) and value.dim() and len(value) == rows else value
+        for key, value in batch.items()
+    }
+    return part, kept / rows

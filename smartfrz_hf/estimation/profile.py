@@ -8,7 +8,6 @@ from math import ceil
 from statistics import mean
 from typing import Any
 
-import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import Trainer
 
@@ -21,7 +20,7 @@ from ..policies import Decision, Observation, Policy
 from ..policies.smartfrz import PILOT
 from ..run import FreezingRun
 from ..signals.pilot import MIN_STEPS, pilot_steps
-from .loop import Loop, check_estimate
+from .loop import Loop, check_estimate, first_share
 from .restoring import restored
 
 TIMED = 3  # steps at each depth, of which the fastest counts: a busy machine must not decide
@@ -221,13 +220,21 @@ def _measure_depths(loop: Loop, seen: list[Any], result: Profile, config: SmartF
     batch = seen[len(seen) // 2]
     share = 1.0
     if result.batch_seconds > LONG_STEP:
-        batch, share = _first_share(batch, LONG_STEP / result.batch_seconds)
+        batch, share = first_share(batch, LONG_STEP / result.batch_seconds)
     accumulated = loop.args.gradient_accumulation_steps
     elements = main_input_elements(loop.model, ((), batch))
     scale = accumulated * result.batch_elements / elements
     policy = _Depth()
     config = replace(config, first_decision=1, decide_every=1, max_depth=None, when_all_frozen="keep_last")
-    run = FreezingRun(loop.model, loop.optimizer, LONG_RUN, config, policy=policy, steps_per_epoch=LONG_RUN / 2)
+    run = FreezingRun(
+        loop.model,
+        loop.optimizer,
+        LONG_RUN,
+        config,
+        policy=policy,
+        steps_per_epoch=LONG_RUN / 2,
+        inputs=batch if isinstance(batch, Mapping) else None,
+    )
     # What happens at a depth takes about as long as seven steps in full.
     count = int(seconds / (7 * min(result.batch_seconds, LONG_STEP)))
     with run:
@@ -283,16 +290,3 @@ def _depths(result: Profile, count: int) -> list[int]:
         if len(chosen) < count:
             chosen.add(depth)
     return sorted(chosen)
-
-
-def _first_share(batch: Any, share: float) -> tuple[Any, float]:
-    """The first rows of a batch, and what share of it they are."""
-    if not isinstance(batch, Mapping):
-        return batch, 1.0
-    rows = max((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), default=1)
-    kept = max(1, round(share * rows))
-    part = {
-        key: value[:kept] if isinstance(value, torch.Tensor) and value.dim() and len(value) == rows else value
-        for key, value in batch.items()
-    }
-    return part, kept / rows

@@ -13,6 +13,8 @@ from .._compat import prepared_objects
 from ..activation_cache.trial import generators_left_as_found
 from ..model.tracing import set_modes
 
+DATA = ("train_dataset", "eval_dataset")  # may be long lists, and nothing changes them
+
 
 @contextmanager
 def restored(trainer: Trainer) -> Iterator[None]:
@@ -32,8 +34,9 @@ def restored(trainer: Trainer) -> Iterator[None]:
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # inside Accelerate's wrapper
     before = None if optimizer is None else (_copied(dict(optimizer.state)), _copied(_options(optimizer)))
     scheduler = trainer.lr_scheduler
-    schedule = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
-    attributes, state = {key: _copied(value) for key, value in vars(trainer).items()}, dict(vars(trainer.state))
+    schedule: Any = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
+    attributes = {key: value if key in DATA else _copied(value) for key, value in vars(trainer).items()}
+    state = dict(vars(trainer.state))
     prepared = [(objects, list(objects)) for objects in prepared_objects(trainer.accelerator)]
     for parameter, _, _ in parameters:
         parameter.grad = None

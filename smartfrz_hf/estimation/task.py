@@ -57,6 +57,7 @@ def task_trainer(
         OSError: the model or the data is not found.
     """
     args = TrainingArguments(**arguments)
+    args.dataloader_pin_memory = args.device.type != "cpu"
     data = _load(task, data_dir)
     rows = min(len(data), train_rows or len(data))
     data = data.shuffle(seed=0).select(range(min(rows, SAMPLED * args.train_batch_size)))

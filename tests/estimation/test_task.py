@@ -111,7 +111,6 @@ def test_images(tmp_path):
         (["--task", "mrpc", "--data_dir", "{folder}"], "There is no mrpc in {folder}"),
         (["--task", "{folder}"], "{folder} holds no file of training data"),
         (["--task", "{folder}/../numbers.csv"], "has no column of texts or images, but x, label"),
-        (["--task", "mrpc", "--precision", "fp8"], "--precision is 'fp8'"),
         (["--task", "mrpc", "--operating-point", "bold"], "`operating_point` is 'bold'"),
     ],
 )
