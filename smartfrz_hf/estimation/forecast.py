@@ -10,6 +10,7 @@ from .profile import Profile
 from .text import summary
 
 PAYS = 0.03  # share of the time that has to be saved
+LEAST_COMPUTE = 0.01  # share of the FLOPs of the run
 FEW_TRAINED = 0.05  # share of the parameters, as with LoRA
 
 
@@ -211,6 +212,8 @@ def _verdict(profile: Profile, point: PointForecast | None, depths: list[DepthFo
         return False, f"No: `{point.name}` freezes nothing from the start{why}." + few + later
     named = f"`{point.name}`" if not point.name.endswith("%") else f"A saving of {point.name}"
     what = f"{named} freezes {point.depth} of {len(profile.units)} units after the first {profile.pilot_steps} steps"
+    if point.compute_saved < LEAST_COMPUTE:  # whatever a clock says on a busy machine
+        return False, f"No: {what}, but that saves next to no compute." + few + later
     if point.time_saved < PAYS:
         saves = f"saves only {point.time_saved:.1%} of the time" if point.time_saved > 0 else "saves no time"
         return False, f"No: {what}, but that {saves}." + few + later

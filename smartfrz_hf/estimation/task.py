@@ -87,7 +87,13 @@ def _load(task: str, data_dir: Path | None) -> Any:
     if place is None and data_dir is not None:
         raise ValueError(f"There is no {task} in {data_dir}: none of {', '.join(map(str, places))} exists.")
     if place is None:
-        return load_dataset("nyu-mll/glue", name, split="train") if name in GLUE else load_dataset(task, split="train")
+        try:
+            return load_dataset(*(("nyu-mll/glue", name) if name in GLUE else (task,)), split="train")
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"The data {task} cannot be loaded from the Hub: {error}. Check the name and the connection, or give a local "
+                "file or folder as `--task`, or the folder that holds it as `--data_dir`."
+            ) from error
     files = [place] if place.is_file() else [file for file in sorted(place.rglob("*")) if file.is_file()]
     files = [file for file in files if file.suffix[1:] in BUILDERS]
     train = [file for file in files if file.stem.startswith("train")] or files

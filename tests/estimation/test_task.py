@@ -109,6 +109,7 @@ def test_images(tmp_path):
     ("words", "said"),
     [
         (["--task", "mrpc", "--data_dir", "{folder}"], "There is no mrpc in {folder}"),
+        (["--task", "no/such-data"], "The data no/such-data cannot be loaded from the Hub"),
         (["--task", "{folder}"], "{folder} holds no file of training data"),
         (["--task", "{folder}/../numbers.csv"], "has no column of texts or images, but x, label"),
         (["--task", "mrpc", "--operating-point", "bold"], "`operating_point` is 'bold'"),
