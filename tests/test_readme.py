@@ -178,7 +178,8 @@ def test_demo_output_is_that_of_the_results_file():
 
 
 def test_the_estimate_shown_is_that_of_the_results_file():
-    assert results_of("speed/results/estimate")["text"] in PAGES["estimate"].read_text()
+    text, page = results_of("speed/results/estimate")["text"], PAGES["estimate"].read_text()
+    assert " ".join(text.split()) in " ".join(page.split())
 
 
 def test_minilm_has_as_many_parameters(minilm_dir):

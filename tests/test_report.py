@@ -109,7 +109,7 @@ def test_the_start_stage(tmp_path, monkeypatch):
         "The start stage",
         "The first 4 steps were a pilot",
         "up to bert.encoder.layer.1 (decided)",
-        "2.50 times",
+        "by 2.50.",
     ):
         assert said in text, said
     assert "start stage, after 4 steps: froze 3 units (from the start: expected to save" in str(callback.ledger)

@@ -1,10 +1,13 @@
 """An estimate as text."""
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .forecast import Estimate
+
+WIDTH = 100  # characters of a line
 
 
 def summary(estimate: "Estimate") -> str:
@@ -60,7 +63,7 @@ def summary(estimate: "Estimate") -> str:
         notes.append(
             f"the cache has room for {_bytes(estimate.cache_room)}; `cache_memory` and `cache_disk` give it more"
         )
-    lines += [f"({'; '.join(notes)}.)", ""]
+    lines += [fill(f"({'; '.join(notes)}.)", WIDTH), ""]
     if estimate.points:
         rows = [
             (
@@ -77,7 +80,7 @@ def summary(estimate: "Estimate") -> str:
         lines += [f"What freezes after the first {profile.pilot_steps} steps, by operating point:", ""]
         head = ("point", "freezes", "compute saved", "time saved", "memory saved", "points lost", "learning rate")
         lines += [*_table(head, rows), ""]
-    return "\n".join([*lines, f"Does it pay? {estimate.verdict}"])
+    return "\n".join([*lines, fill(f"Does it pay? {estimate.verdict}", WIDTH)])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -192,11 +192,16 @@ def _start(run: SavedRun) -> str:
         )
         for depth, saving in enumerate(start["savings"])
     ]
-    told = (
-        f"The first {start['step']} steps were a pilot in which everything trains. Then "
-        f"{start['depth'] or 'no'} units froze with the weights of the start: {start['reason']}. "
-        f"What still trains does so at {start['rate_factor']:.2f} times the learning rate."
+    froze = (
+        f"{start['depth']} units froze, with the weights that they had at the start"
+        if start["depth"]
+        else "nothing froze"
     )
+    told = (
+        f"The first {start['step']} steps were a pilot in which everything trains. Then {froze} ({start['reason']})."
+    )
+    if start["depth"]:
+        told += f" The learning rate of the rest is multiplied by {start['rate_factor']:.2f}."
     head = ("frozen from the start", "compute saved", "predicted points lost")
     return f"<h2>The start stage</h2><p>{escape(told)}</p>{_table(head, rows, (1, 2))}"
 
