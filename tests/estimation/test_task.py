@@ -13,12 +13,22 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from smartfrz_hf.cli import app
 from smartfrz_hf.estimation.task import task_trainer
 
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "mat", "far", "away", "good", "bad"]
+
+
+@pytest.fixture(autouse=True)
+def quiet_for_the_command_only():
+    """The command silences Transformers, and runs in the process of the tests here."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
+    logging.enable_progress_bar()
 
 
 def save_tokenizer(folder):
