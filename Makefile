@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 .NOTPARALLEL:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-distributed fuzz bench bench-report bench-demo bench-step bench-regret bench-held-out predictor predictor-smoke docs models check format clean
+.PHONY: help demo test test-oldest test-distributed fuzz bench bench-report bench-demo bench-step bench-estimate bench-regret bench-held-out predictor predictor-smoke docs models check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ bench-step: $(VENV)/.stamp-bench $(VENV)/.stamp-assets ## Time steps, the activa
 	$(BIN)/python -m benchmarks.speed.cached_run
 	$(BIN)/python -m benchmarks.speed.cached_run --padding max_length
 	$(BIN)/python -m benchmarks.speed.cache_store
+
+bench-estimate: $(VENV)/.stamp-bench $(VENV)/.stamp-assets ## Compare `estimate` with real runs (benchmarks/speed)
+	$(BIN)/python -m benchmarks.speed.estimate
 
 bench-regret: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Compare labels with the cost of real freezes (benchmarks/predictor); DATA_DIR=... for local data
 	$(BIN)/python -m benchmarks.predictor.regret $(if $(DATA_DIR),--data_dir $(DATA_DIR))

@@ -267,9 +267,7 @@ def _language_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path) 
         return [{"input_ids": line[i * pair.max_length : (i + 1) * pair.max_length]} for i in starts.tolist()]
 
     config = AutoConfig.from_pretrained(folder, **model.get("config", {}))
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, **ATTENTION
-    ).to(DEVICE)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, **ATTENTION).to(DEVICE)
     held_out = blocks("validation" if (data / "validation.parquet").is_file() else "test", MAX_HELD_OUT // 4, 0)
     train = blocks("train", pair.rows, pair.seed)
     if len(train) < pair.rows:

@@ -3,6 +3,7 @@
 from .callback import SmartFRZCallback
 from .config import SmartFRZArguments, SmartFRZConfig
 from .cost.ledger import Ledger
+from .estimation import Estimate, estimate
 from .freezing.freezer import Freezer
 from .model.units import BlockStack, Unit, find_blocks
 from .policies import Decision, Observation, Policy, register_policy
@@ -13,6 +14,7 @@ from .trainer import SmartFRZMixin, SmartFRZTrainer
 __all__ = [
     "BlockStack",
     "Decision",
+    "Estimate",
     "Freezer",
     "FreezingRun",
     "Ledger",
@@ -26,6 +28,7 @@ __all__ = [
     "SmartFRZPredictorConfig",
     "SmartFRZTrainer",
     "Unit",
+    "estimate",
     "find_blocks",
     "load_predictor",
     "push_predictor",

@@ -6,9 +6,9 @@ name serves.
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -238,13 +238,7 @@ def calling_handler() -> CallbackHandler | None:
     Trackers are callbacks, too, and come before those of the user. A callback that adds to what they log has to stand in
     front of them; the handler has their order, and no event passes it on.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler):
-            return caller
-        frame = frame.f_back
-    return None
+    return _calling(CallbackHandler)
 
 
 class TrainerHooks(_TrainerBase):
@@ -292,3 +286,72 @@ class TrainerHooks(_TrainerBase):
             Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         )
         super()._save_checkpoint(model, trial)
+
+
+def calling_trainer() -> Trainer | None:
+    """The Trainer that is calling a callback now, if one is. No event passes it on."""
+    return _calling(Trainer)
+
+
+def _calling(kind: type) -> Any:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, kind):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def after_model_card(trainer: Trainer, add: Callable[[Path], None]) -> None:
+    """
+    Have `add` called with the model card after each `create_model_card` of this Trainer, which `push_to_hub` calls, too.
+
+    There is no event for a callback then, so the method of this one Trainer is wrapped. Called again, it replaces the first
+    `add`.
+    """
+    create = getattr(trainer.create_model_card, "without_smartfrz", trainer.create_model_card)
+
+    @wraps(create)
+    def create_model_card(*args: Any, **kwargs: Any) -> None:
+        create(*args, **kwargs)
+        card = Path(str(trainer.args.output_dir)) / "README.md"
+        if trainer.is_world_process_zero() and card.is_file():
+            add(card)
+
+    create_model_card.without_smartfrz = create  # type: ignore[attr-defined]
+    trainer.create_model_card = create_model_card  # type: ignore[method-assign]
+
+
+# Accelerate and Transformers: what `estimate` uses
+
+
+def prepared_objects(accelerator: Any) -> list[list]:
+    """
+    The lists of what an accelerator has prepared. There is no public way to have it forget one data loader or optimizer:
+    `free_memory` forgets all.
+    """
+    return [accelerator._dataloaders, accelerator._models, accelerator._optimizers, accelerator._schedulers]
+
+
+@contextmanager
+def training_checkpointing(trainer: Trainer) -> Iterator[None]:
+    """
+    Turn activation checkpointing on meanwhile if the Trainer will do so when training begins. The methods and options have
+    other names before Transformers 5.23.
+    """
+    model: Any = trainer.model
+    name = "activation" if hasattr(trainer.args, "activation_checkpointing") else "gradient"
+    options = getattr(trainer.args, f"{name}_checkpointing_kwargs", None)
+    wanted = checkpoints_activations(trainer.args) and not getattr(model, f"is_{name}_checkpointing", False)
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and not has_input_grads(part)]
+    if wanted:
+        getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": options})
+    try:
+        yield
+    finally:
+        if wanted:
+            getattr(model, f"{name}_checkpointing_disable")()
+            for part in parts:
+                if has_input_grads(part):
+                    disable_input_grads(part)

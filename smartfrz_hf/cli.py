@@ -1,5 +1,5 @@
 """
-The command line: `smartfrz report` makes a page of a run. `harvest` records training runs, `evaluate` and `fit` train a
+The command line: `smartfrz estimate` tells in advance what a run would save, and `smartfrz report` makes a page of a run. `harvest` records training runs, `evaluate` and `fit` train a
 predictor on them, `card` writes its model card, and `push` uploads it.
 """
 
@@ -60,6 +60,82 @@ def report(
         except (ValueError, ImportError) as error:
             typer.echo(f"{error}", err=True)
             raise typer.Exit(1) from error
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Option(help="Model on the Hub or in a folder.")],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="GLUE task, data set on the Hub, or a local file or folder (parquet, csv, json, txt). Texts or images with "
+            "labels are classified; texts without labels train a language model."
+        ),
+    ],
+    epochs: Annotated[float, typer.Option(min=0.01, help="Passes over the training data.")] = 3.0,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, help="Rows per step.")] = 32,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--learning_rate", help="Peak learning rate.")
+    ] = 5e-5,
+    warmup: Annotated[float, typer.Option(min=0, help="Warm-up: below 1 a fraction of the run, else steps.")] = 0.1,
+    max_length: Annotated[
+        int, typer.Option("--max-length", "--max_length", min=1, help="Most tokens of a text.")
+    ] = 128,
+    train_rows: Annotated[
+        int | None, typer.Option("--train-rows", "--train_rows", min=1, help="Training rows. Default: all.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--data-dir", "--data_dir", help="Folder with a folder for the task.", exists=True, file_okay=False
+        ),
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train in mixed precision.")] = False,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", "--from_scratch", help="Start from random weights.")
+    ] = False,
+    operating_point: Annotated[
+        str, typer.Option("--operating-point", "--operating_point", help="conservative, balanced or aggressive.")
+    ] = "balanced",
+    target_saving: Annotated[
+        float | None,
+        typer.Option("--target-saving", "--target_saving", help="Share of the compute to be saved instead."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="About how long to measure.")] = 30.0,
+) -> None:
+    """Tell what freezing would save in a training on this machine, and whether it pays. Takes less than a minute."""
+    import tempfile
+
+    from transformers.utils import logging
+
+    from .config import SmartFRZConfig
+    from .estimation import estimate
+    from .estimation.task import task_trainer
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        config = SmartFRZConfig(operating_point=operating_point, target_saving=target_saving)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer, rows = task_trainer(
+                model,
+                task,
+                data_dir,
+                from_scratch,
+                train_rows,
+                max_length,
+                output_dir=folder,
+                num_train_epochs=epochs,
+                per_device_train_batch_size=batch_size,
+                learning_rate=learning_rate,
+                warmup_steps=warmup,
+                report_to="none",
+                bf16=bf16,
+            )
+            typer.echo(estimate(trainer, config, seconds=seconds, rows=rows))
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"{error}", err=True)
+        raise typer.Exit(1) from error
 
 
 @app.command()

@@ -12,7 +12,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import is_matplotlib_available, logging
 
-from ._compat import calling_handler
+from ._compat import after_model_card, calling_handler, calling_trainer
 from .config import SmartFRZConfig
 from .cost.ledger import HEAD, Ledger
 from .policies import SmartFRZPolicy
@@ -50,9 +50,12 @@ class Reporter(TrainerCallback):
         self._handler = handler
 
     def begin(self, state: TrainerState, run: FreezingRun) -> None:
-        """Say what will happen, and give the configuration to the trackers."""
+        """Say what will happen, and give the configuration to the trackers. Model cards get a section from now on."""
         self.attach()
         self.run, self._shown = run, -1
+        trainer = calling_trainer()
+        if trainer is not None:
+            after_model_card(trainer, lambda card: add_to_model_card(card, run.ledger, self.config))
         if state.is_world_process_zero:
             _say(opening_line(run))
             for callback in [] if self._handler is None else self._handler.callbacks:

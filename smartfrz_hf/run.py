@@ -22,7 +22,7 @@ from .predictor import SmartFRZPredictor
 from .signals.observer import Observer
 from .signals.pilot import pilot_steps
 from .signals.schedule import LearningRates
-from .stages import FreezingStages
+from .stages import StageRunner
 
 logger = logging.get_logger(__name__)
 
@@ -127,7 +127,7 @@ class FreezingRun:
             self.front.beside_training,
             self.front.meter.add_forward,
         )
-        self._stages = FreezingStages(
+        self._stages = StageRunner(
             config, self.policy, self.front, self.observer, self.rates, self.ranks, self.ledger, total_steps
         )
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper

@@ -3,7 +3,8 @@
 from transformers.utils import logging
 
 from .config import SmartFRZConfig
-from .cost.ledger import Ledger, Stage
+from .cost.ledger import Ledger
+from .cost.stages import Stage, StartStage
 from .distributed.consensus import Ranks
 from .front import Front
 from .model.units import Unit
@@ -14,7 +15,7 @@ from .signals.schedule import LearningRates
 logger = logging.get_logger(__name__)
 
 
-class FreezingStages:
+class StageRunner:
     """
     Holds the freezing stages of a run. All methods are to be called in all processes.
 
@@ -63,19 +64,18 @@ class FreezingStages:
         pilot = observer.pilot if self._pilot_is_over(step) else None
         if front.depth < len(front.stack):
             observer.before_decision(step)
-        decision = self._policy.decide(
-            Observation(
-                step=step,
-                max_steps=self._total_steps,
-                depth=front.depth,
-                trainable=self._trainable,
-                rates=self._rates,
-                history=observer.history,
-                probe=observer.probe,
-                pilot=None if pilot is None else pilot.signals(),
-                savings=None if pilot is None else front.meter.savings(),
-            )
+        observation = Observation(
+            step=step,
+            max_steps=self._total_steps,
+            depth=front.depth,
+            trainable=self._trainable,
+            rates=self._rates,
+            history=observer.history,
+            probe=observer.probe,
+            pilot=None if pilot is None else pilot.signals(),
+            savings=None if pilot is None else front.meter.savings(),
         )
+        decision = self._policy.decide(observation)
         if not isinstance(decision, Decision):
             raise TypeError(f"`decide` of {type(self._policy).__name__} gave {decision!r}; it must give a `Decision`.")
         self._ledger.record(step, decision.probabilities)
@@ -91,7 +91,10 @@ class FreezingStages:
             if pilot is not None:
                 reason += f"; the rest trains at {front.rate.factor:.2f} times the learning rate"
             self._note(step, units, reason)
-        if pilot is not None:
+        if observation.savings is not None:
+            self._ledger.start = StartStage(
+                step, front.depth, decision.reason, front.rate.factor, observation.savings, decision.points_lost
+            )
             observer.pilot = None
 
     def unfreeze(self, step: int, reason: str) -> None:

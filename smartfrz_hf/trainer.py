@@ -16,7 +16,6 @@ from .distributed.fsdp import is_sharded, reshard
 from .model.units import find_blocks
 from .policies import Policy
 from .predictor import SmartFRZPredictor
-from .reporting import add_to_model_card
 
 
 class SmartFRZMixin(TrainerHooks):
@@ -120,13 +119,6 @@ class SmartFRZMixin(TrainerHooks):
         if "loss" in logs or "train_loss" in logs:
             logs |= self.ledger.logs()
         super().log(logs, start_time)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card of the Trainer, with a section on freezing and the tag `smartfrz`."""
-        super().create_model_card(*args, **kwargs)
-        card = Path(str(self.args.output_dir)) / "README.md"
-        if self.is_world_process_zero() and card.is_file():
-            add_to_model_card(card, self.ledger, self.smartfrz.config)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """

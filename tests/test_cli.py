@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from smartfrz_hf.cli import app
 
-COMMANDS = ["report", "harvest", "evaluate", "fit", "card", "push"]
+COMMANDS = ["estimate", "report", "harvest", "evaluate", "fit", "card", "push"]
 
 
 def test_help_lists_the_commands():

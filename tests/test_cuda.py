@@ -129,9 +129,7 @@ def test_a_compiled_model_freezes(tmp_path):
     torch.use_deterministic_algorithms(False)
     config = SmartFRZConfig(**STATIC)
     callback = SmartFRZCallback(config)
-    trainer = train(
-        tmp_path, [callback], model=small(), use_cpu=False, bf16=True, torch_compile=True, max_steps=30
-    )
+    trainer = train(tmp_path, [callback], model=small(), use_cpu=False, bf16=True, torch_compile=True, max_steps=30)
     assert callback.ledger.depth == 2 and trainer.state.log_history[-1]["train_loss"] < 1.0
 
 
@@ -143,5 +141,3 @@ def test_the_shipped_predictor_decides(tmp_path):
     other = SmartFRZCallback(SmartFRZConfig(), predictor_that_says(0.95, front_probe=True))
     train(tmp_path, [other], model=small(), use_cpu=False, fp16=True, max_steps=60, dataset=Rows(64))
     assert other.ledger.depth > 0
-
-

@@ -24,6 +24,7 @@ SETTINGS = {
     "benchmarks": ["0.3 points", "cost of 1 %", "3 %, had", "75 %", "25 %", "0.02"],
     "concepts": ["first 3 %"],
     "distributed": ["1.15"],
+    "estimate": ["3 %"],
     "migrating": ["0.5", "1.0"],
     "policies": ["0.5 %", "5 %", "1 %", "3 %", "40 %", "0.4"],
     "predictor": ["0.5 %", "first 3 %"],
@@ -64,6 +65,7 @@ def figures():
         results_of("speed/results/cached_run_fixed"),
     )
     cached = results_of("speed/results/cached_run")
+    told = results_of("speed/results/estimate")
     families, data_sets = predictor["leave_one_family_out"], predictor["leave_one_task_out"]
 
     def less(task, key="compute", method="balanced"):
@@ -139,6 +141,12 @@ def figures():
             f"{cached['frozen_over_cached_epochs_2_3']:.2f}x",
             f"{speeds('memory')} in memory, and {speeds('lmdb')} on disk",
             f"free rows had {speeds('arena')}",
+            *(
+                f"| `{p['name']}` | {p['depth']} and {p['run']['depth_at_start']} of 7 | {percent(p['time_saved'])} | "
+                f"{percent(p['run_time_saved'])} |"
+                for p in told["points"]
+            ),
+            f"told to take {told['plain_seconds']:.0f} s and took {told['plain_run']['seconds']:.0f} s",
             f"by {lead(families)} on families, and by {lead(data_sets)} on data sets",
             f"knowing the end of the runs, is {percent(families['frozen_at_most'])}",
             f"Without it, {variant('without the front probe')} is frozen on families at that cost; with it and without any "
@@ -167,6 +175,11 @@ def test_figures_are_those_of_the_results_files(name):
 def test_demo_output_is_that_of_the_results_file():
     demo, results = import_module("demo"), results_of("quality/results/demo")
     assert demo.table(results["runs"][0]) in PAGES["benchmarks"].read_text()
+
+
+def test_the_estimate_shown_is_that_of_the_results_file():
+    text, page = results_of("speed/results/estimate")["text"], PAGES["estimate"].read_text()
+    assert " ".join(text.split()) in " ".join(page.split())
 
 
 def test_minilm_has_as_many_parameters(minilm_dir):

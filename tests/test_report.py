@@ -6,13 +6,16 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from training import smartfrz, train
+import torch
+from training import Rows, predictor_that_loses, smartfrz, train
 from typer.testing import CliRunner
 
 from smartfrz_hf import SmartFRZCallback
 from smartfrz_hf.cli import app
 from smartfrz_hf.report import read_run, write_report
 from smartfrz_hf.report.charts import ticks
+from smartfrz_hf.signals import pilot
+from smartfrz_hf.signals.pilot import PilotSignals
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 
@@ -92,6 +95,24 @@ def test_a_checkpoint_a_plain_run_and_a_run_in_which_nothing_froze(runs, tmp_pat
     train(tmp_path / "never", [SmartFRZCallback(policy="never")], save_strategy="steps", save_steps=10)
     text, _ = check(write_report(tmp_path / "never", tmp_path / "never.html"))
     assert "Nothing froze in 20 optimizer steps." in text
+
+
+def test_the_start_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(pilot, "is_fresh", lambda block: False)
+    monkeypatch.setattr(PilotSignals, "agreement", 0.1)
+    monkeypatch.setattr(PilotSignals, "contributions", torch.ones(5))
+    callback = SmartFRZCallback(predictor=predictor_that_loses(0.4), activation_cache=False)
+    train(tmp_path, [callback], dataset=Rows(160), max_steps=40, save_strategy="steps", save_steps=40)
+    assert callback.ledger.start.depth == 3 and callback.ledger.start.points_lost[3] == pytest.approx(0.24)
+    text, _ = check(write_report(tmp_path, tmp_path / "report.html"))
+    for said in (
+        "The start stage",
+        "The first 4 steps were a pilot",
+        "up to bert.encoder.layer.1 (decided)",
+        "by 2.50.",
+    ):
+        assert said in text, said
+    assert "start stage, after 4 steps: froze 3 units (from the start: expected to save" in str(callback.ledger)
 
 
 def test_names_are_escaped(runs, tmp_path):

@@ -125,12 +125,21 @@ def test_model_card_of_the_mixin(tmp_path):
 def test_model_card_with_the_callback_alone(tmp_path):
     callback = SmartFRZCallback(**STATIC)
     trainer = train(tmp_path, [callback])
-    trainer.create_model_card()
-    assert trainer.model.model_tags == ["smartfrz"]  # `push_to_hub` puts them into the card
+    trainer.train()
     for _ in range(2):
-        add_to_model_card(tmp_path / "README.md", callback.ledger, callback.config)
+        trainer.create_model_card(tags="test")
+    add_to_model_card(tmp_path / "README.md", callback.ledger, callback.config)  # once more does no harm
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.tags.count("smartfrz") == 1 and card.text.count("## Layer freezing") == 1
+    assert card.data.tags.count("smartfrz") == 1 and "test" in card.data.tags
+    assert card.text.count("## Layer freezing") == 1 and "`policy='static'`" in card.text
+    assert "| `bert.encoder.layer.0` | " in card.text and (tmp_path / "freeze_timeline.png").is_file()
+    assert trainer.model.model_tags == ["smartfrz"]
+
+
+def test_model_card_of_a_trainer_that_has_not_trained(tmp_path):
+    trainer = Trainer(build("bert"), arguments(tmp_path), callbacks=[SmartFRZCallback(**STATIC)])
+    trainer.create_model_card()
+    assert "## Layer freezing" not in (tmp_path / "README.md").read_text()
 
 
 def test_the_ledger_keeps_what_the_predictor_said(tmp_path):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .stages import Stage, StageRecord, StartStage
+
 HEAD = "head"
 CACHE_NOW = ("bytes_memory", "bytes_disk", "off")  # fields of a cache that are no sums
 
@@ -28,42 +30,6 @@ class Flops:
 
     def __mul__(self, factor: float) -> "Flops":
         return Flops(self.forward * factor, self.backward * factor, self.optimizer * factor)
-
-
-@dataclass
-class Stage:
-    """
-    One freezing stage that changed the depth.
-
-    Attributes:
-        step (`int`): optimizer steps done.
-        depth (`int`): frozen units from then on.
-        units (`list[str]`): names of the units that froze; or, where the depth has fallen, that train again.
-        reason (`str`): why, in the policy's words.
-    """
-
-    step: int
-    depth: int
-    units: list[str]
-    reason: str
-
-
-@dataclass
-class StageRecord:
-    """
-    One freezing stage, whether it changed the depth or not.
-
-    Attributes:
-        step (`int`): optimizer steps done.
-        seconds (`float`): wall-clock time of the run until then, without what was lost when it was interrupted.
-        depth (`int`): frozen units before it, so the first unit that was judged.
-        probabilities (`list[float]`, *optional*): of each unit from there on, from a policy that has them.
-    """
-
-    step: int
-    seconds: float
-    depth: int
-    probabilities: list[float] | None = None
 
 
 @dataclass
@@ -111,6 +77,7 @@ class Ledger:
         stages (`list[Stage]`): the freezing stages that changed the depth.
         decisions (`int`): how often the policy was asked.
         records (`list[StageRecord]`): all freezing stages, with what the policy saw in each.
+        start ([`StartStage`], *optional*): what was decided at the end of the pilot; `None` before, and without one.
         spent, full ([`Flops`]): of the training so far, and what it would have cost with nothing frozen and no cache.
         unit_flops, full_unit_flops (`dict[str, Flops]`): the same by unit and `"head"`, for the average training pass
             so far.
@@ -124,6 +91,7 @@ class Ledger:
     stages: list[Stage] = field(default_factory=list)
     decisions: int = 0
     records: list[StageRecord] = field(default_factory=list)
+    start: StartStage | None = None
     spent: Flops = field(default_factory=Flops)
     full: Flops = field(default_factory=Flops)
     unit_flops: dict[str, Flops] = field(default_factory=dict)
@@ -234,6 +202,8 @@ class Ledger:
         lines.append(
             f"compute saved: {self.compute_saved:.1%} ({self.spent.total:.3g} of {self.full.total:.3g} FLOPs spent)"
         )
+        if self.start is not None:
+            lines.append(f"start stage, after {self.start.step} steps: {self.start}")
         if self.cache is not None:
             held = (self.cache.bytes_memory + self.cache.bytes_disk) / 2**20
             lines.append(
@@ -267,12 +237,13 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """
-        JSON values: `stages` and `records` (lists of dictionaries), `decisions`, `seconds`, `frozen_parameters` and
-        `cache` (or `None`). For reports, not for resuming: `max_steps`, `unit_parameters`, `spent` and `full`.
+        JSON values: `stages` and `records` (lists of dictionaries), `start` (or `None`), `decisions`, `seconds`,
+        `frozen_parameters` and `cache` (or `None`). For reports, not for resuming: `max_steps`, `unit_parameters`, `spent` and `full`.
         """
         return {
             "stages": [asdict(stage) for stage in self.stages],
             "records": [asdict(record) for record in self.records],
+            "start": None if self.start is None else asdict(self.start),
             "decisions": self.decisions,
             "seconds": self.seconds,
             "frozen_parameters": self.frozen_parameters,
@@ -287,6 +258,8 @@ class Ledger:
         """Go on from what `state_dict` returned. A cache starts empty, but its sums go on."""
         self.stages = [Stage(**stage) for stage in state["stages"]]
         self.records = [StageRecord(**record) for record in state.get("records", ())]  # none in earlier versions
+        start = state.get("start")
+        self.start = None if start is None else StartStage(**start)
         self._started = time.perf_counter() - state.get("seconds", 0.0)
         self.decisions, self.frozen_parameters = state["decisions"], state["frozen_parameters"]
         if self.cache is not None and state["cache"] is not None:

@@ -61,12 +61,15 @@ class Decision:
         reason (`str`): why, for the ledger and the log.
         unfreeze (`bool`): whether all units train again first.
         probabilities (`list[float]`, *optional*): that each active unit has converged, front first, for the report.
+        points_lost (`list[float]`, *optional*):
+            At the end of the pilot, the points that freezing is predicted to cost, by depth from 0 on, for the report.
     """
 
     depth: int
     reason: str
     unfreeze: bool = False
     probabilities: list[float] | None = None
+    points_lost: list[float] | None = None
 
 
 class Policy(ABC):

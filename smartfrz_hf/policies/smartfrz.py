@@ -104,6 +104,8 @@ class SmartFRZPolicy(Policy):
             enough = (depth for depth, saving in enumerate(savings) if saving >= self.target_saving)
             depth = max(next(enough, observation.units), observation.depth)
             return Decision(depth, f"from the start, to save {savings[depth]:.0%} of the compute")
+        if not pilot.pretrained:
+            return Decision(observation.depth, "the blocks are as a library initializes them")
         if not pilot.agreement > 0:  # also where it is not a number
             return Decision(observation.depth, "the loss does not fall in the pilot")
         if pilot.regression:
@@ -117,6 +119,7 @@ class SmartFRZPolicy(Policy):
         return Decision(
             depth,
             f"from the start: expected to save {savings[depth]:.0%} of the compute and to lose {lost[depth]:.1f} points",
+            points_lost=lost,
         )
 
     @torch.no_grad()

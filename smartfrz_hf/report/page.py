@@ -59,6 +59,7 @@ def page(run: SavedRun, plain: SavedRun | None = None) -> str:
         )
         parts.append(_both(lambda width: timeline(run, width)))
         parts.append(_stages(run))
+        parts.append(_start(run))
     charts = [chart for key in ("loss", *run.metrics[:MOST_METRICS]) for chart in _charts(key, run, plain)]
     if charts:
         key = "" if plain is None else _legend(run, plain)
@@ -174,6 +175,35 @@ def _stages(run: SavedRun) -> str:
         rows.append((f"{stage['step']:,}", f"{', '.join(stage['units'])} {what}", stage["depth"], stage["reason"]))
         depth = stage["depth"]
     return _table(("step", "what", "frozen", "why"), rows, (0, 2)) if rows else ""
+
+
+def _start(run: SavedRun) -> str:
+    """What the start stage saw and decided."""
+    start = run.ledger.get("start")
+    if start is None:  # of an earlier version, or without a pilot
+        return ""
+    assert run.state is not None
+    units, lost = ["nothing", *run.state["units"]], start["points_lost"] or []
+    rows = [
+        (
+            f"{'up to ' if depth else ''}{units[depth]}{' (decided)' if depth == start['depth'] else ''}",
+            f"{saving:.0%}",
+            number(round(lost[depth], 1)) if depth < len(lost) else "–",
+        )
+        for depth, saving in enumerate(start["savings"])
+    ]
+    froze = (
+        f"{start['depth']} units froze, with the weights that they had at the start"
+        if start["depth"]
+        else "nothing froze"
+    )
+    told = (
+        f"The first {start['step']} steps were a pilot in which everything trains. Then {froze} ({start['reason']})."
+    )
+    if start["depth"]:
+        told += f" The learning rate of the rest is multiplied by {start['rate_factor']:.2f}."
+    head = ("frozen from the start", "compute saved", "predicted points lost")
+    return f"<h2>The start stage</h2><p>{escape(told)}</p>{_table(head, rows, (1, 2))}"
 
 
 def _details(run: SavedRun, plain: SavedRun | None) -> str:

@@ -179,8 +179,9 @@ class Pilot:
             (moved**2).mean(1).sqrt(),
         ]
         missing = len(self._stack) + 1 - len(self._recorded)
-        padded = (torch.nn.functional.pad(values, (0, missing)) for values in found)
-        return PilotSignals(self.steps, *padded, pretrained=self._pretrained, regression=is_regression(self._stack.model))  # type: ignore[arg-type, misc]
+        parameters, gradient, loss_change, displacement = (nn.functional.pad(values, (0, missing)) for values in found)
+        regression = is_regression(self._stack.model)
+        return PilotSignals(self.steps, parameters, gradient, loss_change, displacement, self._pretrained, regression)
 
     @torch.no_grad()
     def restore(self, depth: int, kept: Collection[str] = ()) -> None:

@@ -7,7 +7,7 @@ import pytest
 from training import smartfrz, train
 
 from smartfrz_hf import Ledger
-from smartfrz_hf.cost.ledger import CacheSavings, Flops, Stage
+from smartfrz_hf.cost.ledger import CacheSavings, Flops, Stage, StartStage
 
 FORMAT_1 = Path(__file__).parents[1] / "data" / "checkpoint_format_1" / "smartfrz_state.json"
 UNITS = ["stem", "block.0", "block.1"]
@@ -46,6 +46,24 @@ def test_the_summary_is_a_table_of_units_with_totals():
     assert ledger(cache=cache).summary().splitlines()[-1] == (
         "activation cache: 75.0% of 1,200 rows found, 1.5 s saved, 1.0 MiB held; turned off: it does not pay"
     )
+
+
+def test_the_start_stage_is_told():
+    start = StartStage(8, 2, "it is cheap", 1.25, [0.0, 0.1, 0.3, 0.4], [0.0, 0.1, 0.4, 9.0])
+    assert ledger(start=start).summary().splitlines()[-1] == (
+        "start stage, after 8 steps: froze 2 units (it is cheap; the rest trains at 1.25 times the learning rate)"
+    )
+    start.depth = 0
+    assert str(start) == "froze nothing (the first unit alone was predicted to cost 0.1 points)"
+    start.points_lost = None
+    assert str(start) == "froze nothing (it is cheap)"
+    again = Ledger()
+    again.load_state_dict(json.loads(json.dumps(ledger(start=start).state_dict())))
+    assert again.start == start
+    old = ledger().state_dict()
+    del old["start"]  # as an earlier version has written it
+    again.load_state_dict(old)
+    assert again.start is None
 
 
 def test_a_ledger_without_a_run_says_so(tmp_path):

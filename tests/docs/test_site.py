@@ -12,6 +12,7 @@ from messages import PACKAGE, first_sentence, raised, warned
 ROOT = Path(__file__).parents[2]
 QUOTES = re.findall(r"^> (.+)$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
 REFUSALS = [PACKAGE / name for name in ("checks.py", "model/discovery.py", "model/stem.py", "model/units.py")]
+REFUSALS += [PACKAGE / "estimation" / name for name in ("loop.py", "task.py")]
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if "predictor_training" not in path.parts]
 MESSAGES = [message for path in REFUSALS for message in raised(path)] + [m for path in FILES for m in warned(path)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import build
 from torch.utils.data import DataLoader
-from training import Rows, predictor_that_says, train
+from training import START_LIMITS, Rows, predictor_that_loses, predictor_that_says, train
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictorConfig, find_blocks, load_predictor
 from smartfrz_hf.predictor import StartPredictor
@@ -14,18 +14,6 @@ from smartfrz_hf.signals import pilot
 from smartfrz_hf.signals.pilot import PilotSignals
 
 STEPS = 40
-LIMITS = (("conservative", 0.1, 0.5), ("balanced", 0.3, 1.0), ("aggressive", 1.0, 1.0))
-
-
-def predictor_that_loses(points, never=0.1, **config):
-    """Freezing all costs so many points, and less in proportion to the share of the front; nothing freezes later."""
-    limits = {point: {"points": allowed, "share": share, "blocks": 1.0} for point, allowed, share in LIMITS}
-    predictor = predictor_that_says(never, start_stage=True, **{"start_limits": limits} | config)
-    with torch.no_grad():
-        predictor.start.log_scale.fill_(math.log(points))
-        predictor.start.log_share_power.fill_(0.0)
-        predictor.start.log_size_power.fill_(-50.0)
-    return predictor
 
 
 @pytest.fixture
@@ -105,7 +93,9 @@ def test_weights_that_are_not_finite_freeze_nothing(tmp_path):
 
 
 def test_saved_and_loaded(tmp_path):
-    limits = {point: {"points": 0.2, "share": 0.3, "blocks": 0.4} for point in ("conservative", "balanced", "aggressive")}
+    limits = {
+        point: {"points": 0.2, "share": 0.3, "blocks": 0.4} for point in ("conservative", "balanced", "aggressive")
+    }
     predictor = predictor_that_loses(3.0, start_limits=limits)
     predictor.save_pretrained(tmp_path)
     loaded = load_predictor(tmp_path)
@@ -118,7 +108,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_at_most_a_fraction_of_the_blocks(tmp_path, shares):
-    limits = {point: {"points": 1.0, "share": 1.0, "blocks": 0.5} for point, _, _ in LIMITS}
+    limits = {point: {"points": 1.0, "share": 1.0, "blocks": 0.5} for point, _, _ in START_LIMITS}
     assert run(tmp_path, predictor_that_loses(0.01, start_limits=limits)).depth == 3, "the stem and two of four blocks"
 
 

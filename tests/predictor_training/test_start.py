@@ -94,7 +94,9 @@ def test_judging(results):
     assert found["points_lost"] == pytest.approx(3.0) and found["worst"] == pytest.approx(6.0)
     assert judge(fixed(0.5), pairs, 0.0, share=0.0)["saved"] == 0.0
     said = {pair.name: torch.full((UNITS,), 1.0 if pair.name.startswith("even") else 0.2) for pair in pairs}
-    assert judge(fixed(0.5), pairs, 0.0, blocks=0.34)["saved"] == pytest.approx(2 / 3 / 6), "depths 1, 3 and 5 were run"
+    assert judge(fixed(0.5), pairs, 0.0, blocks=0.34)["saved"] == pytest.approx(2 / 3 / 6), (
+        "depths 1, 3 and 5 were run"
+    )
     limits = choose_limits([lambda pair: said[pair.name]], pairs)
     assert limits["conservative"]["points"] == 0.95 and limits["balanced"]["blocks"] == 0.34
 

@@ -1,5 +1,7 @@
 """A tiny run with the Trainer: what tests of the callback share."""
 
+import math
+
 import torch
 from architectures import build
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -86,6 +88,20 @@ def predictor_that_says(probability, window=4, weights_per_unit=32, **config):
         for parameter in predictor.parameters():
             parameter.zero_()
         predictor.head[-1].bias.fill_(torch.logit(torch.tensor(probability)))
+    return predictor
+
+
+START_LIMITS = (("conservative", 0.1, 0.5), ("balanced", 0.3, 1.0), ("aggressive", 1.0, 1.0))
+
+
+def predictor_that_loses(points, never=0.1, **config):
+    """Freezing all costs so many points, and less in proportion to the share of the front; nothing freezes later."""
+    limits = {point: {"points": most, "share": share, "blocks": 1.0} for point, most, share in START_LIMITS}
+    predictor = predictor_that_says(never, start_stage=True, **{"start_limits": limits} | config)
+    with torch.no_grad():
+        predictor.start.log_scale.fill_(math.log(points))
+        predictor.start.log_share_power.fill_(0.0)
+        predictor.start.log_size_power.fill_(-50.0)
     return predictor
 
 

@@ -1,0 +1,292 @@
+"""Measures a few training steps of a Trainer: what they cost at each depth, and what the pilot shows."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from math import ceil
+from statistics import mean
+from typing import Any
+
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import Trainer
+
+from .._compat import training_checkpointing
+from ..activation_cache.cache import MIN_DEPTH
+from ..checks import check_trainer
+from ..config import SmartFRZConfig
+from ..model.nested import main_input_elements
+from ..policies import Decision, Observation, Policy
+from ..policies.smartfrz import PILOT
+from ..run import FreezingRun
+from ..signals.pilot import MIN_STEPS, pilot_steps
+from .loop import Loop, check_estimate, first_share
+from .restoring import restored
+
+TIMED = 3  # steps at each depth, of which the fastest counts: a busy machine must not decide
+TRIES = 8  # steps until the cache has to serve a batch
+KEPT = 9  # batches of the pilot, of which the middle one by size is timed
+PILOT_TIME = 0.4  # of the time that there is
+LONG_STEP = 1.0  # seconds; a longer one is timed with fewer rows
+LONG_RUN = 100_000  # steps, so that the cache does not see the end of the run near
+
+
+@dataclass(frozen=True)
+class DepthCost:
+    """
+    What one optimizer step costs with some units frozen.
+
+    Attributes:
+        depth (`int`): frozen units, counted from the front.
+        seconds (`float`): without an activation cache, and without loading data.
+        memory (`int`):
+            Bytes of weights, gradients, optimizer state, and activations that wait for the backward pass.
+        cached_seconds (`float`, *optional*): where the cache serves all rows; `None` where it serves none.
+        cached_row_bytes (`float`, *optional*): bytes that the cache keeps of one row.
+    """
+
+    depth: int
+    seconds: float
+    memory: int
+    cached_seconds: float | None = None
+    cached_row_bytes: float | None = None
+
+
+@dataclass
+class Profile:
+    """
+    What was measured of a training.
+
+    Attributes:
+        model (`str`): class of the model.
+        device (`str`): that it trains on.
+        total_steps (`int`): optimizer steps of the run.
+        steps_per_epoch (`float`): optimizer steps in one pass over the data.
+        rows, rows_per_step (`int`): training rows in all, and in an optimizer step.
+        parameters, trainable (`int`): of the model.
+        units (`list[str]`): names of the model's units.
+        deepest (`int`): most units that can freeze.
+        load_seconds (`float`): time to load the rows of a step.
+        costs (`list[DepthCost]`): of some depths, 0 first.
+        savings (`list[float]`): by depth, the share of a step's FLOPs that freezing saves without a cache.
+        observation ([`Observation`], *optional*): at the end of the pilot; `None` for a run that is too short for one.
+        decisions (`dict[str, Decision]`): what each policy decided then.
+        batch_seconds (`float`): of a forward and a backward pass with nothing frozen.
+        batch_elements (`float`): elements (tokens, pixels) of the mean batch.
+        cache_off (`str`, *optional*): why the cache serves nothing.
+        seconds (`float`): that measuring has taken.
+    """
+
+    model: str
+    device: str
+    total_steps: int
+    steps_per_epoch: float
+    rows: int
+    rows_per_step: int
+    parameters: int
+    trainable: int
+    units: list[str] = field(default_factory=list)
+    deepest: int = 0
+    load_seconds: float = 0.0
+    costs: list[DepthCost] = field(default_factory=list)
+    savings: list[float] = field(default_factory=list)
+    observation: Observation | None = None
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    batch_seconds: float = 0.0
+    batch_elements: float = 1.0
+    cache_off: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def pilot_steps(self) -> int:
+        """Optimizer steps of the pilot of the run; 0 if the run is too short for one."""
+        return pilot_steps(PILOT, self.total_steps)
+
+
+class _Pilot(Policy):
+    """Takes note of what the pilot shows, and freezes nothing."""
+
+    def __init__(self, length: float):
+        self.pilot = length
+        self.seen: Observation | None = None
+
+    def decide(self, observation: Observation) -> Decision:
+        if observation.pilot is not None:
+            self.seen = observation
+        return Decision(observation.depth, "a pilot")
+
+
+class _Depth(Policy):
+    """Freezes what it is told."""
+
+    depth = 0
+
+    def decide(self, observation: Observation) -> Decision:
+        return Decision(self.depth, "to measure it")
+
+
+def profile(
+    trainer: Trainer,
+    config: SmartFRZConfig,
+    policies: Mapping[str, Policy],
+    seconds: float = 30.0,
+    rows: int | None = None,
+) -> Profile:
+    """
+    Measure the training that a Trainer is set up for, and leave the Trainer as it was found.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): not training now, in a single process.
+        config ([`SmartFRZConfig`]): of the run.
+        policies (`dict[str, Policy]`): asked at the end of the pilot, each by its name.
+        seconds (`float`, *optional*, defaults to `30.0`):
+            About how long to measure. At least a few steps and two depths are measured, however long they take.
+        rows (`int`, *optional*): training rows, if the Trainer has only a part of them.
+
+    Raises:
+        ValueError: the training cannot be measured; the message says why.
+    """
+    began, args = time.perf_counter(), trainer.args
+    model: Any = trainer.model
+    check_trainer(args, model, config, with_mixin=True)
+    rows = check_estimate(args, trainer.train_dataset, rows)
+    per_step = args.train_batch_size * args.gradient_accumulation_steps
+    epoch = float("inf") if rows is None else max(1, ceil(rows / per_step))
+    steps = args.max_steps if args.max_steps > 0 else ceil(args.num_train_epochs * epoch)
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    result = Profile(
+        model=type(model).__name__,
+        device=str(args.device),
+        total_steps=steps,
+        steps_per_epoch=epoch,
+        rows=rows or steps * per_step,
+        rows_per_step=per_step,
+        parameters=sum(size for size, _ in sizes),
+        trainable=sum(size for size, trains in sizes if trains),
+    )
+    with restored(trainer), training_checkpointing(trainer):
+        if trainer.state.global_step:  # it has trained before, and begins anew
+            trainer.optimizer = trainer.lr_scheduler = None
+        loop = Loop(trainer, steps)
+        with closing(loop.batches()) as batches:
+            pilot = _run_pilot(loop, batches, result, config, PILOT_TIME * seconds)
+        if result.observation is not None:
+            result.decisions = {name: policy.decide(result.observation) for name, policy in policies.items()}
+        _measure_depths(loop, pilot, result, config, seconds - (time.perf_counter() - began))
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def _run_pilot(loop: Loop, batches: Iterator, result: Profile, config: SmartFRZConfig, seconds: float) -> list[Any]:
+    """Take the first steps of the run, as many as there is time for, and return some of their batches."""
+    batch, load = next(batches)
+    loop.warm_up(batch)
+    result.batch_seconds = loop.warm_up(batch)
+    wanted = result.pilot_steps or min(MIN_STEPS, result.total_steps)
+    affordable = int(seconds / result.batch_seconds)
+    count = max(min(MIN_STEPS, wanted), min(wanted, affordable))
+    accumulated = max(1, min(loop.args.gradient_accumulation_steps, affordable // count))
+    seen, loads, sizes = [batch], [load], [main_input_elements(loop.model, ((), batch))]
+    policy = _Pilot(count / result.total_steps)
+    run = FreezingRun(
+        loop.model,
+        loop.optimizer,
+        result.total_steps,
+        replace(config, activation_cache=False, offload_frozen=False),
+        policy=policy,
+        lr_scheduler=loop.scheduler,
+        inputs=batch if isinstance(batch, Mapping) else None,
+    )
+    with run:
+        for _ in range(count):
+            new = [next(batches) for _ in range(accumulated)]
+            loads += [load for _, load in new]
+            sizes += [main_input_elements(loop.model, ((), batch)) for batch, _ in new]
+            seen = [*seen, *(batch for batch, _ in new)][:KEPT]
+            loop.step([batch for batch, _ in new])
+            if not isinstance(loop.scheduler, ReduceLROnPlateau):
+                loop.scheduler.step()
+            run.step()
+        result.savings = run.front.meter.savings()
+    result.units, result.deepest = run.stack.names, run.stack.deepest_safe_depth()
+    result.load_seconds = loop.args.gradient_accumulation_steps * mean(loads)
+    result.batch_elements, result.observation = mean(sizes), policy.seen
+    return seen
+
+
+def _measure_depths(loop: Loop, seen: list[Any], result: Profile, config: SmartFRZConfig, seconds: float) -> None:
+    """Time steps on one batch with more and more units frozen."""
+    seen = sorted(seen, key=lambda batch: main_input_elements(loop.model, ((), batch)))
+    batch = seen[len(seen) // 2]
+    share = 1.0
+    if result.batch_seconds > LONG_STEP:
+        batch, share = first_share(batch, LONG_STEP / result.batch_seconds)
+    accumulated = loop.args.gradient_accumulation_steps
+    elements = main_input_elements(loop.model, ((), batch))
+    scale = accumulated * result.batch_elements / elements
+    policy = _Depth()
+    config = replace(config, first_decision=1, decide_every=1, max_depth=None, when_all_frozen="keep_last")
+    run = FreezingRun(
+        loop.model,
+        loop.optimizer,
+        LONG_RUN,
+        config,
+        policy=policy,
+        steps_per_epoch=LONG_RUN / 2,
+        inputs=batch if isinstance(batch, Mapping) else None,
+    )
+    # What happens at a depth takes about as long as seven steps in full.
+    count = int(seconds / (7 * min(result.batch_seconds, LONG_STEP)))
+    with run:
+        for depth in _depths(result, count):
+            policy.depth = depth
+            loop.step([batch])
+            run.step()
+            with run.front.beside_training():
+                fixed, activations = loop.memory(batch)
+                plain = min(loop.step([batch]) for _ in range(TIMED))
+            served = row_bytes = None
+            if depth >= MIN_DEPTH and run.front.cache is not None:
+                served, row_bytes = _time_cached(loop, run, batch)
+            result.costs.append(
+                DepthCost(
+                    depth,
+                    scale * plain,
+                    fixed + int(activations / share),
+                    None if served is None else scale * served,
+                    None if row_bytes is None else row_bytes * result.batch_elements * share / elements,
+                )
+            )
+    if run.front.cache is None:
+        result.cache_off = "it is turned off, or cannot be used here"
+    elif all(cost.cached_seconds is None for cost in result.costs):
+        result.cache_off = run.front.cache.savings.off or "it did not serve the rows that came again"
+
+
+def _time_cached(loop: Loop, run: FreezingRun, batch: Any) -> tuple[float | None, float | None]:
+    """Seconds of a step in which the cache serves all rows, and bytes that it keeps of a row."""
+    cache, times = run.front.cache, []
+    assert cache is not None
+    for _ in range(TRIES):
+        savings = cache.savings
+        rows, hits, checking = savings.rows, savings.hits, savings.check_seconds
+        seconds = loop.step([batch])
+        run.step()
+        if savings.rows > rows and savings.hits - hits == savings.rows - rows:
+            times.append(seconds - (savings.check_seconds - checking))
+        if len(times) > TIMED:
+            break
+    kept = len(cache.store)
+    if len(times) < 2 or not kept:
+        return None, None
+    return min(times[1:]), (cache.store.memory_used + cache.store.disk_used) / kept
+
+
+def _depths(result: Profile, count: int) -> list[int]:
+    """0, those that were decided, the deepest one, and others in between, as many as there is time for."""
+    last = result.deepest
+    chosen = {0, last, *(min(decision.depth, last) for decision in result.decisions.values())}
+    for depth in sorted(range(last), key=lambda depth: (depth % 4, depth % 2)):
+        if len(chosen) < count:
+            chosen.add(depth)
+    return sorted(chosen)

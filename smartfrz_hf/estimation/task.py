@@ -1,0 +1,174 @@
+"""A Trainer for a model and a task that are given by name, for `smartfrz estimate`."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
+
+GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
+BUILDERS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "txt": "text"}
+SAMPLED = 64  # steps: rows of so many are prepared, or all if there are fewer
+LABELS, IMAGES = ("label", "labels"), ("image", "img", "pixel_values")
+
+
+def task_trainer(
+    model: str,
+    task: str,
+    data_dir: Path | None = None,
+    from_scratch: bool = False,
+    train_rows: int | None = None,
+    max_length: int = 128,
+    **arguments: Any,
+) -> tuple[Trainer, int]:
+    """
+    A Trainer for the first rows of a task.
+
+    Texts with labels are classified, or scored if the labels are floats; images with labels are classified; texts without
+    labels train a causal language model.
+
+    Args:
+        model (`str`): name on the Hub, or folder.
+        task (`str`): GLUE task, data set on the Hub, or file or folder of parquet, csv, json, jsonl or txt files.
+        data_dir (`Path`, *optional*): folder of local copies, in which the task is a folder, as in `DATA_DIR/mrpc`.
+        from_scratch (`bool`, *optional*, defaults to `False`): whether only the model's configuration is used.
+        train_rows (`int`, *optional*): rows of the run. All rows of the task by default.
+        max_length (`int`, *optional*, defaults to `128`): most tokens of a text.
+        arguments: of [`~transformers.TrainingArguments`].
+
+    Returns:
+        `tuple[Trainer, int]`: the Trainer, and the rows of the run.
+
+    Raises:
+        ImportError: the package `datasets` is missing.
+        ValueError: the data cannot be used; the message says why.
+        OSError: the model or the data is not found.
+    """
+    args = TrainingArguments(**arguments)
+    args.dataloader_pin_memory = args.device.type != "cpu"
+    data = _load(task, data_dir)
+    rows = min(len(data), train_rows or len(data))
+    data = data.shuffle(seed=0).select(range(min(rows, SAMPLED * args.train_batch_size)))
+    columns = data.column_names
+    label = next((name for name in LABELS if name in columns), None)
+    image = next((name for name in IMAGES if name in columns), None)
+    if image is not None:
+        args.remove_unused_columns = False  # the collator reads them
+        trained = _images(model, data, image, label, from_scratch)
+    else:
+        trained = _texts(model, task, data, label, from_scratch, max_length)
+    network, prepared, collator = trained
+    network.accepts_loss_kwargs = False  # heads that ignore `num_items_in_batch` would get a wrong loss
+    return Trainer(network, args, train_dataset=prepared, data_collator=collator), rows
+
+
+def _load(task: str, data_dir: Path | None) -> Any:
+    """The training split."""
+    try:
+        from datasets import disable_progress_bars, load_dataset
+    except ImportError as error:
+        raise ImportError("`smartfrz estimate` reads its data with `datasets`: pip install datasets.") from error
+    disable_progress_bars()
+    name = task.removeprefix("glue/")
+    places = [Path(task)] if data_dir is None else [data_dir / task, data_dir / "glue" / name, data_dir / name]
+    place = next((place for place in places if place.exists()), None)
+    if place is None and data_dir is not None:
+        raise ValueError(f"There is no {task} in {data_dir}: none of {', '.join(map(str, places))} exists.")
+    if place is None:
+        try:
+            return load_dataset(*(("nyu-mll/glue", name) if name in GLUE else (task,)), split="train")
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"The data {task} cannot be loaded from the Hub: {error}. Check the name and the connection, or give a local "
+                "file or folder as `--task`, or the folder that holds it as `--data_dir`."
+            ) from error
+    files = [place] if place.is_file() else [file for file in sorted(place.rglob("*")) if file.is_file()]
+    files = [file for file in files if file.suffix[1:] in BUILDERS]
+    train = [file for file in files if file.stem.startswith("train")] or files
+    if not train:
+        raise ValueError(f"{place} holds no file of training data. Files end in {', '.join(BUILDERS)}.")
+    kind = train[0].suffix[1:]
+    options = {"sep": "\t"} if kind == "tsv" else {}
+    same = [str(file) for file in train if file.suffix == train[0].suffix]
+    return load_dataset(BUILDERS[kind], data_files=same, split="train", **options)
+
+
+def _make(auto: Any, name: str, from_scratch: bool, **options: Any) -> Any:
+    config = AutoConfig.from_pretrained(name, **options)
+    return (
+        auto.from_config(config)
+        if from_scratch
+        else auto.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
+    )
+
+
+def _numbered(data: Any, label: str) -> tuple[list[int], int]:
+    """Labels as numbers, and how many there are."""
+    feature, values = data.features[label], data[label]
+    if hasattr(feature, "num_classes"):
+        return list(values), feature.num_classes
+    if any(isinstance(value, str) for value in values):
+        numbers = {value: number for number, value in enumerate(sorted(set(values)))}
+        return [numbers[value] for value in values], len(numbers)
+    return [int(value) for value in values], int(max(values)) + 1
+
+
+def _texts(model: str, task: str, data: Any, label: str | None, from_scratch: bool, max_length: int) -> tuple:
+    texts = [
+        name for name, kind in data.features.items() if name != label and kind.dtype in ("string", "large_string")
+    ][:2]
+    if not texts:
+        raise ValueError(
+            f"{task} has no column of texts or images, but {', '.join(data.column_names)}. Call `estimate(trainer)` with a "
+            "Trainer of your own."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    def tokenize(rows: Any) -> Any:
+        return tokenizer(*(rows[name] for name in texts), truncation=True, max_length=max_length)
+
+    prepared = data.map(tokenize, batched=True, remove_columns=data.column_names)
+    if label is None:
+        network = _make(AutoModelForCausalLM, model, from_scratch)
+        return network, prepared, DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    if data.features[label].dtype.startswith("float"):
+        labels, count = list(data[label]), 1
+    else:
+        labels, count = _numbered(data, label)
+    network = _make(AutoModelForSequenceClassification, model, from_scratch, num_labels=count)
+    if network.config.pad_token_id is None:
+        network.config.pad_token_id = tokenizer.pad_token_id
+    return network, prepared.add_column("labels", labels), DataCollatorWithPadding(tokenizer)
+
+
+def _images(model: str, data: Any, image: str, label: str | None, from_scratch: bool) -> tuple:
+    if label is None:
+        raise ValueError(f"The images have no column {' or '.join(LABELS)}, but {', '.join(data.column_names)}.")
+    labels, count = _numbered(data, label)
+    network = _make(AutoModelForImageClassification, model, from_scratch, num_labels=count)
+    processor = AutoImageProcessor.from_pretrained(model)
+    rows = [{"picture": number, "labels": value} for number, value in enumerate(labels)]
+
+    def collate(batch: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+        pictures = [data[row["picture"]][image].convert("RGB") for row in batch]
+        pixels = processor(pictures, return_tensors="np")["pixel_values"]
+        return {
+            "pixel_values": torch.from_numpy(np.asarray(pixels, dtype=np.float32)),
+            "labels": torch.tensor([row["labels"] for row in batch]),
+        }
+
+    return network, rows, collate
