@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tests" / "utils"))
 import transformers  # noqa: E402
 from proofs import prove  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES  # noqa: E402
-from zoo import COMPOSITES, build_tiny, make_batch  # noqa: E402
+from zoo import COMPOSITES, TIMM, build_tiny, make_batch  # noqa: E402
 
 PAGE, RESULTS = ROOT / "docs" / "models.md", ROOT / "runs" / "models.json"
 SECONDS = 60  # for one architecture
@@ -54,7 +54,8 @@ Embeddings that an encoder, a decoder and an output layer share (T5, BART) freez
 the output layer too, which one line in the log says. Training them on would change what the frozen encoder returns at each step. To
 train the output layer on, untie it: `config.tie_word_embeddings = False`.
 
-Any other `torch.nn.Module` with a list of blocks works in the same way: models of timm and torchvision, or your own. The first rows of
+Any other `torch.nn.Module` with a list of blocks works in the same way: models of timm (`timm/...` in the table, and `timm_wrapper` for
+those that Transformers loads) and torchvision, or your own. The first rows of
 the training data show the order. Where nothing repeats, name what can freeze: `SmartFRZConfig(blocks=["conv1", "conv2"])`.
 
 | Architecture | Model | Blocks | Order from | Saved | Cache | Checkpointing | LoRA | Shared |
@@ -69,7 +70,7 @@ def architectures() -> list[str]:
         for name in MODEL_MAPPING_NAMES
         if not any(name.endswith(part) and name.removesuffix(part) in MODEL_MAPPING_NAMES for part in PARTS)
     ]
-    return sorted({*whole, *COMPOSITES})
+    return sorted({*whole, *COMPOSITES, *(f"timm/{name}" for name in TIMM)})
 
 
 def result(name: str) -> dict[str, Any]:
