@@ -211,7 +211,7 @@ def load_files(files: dict[str, str], builders: dict[str, str], cache_dir: str |
 
 
 def load_splits(
-    data_args: CommonDataArguments, model_args: CommonModelArguments, training_args: TrainingArguments
+    data_args: CommonDataArguments, model_args: Any, training_args: TrainingArguments
 ) -> dict[str, Dataset]:
     """
     The splits to train and to evaluate, cut to the largest number of samples: from files where they are given, otherwise from the

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 import trl
 from common import (
     CommonDataArguments,
-    CommonModelArguments,
     evaluate_split,
     find_checkpoint,
     load_splits,
@@ -24,12 +23,15 @@ class FreezingSFTTrainer(SmartFRZMixin, trl.SFTTrainer):
 
 
 @dataclass
-class ModelArguments(CommonModelArguments):
-    """Arguments for the model."""
+class ModelArguments:
+    """Arguments for the model. `--trust_remote_code` is one of TRL's."""
 
     model_name_or_path: str = field(
         default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Pretrained model on the Hub or in a folder."}
     )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloaded and prepared files."})
+    token: str | None = field(default=None, metadata={"help": "Token for private repositories."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on all linear layers; 0 trains all weights."})
 
 
@@ -54,9 +56,15 @@ def main(args: list[str] | None = None) -> None:
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=model_args.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **model_args.hub_kwargs)
+    hub = {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.token,
+        "trust_remote_code": training_args.trust_remote_code,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **hub)
     trainer = FreezingSFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **model_args.hub_kwargs),
+        model=AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **hub),
         args=training_args,
         smartfrz=config,
         train_dataset=splits.get("train"),

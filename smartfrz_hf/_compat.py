@@ -141,6 +141,7 @@ def uses_reentrant_checkpointing(block: nn.Module) -> bool:
         getattr(block, "gradient_checkpointing", False)
         and isinstance(checkpoint, partial)
         and checkpoint.keywords.get("use_reentrant")
+        is not False  # torch's own default is reentrant, which PEFT leaves
     )
 
 

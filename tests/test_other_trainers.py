@@ -104,6 +104,8 @@ def test_setfit_trains_its_body(tmp_path):
     trainer.train()
     frozen = ("embeddings", "encoder.layer.0.", "encoder.layer.1.")
     for name, value in model.model_body.state_dict().items():
+        if "pooler" in name:  # does not run
+            continue
         assert torch.equal(value, before[name]) == any(part in name for part in frozen), name
     assert callback.ledger.compute_saved > 0.1 and callback.run.steps_done == 24
     assert len(model.predict(data["text"])) == len(data["text"])

@@ -11,7 +11,6 @@ from torch import distributed as dist
 
 torch.set_num_threads(1)
 trainers.ARGUMENTS |= {
-    "ddp_find_unused_parameters": False,
     "ddp_timeout": 60,
     "num_train_epochs": 2,
     "gradient_checkpointing": False,

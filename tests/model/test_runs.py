@@ -144,7 +144,8 @@ class AddAdapter(TrainerCallback):
             self.before = {name: p.detach().clone() for name, p in model.named_parameters()}
             model.add_adapter("other", peft.LoraConfig(target_modules=["query", "value"]))
             model.set_adapter("other")
-            optimizer.add_param_group({"params": [p for name, p in model.named_parameters() if ".other." in name]})
+            new = [p for name, p in model.named_parameters() if ".other." in name]
+            optimizer.param_groups[0]["params"].extend(new)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
@@ -166,7 +167,9 @@ def test_a_second_adapter_is_added_in_mid_run(tmp_path, caplog, cache):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_adapters_on_a_base_of_few_bits(tmp_path, bits):
     pytest.importorskip("bitsandbytes")
-    build("llama").save_pretrained(tmp_path / "model")
+    build_tiny("llama", hidden_size=64, intermediate_size=64, head_dim=16, num_hidden_layers=4).save_pretrained(
+        tmp_path / "model"
+    )
     quantization = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantization, device_map="cpu")
     names = ["q_proj", "v_proj", "down_proj"]

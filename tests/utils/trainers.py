@@ -125,8 +125,8 @@ def sft_packing(folder: Path) -> Made:
 
 
 def sft_wrapped(folder: Path) -> Made:
-    """Packing into rows of one length each, of which there are eight."""
-    return _sft(folder, _texts(), packing=True, packing_strategy="wrapped", num_train_epochs=12)
+    """Packing into rows of one length each, of which there are nine."""
+    return _sft(folder, _texts(), packing=True, packing_strategy="wrapped", num_train_epochs=8)
 
 
 def sft_padding_free(folder: Path) -> Made:
