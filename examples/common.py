@@ -1,5 +1,6 @@
 """What the example scripts share: arguments, data files, labels, metrics, logging and the steps of a run."""
 
+import ast
 import json
 import logging
 import os
@@ -15,9 +16,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from smartfrz_hf import Ledger, SmartFRZArguments, SmartFRZConfig, SmartFRZTrainer
+from smartfrz_hf import Ledger, SmartFRZArguments, SmartFRZConfig, SmartFRZMixin
 
 logger = logging.getLogger(__name__)
+
+TEXT_BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "txt": "text"}
 
 
 @dataclass
@@ -81,8 +84,12 @@ class CommonDataArguments:
 
 
 def parse_arguments(
-    model_arguments: type, data_arguments: type, description: str, args: list[str] | None
-) -> tuple[Any, Any, TrainingArguments, SmartFRZConfig]:
+    model_arguments: type,
+    data_arguments: type,
+    description: str,
+    args: list[str] | None,
+    training_arguments: type = TrainingArguments,
+) -> tuple[Any, Any, Any, SmartFRZConfig]:
     """
     Read the arguments from the command line, or from one JSON file.
 
@@ -91,12 +98,13 @@ def parse_arguments(
         data_arguments (`type`): dataclass of the data arguments.
         description (`str`): first paragraph of `--help`.
         args (`list[str]`, *optional*): the command line; that of the process when it is `None`.
+        training_arguments (`type`, *optional*): class of the training arguments. Defaults to that of Transformers.
 
     Raises:
         ValueError: none of `--do_train`, `--do_eval` and `--do_predict` is given.
     """
     parser = HfArgumentParser(
-        (model_arguments, data_arguments, TrainingArguments, SmartFRZArguments), description=description
+        (model_arguments, data_arguments, training_arguments, SmartFRZArguments), description=description
     )
     args = sys.argv[1:] if args is None else args
     if len(args) == 1 and args[0].endswith(".json"):
@@ -202,6 +210,51 @@ def load_files(files: dict[str, str], builders: dict[str, str], cache_dir: str |
     )
 
 
+def load_splits(
+    data_args: CommonDataArguments, model_args: Any, training_args: TrainingArguments
+) -> dict[str, Dataset]:
+    """
+    The splits to train and to evaluate, cut to the largest number of samples: from files where they are given, otherwise from the
+    Hub.
+
+    Raises:
+        ValueError: there is no data, or not all that was asked for.
+    """
+    if data_args.files:
+        check_extensions(data_args.files, tuple(TEXT_BUILDERS))
+        raw_datasets = load_files(data_args.files, TEXT_BUILDERS, model_args.cache_dir)
+    elif data_args.dataset_name is not None:
+        where = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+        raw_datasets = load_dataset(data_args.dataset_name, data_args.dataset_config_name, **where)
+    else:
+        raise ValueError("No data: pass --train_file and --validation_file, or --dataset_name.")
+    splits = {}
+    if training_args.do_train:
+        splits["train"] = first_samples(
+            require_split(raw_datasets, "train", "--do_train"), data_args.max_train_samples
+        )
+    if training_args.do_eval:
+        whole = require_split(raw_datasets, "validation", "--do_eval")
+        splits["validation"] = first_samples(whole, data_args.max_eval_samples)
+    return splits
+
+
+def check_columns(splits: dict[str, Dataset], columns: tuple[str, ...]) -> None:
+    """
+    Refuse data without the columns that are needed.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    for name, dataset in splits.items():
+        missing = [column for column in columns if column not in dataset.column_names]
+        if missing:
+            raise ValueError(
+                f"The split {name!r} has no column {', '.join(map(repr, missing))}; it has "
+                f"{', '.join(map(repr, dataset.column_names))}."
+            )
+
+
 def require_split(raw_datasets: DatasetDict, split: str, action: str) -> Dataset:
     """
     One split of the data.
@@ -291,6 +344,63 @@ def load_metric(
     return metric.compute
 
 
+def parse_overrides(text: str) -> dict[str, Any]:
+    """
+    Parse `--config_overrides`. Words need no quotes.
+
+    Raises:
+        ValueError: the text is not of the form `name=value,name=value`.
+
+    Example:
+
+    ```python
+    >>> parse_overrides("hidden_sizes=[64,128],hidden_dropout_prob=0.1,hidden_act=gelu,qkv_bias=false")
+    {'hidden_sizes': [64, 128], 'hidden_dropout_prob': 0.1, 'hidden_act': 'gelu', 'qkv_bias': False}
+    ```
+    """
+    words = {"true": True, "false": False, "none": None}
+    overrides = {}
+    try:
+        call = ast.parse(f"dict({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not call.keywords:
+            raise ValueError("it must be a list of assignments")
+        for keyword in call.keywords:
+            if keyword.arg is None:
+                raise ValueError("it must be a list of assignments")
+            if isinstance(keyword.value, ast.Name):
+                overrides[keyword.arg] = words.get(keyword.value.id.lower(), keyword.value.id)
+            else:
+                overrides[keyword.arg] = ast.literal_eval(keyword.value)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"--config_overrides is {text!r}, which cannot be read ({error}); write it as "
+            "'hidden_size=128,hidden_act=gelu,depths=[2,2]'."
+        ) from error
+    return overrides
+
+
+def new_config(build: Callable[..., PreTrainedConfig], overrides: str | None, **fields: Any) -> PreTrainedConfig:
+    """
+    The configuration of a model that is trained from scratch.
+
+    Args:
+        build (`Callable`): makes one, such as `partial(AutoConfig.for_model, "t5")`.
+        overrides (`str`, *optional*): `--config_overrides`.
+        fields: what else differs from the default.
+
+    Raises:
+        ValueError: an override names something that the configuration does not have.
+    """
+    default, changes = build(), parse_overrides(overrides) if overrides else {}
+    for name in changes:
+        if not hasattr(default, name):
+            raise ValueError(
+                f"--config_overrides sets {name!r}, which {type(default).__name__} does not have; it has "
+                f"{', '.join(sorted(default.to_dict()))}."
+            )
+    return build(**changes | fields)
+
+
 def average_gradients_in_trainer(model: PreTrainedModel) -> None:
     """
     Let the Trainer average the loss over accumulation steps and processes.
@@ -301,7 +411,7 @@ def average_gradients_in_trainer(model: PreTrainedModel) -> None:
     model.accepts_loss_kwargs = False
 
 
-def train(trainer: SmartFRZTrainer, checkpoint: str | None) -> None:
+def train(trainer: SmartFRZMixin, checkpoint: str | None) -> None:
     """Train, and save the model, the training metrics, the freeze steps and the state of the Trainer."""
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics["train_samples"] = len(trainer.train_dataset)
@@ -325,22 +435,23 @@ def report_freezing(ledger: Ledger, steps: int, output_dir: str, is_main_process
         Path(output_dir, "freeze_steps.json").write_text(json.dumps(ledger.freeze_steps, indent=2) + "\n")
 
 
-def evaluate_split(trainer: SmartFRZTrainer, dataset: Dataset, prefix: str = "eval") -> None:
-    """Evaluate, and write the metrics under `prefix`."""
+def evaluate_split(trainer: SmartFRZMixin, dataset: Dataset, prefix: str = "eval") -> dict[str, float]:
+    """Evaluate, write the metrics under `prefix`, and return them."""
     metrics = trainer.evaluate(eval_dataset=dataset, metric_key_prefix=prefix)
     metrics[f"{prefix}_samples"] = len(dataset)
     trainer.log_metrics(prefix, metrics)
     trainer.save_metrics(prefix, metrics)
+    return metrics
 
 
-def write_predictions(trainer: SmartFRZTrainer, predictions: list[Any], filename: str) -> None:
+def write_predictions(trainer: SmartFRZMixin, predictions: list[Any], filename: str) -> None:
     """Write one line per sample with its index and its prediction, under a header."""
     if trainer.is_world_process_zero():
         lines = [f"{index}\t{prediction}" for index, prediction in enumerate(predictions)]
         Path(trainer.args.output_dir, filename).write_text("\n".join(["index\tprediction", *lines]) + "\n")
 
 
-def publish(trainer: SmartFRZTrainer, **card: Any) -> None:
+def publish(trainer: SmartFRZMixin, **card: Any) -> None:
     """Write the model card, and with `--push_to_hub` push it and the model to the Hub."""
     card = {key: value for key, value in card.items() if value is not None}
     if trainer.args.push_to_hub:

@@ -1,6 +1,5 @@
 """Fine-tune an image classifier or train one from scratch, and freeze its blocks as they converge."""
 
-import ast
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from common import (
     label_names,
     load_files,
     load_metric,
+    new_config,
     parse_arguments,
     publish,
     require_split,
@@ -241,42 +241,7 @@ def find_label_column(dataset: Dataset, name: str | None) -> str:
     return find_column(dataset, "label", name, [*LABEL_COLUMNS, *(labels if len(labels) == 1 else [])])
 
 
-def parse_overrides(text: str) -> dict[str, Any]:
-    """
-    Parse `--config_overrides`. Words need no quotes.
-
-    Raises:
-        ValueError: the text is not of the form `name=value,name=value`.
-
-    Example:
-
-    ```python
-    >>> parse_overrides("hidden_sizes=[64,128],hidden_dropout_prob=0.1,hidden_act=gelu,qkv_bias=false")
-    {'hidden_sizes': [64, 128], 'hidden_dropout_prob': 0.1, 'hidden_act': 'gelu', 'qkv_bias': False}
-    ```
-    """
-    words = {"true": True, "false": False, "none": None}
-    overrides = {}
-    try:
-        call = ast.parse(f"dict({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or not call.keywords:
-            raise ValueError("it must be a list of assignments")
-        for keyword in call.keywords:
-            if keyword.arg is None:
-                raise ValueError("it must be a list of assignments")
-            if isinstance(keyword.value, ast.Name):
-                overrides[keyword.arg] = words.get(keyword.value.id.lower(), keyword.value.id)
-            else:
-                overrides[keyword.arg] = ast.literal_eval(keyword.value)
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"--config_overrides is {text!r}, which cannot be read ({error}); write it as "
-            "'hidden_size=128,hidden_act=gelu,depths=[2,2]'."
-        ) from error
-    return overrides
-
-
-def new_config(model_args: ModelArguments, num_labels: int) -> PreTrainedConfig:
+def config_from_scratch(model_args: ModelArguments, num_labels: int) -> PreTrainedConfig:
     """
     The configuration of a model that is trained from scratch.
 
@@ -287,17 +252,10 @@ def new_config(model_args: ModelArguments, num_labels: int) -> PreTrainedConfig:
         build = partial(AutoConfig.from_pretrained, model_args.config_name, **model_args.hub_kwargs)
     else:
         build = partial(AutoConfig.for_model, model_args.model_type)
-    default = build()
-    overrides = parse_overrides(model_args.config_overrides) if model_args.config_overrides else {}
-    for name in overrides:
-        if not hasattr(default, name):
-            raise ValueError(
-                f"--config_overrides sets {name!r}, which {type(default).__name__} does not have; it has "
-                f"{', '.join(sorted(default.to_dict()))}."
-            )
-    if model_args.image_size is not None and hasattr(default, "image_size"):
-        overrides["image_size"] = model_args.image_size
-    return build(num_labels=num_labels, **overrides)
+    sizes = {}
+    if model_args.image_size is not None and hasattr(build(), "image_size"):
+        sizes["image_size"] = model_args.image_size
+    return new_config(build, model_args.config_overrides, num_labels=num_labels, **sizes)
 
 
 def new_image_processor(model_args: ModelArguments, config: PreTrainedConfig) -> BaseImageProcessor:
@@ -406,7 +364,7 @@ def main(args: list[str] | None = None) -> None:
     else:
         if names is None:
             raise ValueError("Training from scratch needs training data, because the labels come from it.")
-        config = new_config(model_args, len(names))
+        config = config_from_scratch(model_args, len(names))
         agree_on_labels(config, names)
         model = AutoModelForImageClassification.from_config(config, trust_remote_code=model_args.trust_remote_code)
         logger.info(f"Training {type(model).__name__} from scratch: {model.num_parameters() / 1e6:.2f} M parameters.")

@@ -144,6 +144,10 @@ def forward_without_autocast(model: nn.Module, default: Callable[..., Any]) -> C
 # Transformers: activation checkpointing. Transformers 5.23 has renamed gradient checkpointing.
 
 
+# Field of a module with the function that checkpoints it. It does not change what the module returns.
+CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
+
+
 def checkpoints_activations(args: TrainingArguments) -> bool:
     """Whether the Trainer turns on activation checkpointing (`gradient_checkpointing` before Transformers 5.23)."""
     name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
@@ -155,11 +159,12 @@ def uses_reentrant_checkpointing(block: nn.Module) -> bool:
     Whether the block runs under reentrant activation checkpointing. Transformers keeps the checkpointing function, with its
     options, in the block alone, under a private name.
     """
-    checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+    checkpoint = getattr(block, CHECKPOINT_FUNCTION, None)
     return bool(
         getattr(block, "gradient_checkpointing", False)
         and isinstance(checkpoint, partial)
         and checkpoint.keywords.get("use_reentrant")
+        is not False  # torch's own default is reentrant, which PEFT leaves
     )
 
 
@@ -178,7 +183,7 @@ class _CheckpointWithGrads(partial):
         return partial, (self.func,), (self.func, self.args, self.keywords, {})
 
 
-def require_checkpoint_grads(block: nn.Module) -> Callable[[], None]:
+def require_checkpoint_grads(block: nn.Module) -> Callable[[], None] | None:
     """
     Have a block under reentrant activation checkpointing compute its gradients although none of its inputs requires one.
 
@@ -186,11 +191,12 @@ def require_checkpoint_grads(block: nn.Module) -> Callable[[], None]:
     Transformers 5.23, where hooks run inside the checkpointed function.
 
     Returns:
-        `Callable[[], None]`: undoes it. Nothing is changed, and nothing to undo, in a block without reentrant checkpointing.
+        `Callable[[], None]`: undoes it. `None` where nothing is to be changed: without reentrant checkpointing, or when it was
+        done before.
     """
-    if not uses_reentrant_checkpointing(block):
-        return lambda: None
-    before: Any = block._gradient_checkpointing_func
+    before: Any = getattr(block, CHECKPOINT_FUNCTION, None)
+    if not uses_reentrant_checkpointing(block) or isinstance(before, _CheckpointWithGrads):
+        return None
     patch: Any = _CheckpointWithGrads(before.func, *before.args, **before.keywords)
 
     def undo() -> None:

@@ -70,6 +70,7 @@ class SmartFRZCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Refuse what cannot work before any time is spent."""
+        args, model = _of_body(args, model, kwargs)
         self._reporter.attach()
         self._check(args, control, model)
         with suppress(NoOrderError):  # the first rows of the training data may show the order
@@ -79,6 +80,7 @@ class SmartFRZCallback(TrainerCallback):
         self, args, state, control, model=None, optimizer=None, lr_scheduler=None, train_dataloader=None, **kwargs
     ):
         """Start a run, or go on with the one in the checkpoint."""
+        args, model = _of_body(args, model, kwargs)
         if self.run is not None and self.run.active and self.trainer is None:
             check_restart(args, self.run.depth)
         self._check(args, control, model)
@@ -111,20 +113,21 @@ class SmartFRZCallback(TrainerCallback):
             self._reporter.show_depth()
             control.should_training_stop |= self.run.should_stop
             if control.should_save and not control.should_evaluate:
-                self._save_before_trainer(args, state)
+                self._save_before_trainer(_of_body(args, None, kwargs)[0], state)
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Write the state where a checkpoint follows."""
         if self.run is not None and self.run.active and control.should_save:
-            self._save_before_trainer(args, state)
+            self._save_before_trainer(_of_body(args, None, kwargs)[0], state)
 
     def on_save(self, args, state, control, **kwargs):
         """Write the state where nothing announced the checkpoint."""
         if self.run is not None and self._saved_step != state.global_step:
-            self._save_before_trainer(args, state)
+            self._save_before_trainer(_of_body(args, None, kwargs)[0], state)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """Leave the model as it was found, except for its weights, and with the best ones if that was asked for."""
+        args, model = _of_body(args, model, kwargs)
         self.release()
         self._reporter.end(state, model)
         best = state.best_model_checkpoint
@@ -162,6 +165,14 @@ class SmartFRZCallback(TrainerCallback):
         interrupted = FreezingRun.of(unwrap_model(model))
         if interrupted is not None:
             interrupted.close()
+
+
+def _of_body(args: Any, model: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """
+    The arguments and the model of an event. SetFit tells its callbacks its own, and those of the trainer of its body as `st_args`
+    and `st_model`.
+    """
+    return kwargs.get("st_args", args), kwargs.get("st_model", model)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

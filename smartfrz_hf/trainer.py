@@ -1,6 +1,6 @@
 """`SmartFRZTrainer`: what only a Trainer can do: DDP, FSDP2, exact resume, logs for every tracker, honest FLOPs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from .checkpoint import last_complete_checkpoint, load_state
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger
 from .distributed.fsdp import is_sharded, reshard
+from .model.batches import first_rows_of
 from .model.units import find_blocks
 from .policies import Policy
 from .predictor import SmartFRZPredictor
@@ -102,10 +103,11 @@ class SmartFRZMixin(TrainerHooks):
             # What trains again since this very step has no state yet.
             before = [stage["depth"] for stage in state["ledger"]["stages"] if stage["step"] < state["step"]]
             depth = max([state["depth"], *before[-1:]])
-            units = find_blocks(self.model_wrapped, self.smartfrz.config.blocks, self.smartfrz.config.stem).units[
-                :depth
+            config = self.smartfrz.config
+            stack = find_blocks(self.model_wrapped, config.blocks, config.stem, self._first_rows)
+            parameters = [
+                p for unit in stack.units[:depth] for p in unit.named_parameters().values() if p.requires_grad
             ]
-            parameters = [p for unit in units for p in unit.named_parameters().values() if p.requires_grad]
         try:
             for parameter in parameters:
                 parameter.requires_grad_(False)
@@ -113,6 +115,9 @@ class SmartFRZMixin(TrainerHooks):
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(True)
+
+    def _first_rows(self) -> Mapping[str, Any] | None:
+        return first_rows_of(self.get_train_dataloader(), self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the figures of [`Ledger.logs`] (`freeze/depth` and others) added to training logs."""

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .._compat import (
+    CHECKPOINT_FUNCTION,
     OUTPUTS_RECORDED,
     forward_hooks,
     has_global_forward_hooks,
@@ -22,7 +23,7 @@ from ..model.units import BlockStack
 
 # Fields of every module; what others a module has are its settings.
 # `FrozenWeights` puts `__getstate__` there.
-COMMON_FIELDS = frozenset(vars(nn.Module())) - {"training"} | {OUTPUTS_RECORDED, "__getstate__"}
+COMMON_FIELDS = frozenset(vars(nn.Module())) - {"training"} | {OUTPUTS_RECORDED, CHECKPOINT_FUNCTION, "__getstate__"}
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 # In each call, at most about so many elements of the weights are compared with what they were, evenly spread; of small fronts all.
 PROBED_ELEMENTS = 2**18

@@ -70,6 +70,7 @@ class Freezer:
         self._mode_hook: torch.utils.hooks.RemovableHandle | None = None
         self._frozen_modules: list[nn.Module] = []
         self._undo_checkpoint_grads: Callable[[], None] = lambda: None
+        self._pretrained = [module for module in stack.model.modules() if isinstance(module, PreTrainedModel)]
         self._with_input_grads: list[PreTrainedModel] = []
         self._explained: set[str] = set()
 
@@ -234,9 +235,10 @@ class Freezer:
     def _disable_input_grads(self) -> None:
         # `activation_checkpointing_enable` makes the embeddings' output require a gradient, for the sake of adapters. The
         # backward pass would then recompute every frozen block on its way down to it.
-        for model in self.stack.model.modules():
-            if isinstance(model, PreTrainedModel) and has_input_grads(model):
-                self._with_input_grads.append(model)
+        for model in self._pretrained:
+            if has_input_grads(model):
+                if model not in self._with_input_grads:
+                    self._with_input_grads.append(model)
                 disable_input_grads(model)
 
     def _update_boundary(self) -> None:
@@ -245,26 +247,43 @@ class Freezer:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        self._undo_checkpoint_grads()
         self._frozen_modules = [child for module in frozen for child in module.modules()]
         if self._mode_hook is None and frozen:
-            hook = LeftBehind(self._stay_in_evaluation)
+            hook = LeftBehind(self._before_backbone)
             self._mode_hook = self.stack.backbone.register_forward_pre_hook(hook)
         elif self._mode_hook is not None and not frozen:
             self._mode_hook.remove()
             self._mode_hook = None
-        if 0 < self.depth < len(self.stack):
-            unit = self.stack.units[self.depth]
-            if unit.runs_once:  # else the block reads its own output, which requires a gradient of course
-                hook = LeftBehind(self._enter_active)
-                self._hook = unit.modules[unit.name].register_forward_pre_hook(hook, with_kwargs=True)
-                self._undo_checkpoint_grads = require_checkpoint_grads(unit.modules[unit.name])
+        self._undo_checkpoint_grads()
+        self._undo_checkpoint_grads = lambda: None
+        block = self._first_active_block
+        if block is not None:
+            self._hook = block.register_forward_pre_hook(LeftBehind(self._enter_active), with_kwargs=True)
+        self._require_checkpoint_grads()
 
-    def _stay_in_evaluation(self, *_: Any) -> None:
-        """Runs before the backbone. Models may have a `train` of their own, which sets the modes of all modules by itself."""
+    @property
+    def _first_active_block(self) -> nn.Module | None:
+        """`None` where the block reads its own output, which requires a gradient of course."""
+        if not 0 < self.depth < len(self.stack):
+            return None
+        unit = self.stack.units[self.depth]
+        return unit.modules[unit.name] if unit.runs_once else None
+
+    def _require_checkpoint_grads(self) -> None:
+        block = self._first_active_block
+        undo = None if block is None else require_checkpoint_grads(block)
+        self._undo_checkpoint_grads = undo or self._undo_checkpoint_grads
+
+    def _before_backbone(self, *_: Any) -> None:
+        """
+        Models may have a `train` of their own, which sets the modes of all modules by itself. TRL turns activation checkpointing
+        off and on again around each pass of a reference model and each generation.
+        """
         if not torch.compiler.is_compiling():
             for module in self._frozen_modules:
                 module.training = False
+            self._disable_input_grads()
+            self._require_checkpoint_grads()
 
     def _enter_active(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Runs before the first active block."""

@@ -28,7 +28,8 @@ from ..model.units import BlockStack, evaluation_mode
 ROWS = 16
 MAX_FEATURES = 2**12  # kept of each row of a unit's output
 TOKENS = 2  # kept of each row of the model's output, where it has tokens
-NOT_INPUTS = ("labels", "num_items_in_batch")
+# What only the loss reads. TRL's `fused_lm_head` has the head return the log-probabilities of the labels, in place of logits.
+NOT_INPUTS = ("labels", "num_items_in_batch", "fused_lm_head")
 
 
 def spread_tokens(
@@ -76,7 +77,9 @@ class FirstBatch:
     Keeps the first rows of the first batch that a model is trained on.
 
     Args:
-        model (`torch.nn.Module`): the model; a pre-hook on it takes the rows at its first call in training mode.
+        model (`torch.nn.Module`):
+            The model; a pre-hook on it takes the rows at its first call in training mode with gradients, which generation and
+            the first passes of GradCache are not.
         rows (`int` or `Callable[[int], int]`):
             The largest number of rows, or a function that gives it for the number of rows in the batch. None are kept at 0.
 
@@ -87,6 +90,7 @@ class FirstBatch:
     def __init__(self, model: nn.Module, rows: int | Callable[[int], int], without: Collection[str] = NOT_INPUTS):
         self._model, self._rows, self._without = model, rows, without
         self.inputs: tuple[tuple, dict[str, Any]] | None = None
+        self._everything: tuple[tuple, dict[str, Any]] | None = None
         self._hook = model.register_forward_pre_hook(LeftBehind(self._take), with_kwargs=True)
 
     @property
@@ -103,6 +107,12 @@ class FirstBatch:
     def elements(self) -> int:
         """Number of elements of the model's main input, such as token ids."""
         return main_input_elements(self._model, self.inputs)
+
+    def take_everything(self) -> bool:
+        """Take the arguments that were left out, too. Returns `False` where there are none."""
+        before, self.inputs = self.inputs, self._everything or self.inputs
+        self._everything = None
+        return before is not None and self.inputs is not None and len(self.inputs[1]) > len(before[1])
 
     def close(self) -> None:
         """Remove the hook from the model."""
@@ -124,12 +134,15 @@ class FirstBatch:
             self.close()
 
     def _take(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if module.training:
-            needed = {p.name for p in signature(module.forward).parameters.values() if p.default is Parameter.empty}
-            kwargs = {key: value for key, value in kwargs.items() if key not in self._without or key in needed}
+        if module.training and torch.is_grad_enabled():
             rows = self._rows if isinstance(self._rows, int) else self._rows(batch_size((args, kwargs)))
             if rows:
-                self.inputs = first_rows((args, kwargs), rows)
+                needed = {
+                    p.name for p in signature(module.forward).parameters.values() if p.default is Parameter.empty
+                }
+                args, kwargs = first_rows((args, kwargs), rows)
+                inputs = {key: value for key, value in kwargs.items() if key not in self._without or key in needed}
+                self.inputs, self._everything = (args, inputs), (args, kwargs)
             self.close()
 
 
@@ -226,11 +239,12 @@ class FrontProbe:
     def _output(self) -> torch.Tensor:
         """The model's logits, or its last floating-point output; of outputs with tokens, some tokens."""
         assert self.batch.inputs is not None, "the first training batch has not come yet"
-        # New containers, since a model may write into the dictionaries that it is given.
-        args, kwargs = recursively_apply(lambda tensor: tensor, self.batch.inputs)
-        # The hooks must run, so a compiled model runs uncompiled.
-        with evaluation_mode(self._stack.model), torch.compiler.set_stance("force_eager"):
-            output = self._stack.model(*args, **kwargs)
+        try:
+            output = self._run_model()
+        except Exception:  # of a model that computes its loss whether it is given labels or not
+            if not self.batch.take_everything():
+                raise
+            output = self._run_model()
         self.on_pass(self.batch.elements)
         logits = output.get("logits") if isinstance(output, Mapping) else None
         if logits is None:
@@ -239,3 +253,10 @@ class FrontProbe:
             masks = (mask for name, mask in named_tensors(self.batch.inputs) if name == "attention_mask")
             logits = spread_tokens(logits, next((mask for mask in masks if mask.shape == logits.shape[:2]), None))
         return logits.float().reshape(len(logits), -1)
+
+    def _run_model(self) -> Any:
+        # New containers, since a model may write into the dictionaries that it is given.
+        args, kwargs = recursively_apply(lambda tensor: tensor, self.batch.inputs)
+        # The hooks must run, so a compiled model runs uncompiled.
+        with evaluation_mode(self._stack.model), torch.compiler.set_stance("force_eager"):
+            return self._stack.model(*args, **kwargs)

@@ -3,6 +3,7 @@
 import logging
 import runpy
 import sys
+from importlib import import_module
 
 import datasets
 import numpy as np
@@ -100,13 +101,13 @@ def test_flips_only_when_asked(run_image_classification):
     ],
 )
 def test_overrides(run_image_classification, text, overrides):
-    assert run_image_classification.parse_overrides(text) == overrides
+    assert import_module("common").parse_overrides(text) == overrides
 
 
 @pytest.mark.parametrize("text", ["hidden_size", "128", "hidden_size=", "a=f(1)", "a=1) or dict(b=2", "**a"])
 def test_unreadable_overrides(run_image_classification, text):
     with pytest.raises(ValueError, match="--config_overrides is .* which cannot be read"):
-        run_image_classification.parse_overrides(text)
+        import_module("common").parse_overrides(text)
 
 
 @pytest.mark.parametrize(

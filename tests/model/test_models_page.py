@@ -30,8 +30,10 @@ SOME = [
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # peft 0.21 still asks for it
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*SOME, "timm_wrapper", "timm/resnet18", "timm/vit_tiny_patch16_224"])
 def test_rows_are_what_is_proved(name):
+    if "timm" in name:
+        pytest.importorskip("timm")
     notes = list(NOTES)
     assert line(prove(name), notes) == ROWS[name]
 

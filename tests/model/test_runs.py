@@ -10,10 +10,11 @@ from by_hand import STEPS, At, batches, by_run, step
 from odd_models import llava
 from torch import nn
 from torch.utils.data import Dataset
-from training import train
+from training import Rows, arguments, train
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from zoo import build_tiny
 
-from smartfrz_hf import Freezer, FreezingRun, SmartFRZCallback, find_blocks
+from smartfrz_hf import Freezer, FreezingRun, SmartFRZCallback, SmartFRZTrainer, find_blocks
 
 
 class Captions(Dataset):
@@ -123,3 +124,63 @@ def test_adalora_allocates_ranks_behind_the_frozen_front():
     ranks = [p for name, p in run.stack[2].named_parameters().items() if "lora_E" in name]
     assert any((p == 0).any() for p in ranks), "singular values of active adapters went to zero"
     assert tuner.update_and_allocate.__func__ is allocate
+
+
+def test_a_sharded_run_that_is_resumed_finds_the_units_by_the_data(tmp_path, monkeypatch):
+    state = {"step": 4, "depth": 3, "ledger": {"stages": [{"step": 2, "depth": 3}]}}
+    monkeypatch.setattr("smartfrz_hf.trainer.is_sharded", lambda model: True)
+    monkeypatch.setattr("smartfrz_hf.trainer.load_state", lambda checkpoint: state)
+    trainer = SmartFRZTrainer(llava(), arguments(tmp_path), train_dataset=Captions(), smartfrz={"policy": "never"})
+    with trainer.around_loading("checkpoint"):
+        frozen = {name.split(".")[1] for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert frozen == {"vision_tower"} and all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+class AddAdapter(TrainerCallback):
+    """Adds a second adapter in mid-run, and trains that one from then on."""
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == 8:
+            self.before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            model.add_adapter("other", peft.LoraConfig(target_modules=["query", "value"]))
+            model.set_adapter("other")
+            new = [p for name, p in model.named_parameters() if ".other." in name]
+            optimizer.param_groups[0]["params"].extend(new)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_second_adapter_is_added_in_mid_run(tmp_path, caplog, cache):
+    model = peft.get_peft_model(build("bert"), peft.LoraConfig(target_modules=["query", "value"]))
+    callback, adds = SmartFRZCallback(policy=At({0: 0, 4: 3}), first_decision=4, activation_cache=cache), AddAdapter()
+    train(tmp_path, [callback, adds], model, max_steps=16, lr_scheduler_type="constant")
+    assert [(stage.step, stage.depth) for stage in callback.ledger.stages] == [(4, 3)]
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, adds.before.get(name, p))}
+    assert not any(".default." in name for name in changed), "the first adapter is off"
+    trained = {name for name, p in model.named_parameters() if "other" in name and "lora_B" in name and p.any()}
+    assert {name.split(".")[5] for name in trained} == {"0", "1", "2", "3"}, "the new one trains, in the front too"
+    assert any("other" in record.getMessage() for record in caplog.records), "and a warning says so"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_on_a_base_of_few_bits(tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    build_tiny("llama", hidden_size=64, intermediate_size=64, head_dim=16, num_hidden_layers=4).save_pretrained(
+        tmp_path / "model"
+    )
+    quantization = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantization, device_map="cpu")
+    names = ["q_proj", "v_proj", "down_proj"]
+    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(base), peft.LoraConfig(target_modules=names))
+    # The base is stored in another order once it has run on a CPU.
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora" in name}
+    data = Rows(16)
+    for row in data.rows:
+        row["labels"] = row["input_ids"]
+    callback = SmartFRZCallback(policy=At({0: 3}))
+    train(tmp_path, [callback], model, dataset=data, num_train_epochs=5, max_steps=-1)
+    changed = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+    assert {name.split(".")[4] for name in changed} == {"2", "3"}
+    assert callback.ledger.compute_saved > 0.1 and callback.ledger.cache.rows > 0

@@ -1,12 +1,14 @@
 """
 Writes `docs/models.md`, the table of architectures, from what is proved on a tiny model of each.
 
-Results are kept in `runs/models.json`, so that a run that was cut off goes on. Name architectures to prove these again.
+Results are kept in `runs/models.json`, so that a run that was cut off goes on. Name architectures to prove these again and leave the
+other lines as they are.
 """
 
 import argparse
 import json
 import logging
+import re
 import signal
 import sys
 import time
@@ -20,17 +22,18 @@ sys.path.insert(0, str(ROOT / "tests" / "utils"))
 import transformers  # noqa: E402
 from proofs import prove  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES  # noqa: E402
-from zoo import COMPOSITES, build_tiny, make_batch  # noqa: E402
+from zoo import COMPOSITES, TIMM, build_tiny, make_batch  # noqa: E402
 
 PAGE, RESULTS = ROOT / "docs" / "models.md", ROOT / "runs" / "models.json"
 SECONDS = 60  # for one architecture
 # Parts of architectures that are listed themselves.
 PARTS = ("_text", "_vision", "_audio", "_encoder", "_decoder", "_model", "_text_model", "_vqmodel", "_video")
 NOT_BUILT = "not built"
+NOTE = re.compile(r"no \((\d+)\)")
 
 HEADER = """# Models
 
-Each line of the table was proved on a tiny model with random weights, by `make models`, with Transformers {version}:
+Each line of the table was proved on a tiny model with random weights, by `make models`, with Transformers {version}. {summary}
 
 - **Blocks** are found by `find_blocks(model)`, and run in this order: hooks on them fire so. Each parameter is in exactly one of
   stem, blocks and head. Where the order comes from *data*, the model does not run on a batch that is made up from its
@@ -54,7 +57,8 @@ Embeddings that an encoder, a decoder and an output layer share (T5, BART) freez
 the output layer too, which one line in the log says. Training them on would change what the frozen encoder returns at each step. To
 train the output layer on, untie it: `config.tie_word_embeddings = False`.
 
-Any other `torch.nn.Module` with a list of blocks works in the same way: models of timm and torchvision, or your own. The first rows of
+Any other `torch.nn.Module` with a list of blocks works in the same way: models of timm (`timm/...` in the table, and `timm_wrapper` for
+those that Transformers loads) and torchvision, or your own. The first rows of
 the training data show the order. Where nothing repeats, name what can freeze: `SmartFRZConfig(blocks=["conv1", "conv2"])`.
 
 | Architecture | Model | Blocks | Order from | Saved | Cache | Checkpointing | LoRA | Shared |
@@ -69,7 +73,7 @@ def architectures() -> list[str]:
         for name in MODEL_MAPPING_NAMES
         if not any(name.endswith(part) and name.removesuffix(part) in MODEL_MAPPING_NAMES for part in PARTS)
     ]
-    return sorted({*whole, *COMPOSITES})
+    return sorted({*whole, *COMPOSITES, *(f"timm/{name}" for name in TIMM)})
 
 
 def result(name: str) -> dict[str, Any]:
@@ -115,18 +119,64 @@ def line(row: dict[str, Any], notes: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def page(results: dict[str, dict[str, Any]]) -> str:
-    """The whole page."""
-    notes: list[str] = []
-    rows = [row for _, row in sorted(results.items()) if "units" in row]
-    failed = [row for _, row in sorted(results.items()) if "failed" in row]
-    table = "\n".join(line(row, notes) for row in rows)
-    end = "\n".join(f"{number}. {text}" for number, text in enumerate(notes, start=1))
-    text = f"{HEADER.format(version=transformers.__version__)}{table}\n\n{len(rows)} architectures. Notes:\n\n{end}\n"
+# What the first version refused: encoder-decoders, speech models, models with two towers, pyramids, DETR, and timm's wrapper.
+ONCE_REFUSED = (
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "encoder-decoder", "led", "longt5", "m2m_100"),
+    *("marian", "mbart", "mt5", "mvp", "pegasus", "pegasus_x", "plbart", "prophetnet", "speech_to_text"),
+    *("switch_transformers", "t5", "umt5", "vision-encoder-decoder", "whisper"),
+    *("hubert", "wav2vec2", "wav2vec2-conformer", "wavlm"),
+    *("blip", "clip", "llava", "paligemma", "qwen2_vl", "siglip"),
+    *("detr", "poolformer", "segformer", "timm_wrapper"),
+)
+
+
+def summary_of(lines: dict[str, str]) -> str:
+    """How many architectures have what the table is about, in a sentence or two."""
+
+    def has_everything(text: str) -> bool:
+        return "| no (" not in text
+
+    def cached(text: str) -> bool:
+        return text.split(" | ")[5] == "yes"
+
+    whole = sum(map(has_everything, lines.values()))
+    refused = [name for name in ONCE_REFUSED if name in lines]
+    return (
+        f"{len(lines)} architectures are in the table: {whole} with everything that it is about, and "
+        f"{sum(map(cached, lines.values()))} with rows served by the cache. Of the {len(ONCE_REFUSED)} that the first version "
+        f"refused (encoder-decoders, speech, two towers and others), {len(refused)} are in it, "
+        f"{sum(has_everything(lines[name]) for name in refused)} with everything."
+    )
+
+
+def page(lines: dict[str, str], notes: list[str], failed: dict[str, str]) -> str:
+    """
+    The whole page.
+
+    Args:
+        lines (`dict[str, str]`): lines of the table, by architecture.
+        notes (`list[str]`): what the numbers in them stand for. Those that no line has any more are left out.
+        failed (`dict[str, str]`): what happens with an architecture that is not served.
+    """
+    used = sorted({int(number) for text in lines.values() for number in NOTE.findall(text)})
+    places = {old: new for new, old in enumerate(used, start=1)}
+    renumber = lambda match: f"no ({places[int(match[1])]})"  # noqa: E731
+    table = "\n".join(NOTE.sub(renumber, text) for _, text in sorted(lines.items()))
+    end = "\n".join(f"{places[number]}. {notes[number - 1]}" for number in used)
+    text = HEADER.format(version=transformers.__version__, summary=summary_of(lines))
+    text += f"{table}\n\n{len(lines)} architectures. Notes:\n\n{end}\n"
     if failed:
         text += "\n## Not served\n\n| Architecture | What happens |\n|---|---|\n"
-        text += "\n".join(f"| `{row['type']}` | {row['failed'].splitlines()[0][:300]} |" for row in failed) + "\n"
+        text += "\n".join(f"| `{name}` | {reason} |" for name, reason in sorted(failed.items())) + "\n"
     return text
+
+
+def read_page() -> tuple[dict[str, str], list[str], dict[str, str]]:
+    """Lines, notes, and what is not served, of the page as it is."""
+    table, _, rest = PAGE.read_text().partition("## Not served")
+    lines = {match[1]: match[0] for match in re.finditer(r"^\| `([^`]+)` \| .*\|$", table, re.M)}
+    failed = {match[1]: match[2] for match in re.finditer(r"^\| `([^`]+)` \| (.*) \|$", rest, re.M)}
+    return lines, re.findall(r"^\d+\. (.*)$", table, re.M), failed
 
 
 def main() -> None:
@@ -145,7 +195,15 @@ def main() -> None:
         results[name] = result(name)
         print(f"{name}: {time.perf_counter() - began:.1f} s, {results[name]}", flush=True)  # noqa: T201
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True))
-    PAGE.write_text(page(results))
+    lines, notes, failed = read_page() if names else ({}, [], {})
+    for name, row in sorted(results.items()):
+        lines.pop(name, None)
+        failed.pop(name, None)
+        if "units" in row:
+            lines[name] = line(row, notes)
+        elif "failed" in row:
+            failed[name] = row["failed"].splitlines()[0][:300]
+    PAGE.write_text(page(lines, notes, failed))
 
 
 if __name__ == "__main__":

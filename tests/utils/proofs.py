@@ -47,7 +47,16 @@ def prove(model_type: str, **build: Any) -> dict[str, Any]:
     ]
     depth = min(1 + len(stack) // 2, stack.deepest_safe_depth())
     row["depth"] = depth
-    row |= freezes_as_by_hand(model, batch, depth, stack)
+    try:
+        row |= freezes_as_by_hand(model, batch, depth, stack)
+    except AssertionError:
+        # Where BatchNorm sees one pixel of two pictures, as at the end of a tiny MobileViT, it makes 1 and -1 of any two values:
+        # the gradients in front of it are nothing but rounding errors, which vanish in double precision. A fault does not.
+        double = {
+            name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in batch.items()
+        }
+        row |= freezes_as_by_hand(copy.deepcopy(model).double(), double, depth, stack)
     row["cache"] = cached(copy.deepcopy(model), batch, depth)
     row["peft"] = adapted(copy.deepcopy(model), batch, depth, stack.names)
     return row
@@ -136,9 +145,7 @@ def assert_same_gradients(model: nn.Module, other: nn.Module) -> None:
     for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), f"{name} has a gradient in one of both"
         if a.grad is not None:
-            torch.testing.assert_close(
-                a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def backward(model: nn.Module, batch: dict[str, Any]) -> None:
@@ -153,13 +160,13 @@ def cached(model: nn.Module, batch: dict[str, Any], depth: int) -> str:
     Freezer(stack).freeze_to(depth)
     with torch.no_grad():
         set_seed(0)  # some models draw in evaluation mode, too
-        expected = model(**copy.deepcopy(batch))
+        expected = named(model(**copy.deepcopy(batch)))
         cache = ActivationCache(stack, ActivationStore(2**24))
         cache.freeze_to(depth)
         try:
             for _ in range(3):
                 set_seed(0)
-                given = model(**copy.deepcopy(batch))
+                given = named(model(**copy.deepcopy(batch)))
                 for name in expected.keys() & given.keys():  # without past keys and values
                     for a, b in zip(float_tensors(expected[name]), float_tensors(given[name]), strict=True):
                         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
@@ -168,6 +175,11 @@ def cached(model: nn.Module, batch: dict[str, Any], depth: int) -> str:
             return cache.savings.off or cache._why_unused()
         finally:
             cache.close()
+
+
+def named(output: Any) -> Any:
+    """The output of a model; where it is no dictionary, a dictionary of it."""
+    return output if hasattr(output, "keys") else {"output": output}
 
 
 def adapted(model: nn.Module, batch: dict[str, Any], depth: int, names: list[str]) -> str:

@@ -272,6 +272,19 @@ def model_class(model_type: str, head: str | None = None) -> type[PreTrainedMode
 COMPOSITES = {"encoder-decoder": "bert", "vision-encoder-decoder": "vit", "speech-encoder-decoder": "wav2vec2"}
 
 
+# Models of timm as they are, without the wrapper of Transformers, and what they are made with.
+TIMM: dict[str, dict[str, Any]] = {
+    "convnext_atto": {},
+    "efficientnet_b0": {},
+    "mixer_s32_224": {"img_size": 64},
+    "mobilenetv3_small_100": {},
+    "regnetx_002": {},
+    "resnet18": {},
+    "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 2, 2)},
+    "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 48, "depth": 4},
+}
+
+
 def _composite(model_type: str) -> PreTrainedModel:
     import transformers
 
@@ -285,8 +298,13 @@ def _composite(model_type: str) -> PreTrainedModel:
 
 
 def build_tiny(model_type: str, head: str | None = None, **changes: Any) -> PreTrainedModel:
-    """A tiny model with seeded weights, in training mode."""
+    """A tiny model with seeded weights, in training mode. `timm/resnet18` is timm's own."""
     torch.manual_seed(0)
+    if model_type.startswith("timm/"):
+        import timm
+
+        name = model_type.removeprefix("timm/")
+        return timm.create_model(name, num_classes=2, **TIMM[name] | changes).train()
     if model_type in COMPOSITES:
         return _composite(model_type).train()
     cls = model_class(model_type, head)
@@ -297,6 +315,8 @@ def build_tiny(model_type: str, head: str | None = None, **changes: Any) -> PreT
 
 def make_batch(model: PreTrainedModel) -> dict[str, Any]:
     """Arguments on which the model runs, with labels where they give a loss."""
+    if not isinstance(model, PreTrainedModel):
+        return {"x": torch.randn(ROWS, 3, 64, 64, generator=torch.Generator().manual_seed(0))}
     ids = torch.randint(7, FIRST_SPECIAL, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     takes = inspect.signature(model.forward).parameters
     problem: Exception | None = None
