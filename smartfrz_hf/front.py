@@ -78,7 +78,7 @@ class Front:
                 self.rate.factor = pilot.signals().rate_factor(depth)
             pilot.restore(depth, {name for unit in self._stack.units[:depth] for name in kept_parameters(unit)})
         units = self.freezer.freeze_to(depth)
-        if self.cache is not None and self.freezer.constant:
+        if self.cache is not None and not self.freezer.kept:  # else its outputs change
             self.cache.freeze_to(depth)
         self._adapt()
         return units

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Call:
         """What the shapes inside the model depend on, except for the number of rows."""
         return self.context, self.length
 
-    @property
+    @cached_property
     def padded_sides(self) -> tuple[bool, bool]:
         """Whether some row has padding in front, and whether some row has padding behind."""
         if self.mask is None:
