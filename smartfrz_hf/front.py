@@ -74,8 +74,10 @@ class Front:
         of the run, and the learning rate of the rest rises.
         """
         if pilot is not None:
-            if self._config.compensate_rate:
-                self.rate.factor = pilot.signals().rate_factor(depth)
+            if (
+                self._config.compensate_rate
+            ):  # sums may differ in the last bit from host to host, and the ranks would drift apart
+                self.rate.factor = self._ranks.gather(pilot.signals().rate_factor(depth), "the learning rate")[0]
             pilot.restore(depth, {name for unit in self._stack.units[:depth] for name in kept_parameters(unit)})
         units = self.freezer.freeze_to(depth)
         if self.cache is not None and not self.freezer.kept:  # else its outputs change
@@ -137,6 +139,7 @@ class Front:
 
     def close(self) -> None:
         """Leave the model as it was found, except for its weights."""
+        self.rate.after_step()
         if self.cache is not None:
             self.cache.close()
         reshard(self._model)

@@ -117,7 +117,7 @@ class ActivationCache:
         self._front = Front(self.stack, entry, self._forward, lambda: self._offload.wake())
         self._state = FrontState(self.stack, entry)
         self._verdicts = Verdicts(self._front, self.savings)
-        self._offload = Offload(weights, self._state)
+        self._offload: Offload = Offload(weights, self._state)
 
     def end_of_step(self, step: int) -> None:
         """
@@ -164,7 +164,7 @@ class ActivationCache:
             return self._stand_aside(call, args, kwargs)
         if self.depth < MIN_DEPTH:
             output = front.plain(*args, **kwargs)
-            if any(call.padded_sides):
+            if any(call.padding[:2]):
                 self._padding.watch(call, output)
             return output
         state = random_state(call.device)
@@ -188,7 +188,7 @@ class ActivationCache:
         front, store, began = self._front, self.store, perf_counter()
         if training and self._monitor.last_epoch and not len(store):
             return self._stand_aside("no training row comes again", (), call.arguments())
-        padded = any(call.padded_sides)
+        padded = any(call.padding[:2])
         if training and padded and self._padding.unread is None and torch.is_grad_enabled():
             return self._compute_first(call)
         verdict = self._verdicts.reach(self._kind(call), call, training, self._monitor.steps_left)
@@ -227,7 +227,7 @@ class ActivationCache:
         return output
 
     def _kind(self, call: Call) -> Kind:
-        return Kind(call.context, self._state.variant, self._padding.unread, call.padded_sides)
+        return Kind(call.context, self._state.variant, self._padding.unread, call.padding)
 
     def _names(self, call: Call, verdict: Verdict) -> tuple[list[bytes], list[Span]]:
         return name_rows(call, self._state.variant, verdict.without_padding, verdict.shifts_freely)
@@ -268,7 +268,7 @@ class ActivationCache:
         output = front.watch(call, cross)
         if errors:
             self._turn_off(str(errors[0]))
-        elif training and any(call.padded_sides):
+        elif training and any(call.padding[:2]):
             self._padding.watch(call, output)
         return output
 
@@ -278,7 +278,7 @@ class ActivationCache:
             return
         host = hidden.cpu()
         values = cut(host, spans, rows)
-        if not all(bool(value.isfinite().all()) for value in values):
+        if not self.checks.are_finite(values):
             raise WrongActivationError("the frozen front has returned a value that is not finite")
         front = next(front for front, depth in self._state.fronts.items() if depth == self.depth)
         self.store.put([keys[row] for row in rows], front, values)

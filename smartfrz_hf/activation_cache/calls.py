@@ -51,12 +51,15 @@ class Call:
         return self.context, self.length
 
     @cached_property
-    def padded_sides(self) -> tuple[bool, bool]:
-        """Whether some row has padding in front, and whether some row has padding behind."""
+    def padding(self) -> tuple[bool, bool, bool]:
+        """Whether some row has padding in front, behind, and within what it shows."""
         if self.mask is None:
-            return False, False
-        first, last = torch.stack([self.mask[:, 0].eq(0).any(), self.mask[:, -1].eq(0).any()]).tolist()
-        return first, last
+            return False, False, False
+        within = content(self.mask) & self.mask.eq(0)
+        front, behind, holes = torch.stack(
+            [self.mask[:, 0].eq(0).any(), self.mask[:, -1].eq(0).any(), within.any()]
+        ).tolist()
+        return front, behind, holes
 
     def arguments(self, rows: Sequence[int] | None = None) -> dict[str, Any]:
         """Keyword arguments of the call, for all rows or for some of them."""

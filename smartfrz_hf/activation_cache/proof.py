@@ -24,12 +24,12 @@ MIN_STEPS_LEFT = 8
 
 
 class Kind(NamedTuple):
-    """Calls that share a verdict: their context, the front's settings, whether padding is read, and on which sides it is."""
+    """Calls that share a verdict: their context, the front's settings, whether padding is read, and where padding is."""
 
     context: tuple
     settings: bytes
     padding_unread: bool | None
-    padded_sides: tuple[bool, bool]
+    padding: tuple[bool, bool, bool]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Verdicts:
                 return "too few steps were left to gain anything"
             began = perf_counter()
             try:
-                self.known[kind] = prove(self._front, call, kind.padding_unread is True)
+                holes = kind.padding[2]  # what some models compute there depends on how much padding follows
+                self.known[kind] = prove(self._front, call, kind.padding_unread is True and not holes)
             except UnsupportedModelError as error:
                 if training:
                     raise

@@ -133,8 +133,11 @@ class WeightSampler:
             if tensor is None:
                 parts.append(torch.zeros(len(read.places), device=read.places.device))
             else:
-                held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-                parts.append(held[read.index].float())
+                held, index = tensor.to_local() if isinstance(tensor, DTensor) else tensor, read.index
+                if held.is_sparse:  # the gradient of `nn.Embedding(sparse=True)`
+                    held = held.index_select(0, index[0]).to_dense()
+                    index = (torch.arange(len(held), device=held.device), *index[1:])
+                parts.append(held[index].float())
         if self._mesh is None:
             return torch.cat(parts)
         sample = torch.zeros(self.weights_per_unit, device=parts[0].device)

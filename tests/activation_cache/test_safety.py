@@ -536,6 +536,39 @@ def test_blocks_that_read_padding_are_kept_with_it():
         again.close()
 
 
+def test_masked_tokens_within_a_row_are_kept_with_its_padding():
+    """DeBERTa computes something there that depends on the padding."""
+    with cached("deberta-v2", rounds=0) as (model, cache, batch):
+        cache._padding.unread = True
+        ids = batch["input_ids"]
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        batch["attention_mask"][:, 1] = 0
+        batch["attention_mask"][:, -4:] = 0
+        for end in (None, -2, -4, None, -2, -4):
+            cut = {name: value[:, :end] for name, value in batch.items()}
+            with torch.no_grad():
+                found = model.deberta(**cut)[0]
+                with cache.bypassed():
+                    expected = model.deberta(**cut)[0]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert cache.savings.hits == 3 * len(ids)
+
+
+def test_a_trial_between_two_passes_of_one_step():
+    """It puts batch norm's running statistics back, which the first backward pass may have saved."""
+    model = build("resnet").train()
+    stack = find_blocks(model)
+    Freezer(stack).freeze_to(2)
+    cache = ActivationCache(stack, ActivationStore(2**24), total_steps=100)
+    cache.freeze_to(2)
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    first = model(pixel_values=pixels, labels=torch.tensor([0, 1])).loss
+    second = model(pixel_values=pixels[..., :16], labels=torch.tensor([0, 1])).loss
+    (first + second).backward()
+    assert len(cache._verdicts.known) == 2
+    cache.close()
+
+
 # Models
 
 
