@@ -4,16 +4,18 @@ import math
 
 import pytest
 import torch
-from architectures import build
+from architectures import TEXT, build
 from cached import assert_same_losses, losses
 from cached import run as cached_run
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from training import Rows, assert_left_alone, predictor_that_says, train
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
+    BertConfig,
     EarlyStoppingCallback,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GenerationConfig,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
@@ -30,10 +32,10 @@ from smartfrz_hf import (
     find_blocks,
 )
 from smartfrz_hf.activation_cache.monitor import CacheMonitor
+from smartfrz_hf.signals.pilot import PilotSignals
 
 STEPS, OPTIONS = 40, {"first_decision": 10, "decide_every": 10}
 DEPTH, PILOT = 3, 4
-SIZES = {"layers": 3, "ffn_dim": 37, "attention_heads": 4}
 
 
 class StartAt(Policy):
@@ -116,6 +118,7 @@ class FreezingSeq2SeqTrainer(SmartFRZMixin, Seq2SeqTrainer):
     pass
 
 
+@pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces")
 def test_text_is_generated_in_evaluation(tmp_path, always):
     """By an encoder-decoder, whose encoder is the front."""
     generated = {}
@@ -127,10 +130,11 @@ def test_text_is_generated_in_evaluation(tmp_path, always):
             return {}
 
         torch.manual_seed(0)
-        layers = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in SIZES.items()}
-        model = BartForConditionalGeneration(
-            BartConfig(vocab_size=99, d_model=32, max_position_embeddings=32, **layers)
-        )
+        encoder, decoder = BertConfig(**TEXT), BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
+        config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+        config.decoder_start_token_id = config.pad_token_id = config.eos_token_id = 0
+        model = EncoderDecoderModel(config)
+        model.generation_config = GenerationConfig.from_model_config(config)
         args = Seq2SeqTrainingArguments(
             str(tmp_path),
             num_train_epochs=4,
@@ -330,17 +334,10 @@ def test_a_pilot_of_skipped_steps_freezes_nothing():
 
 
 def test_gradients_that_overflow_do_not_raise_the_rate():
-    """Without a loss scaler, the weights are lost; the rate of the rest stays."""
-    model = build("bert")
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    run = loop(
-        model,
-        optimizer,
-        predictor=predictor_that_says(0.1),
-        scale_of=lambda step: 1e38 if step == 1 else 1.0,
-        config={"target_saving": 0.3},
-    )
-    assert run.front.rate.factor == 1 and optimizer.param_groups[0]["lr"] == 1e-3
+    """Each is finite, and their squares are not."""
+    huge, small = torch.tensor([math.inf, 1.0, 1.0]), torch.full((3,), 1e-3)
+    signals = PilotSignals(4, torch.full((3,), 100.0), huge, -small, small, pretrained=2)
+    assert signals.rate_factor(1) == 1.0
 
 
 def test_an_interrupted_step_does_not_keep_the_raised_rate():
@@ -471,6 +468,39 @@ def test_a_buffer_that_grows_in_the_pilot():
 
     run = loop(model, torch.optim.SGD(model.parameters(), lr=0.01), policy, scale_of=grow)
     assert run.ledger.depth == DEPTH
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype(dtype):
+    """As in scripts that call `torch.set_default_dtype`; the predictor that comes with the package decides."""
+    model = build("bert").to(dtype)
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        run = loop(model, optimizer, config={"target_saving": 0.2, "activation_cache": True}, steps_per_epoch=20)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert run.ledger.depth and all(p.dtype == dtype for p in model.parameters())
+
+
+def test_another_default_device(monkeypatch):
+    """Nothing that is kept beside the model may be made there: here, it would hold no values."""
+    first_rows = {name: torch.stack([row[name] for row in Rows(2)]) for name in Rows(1)[0]}
+    monkeypatch.setattr("smartfrz_hf.model.tracing.tiny_batches", lambda model: iter([first_rows]))
+    model, rows = build("bert"), Rows(16)
+    batches = [
+        {name: torch.stack([row[name] for row in rows.rows[i : i + 4]]) for name in first_rows} for i in (0, 4, 8)
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with torch.device("meta"):
+        config = SmartFRZConfig(**OPTIONS, target_saving=0.2)
+        with FreezingRun(model, optimizer, STEPS, config, steps_per_epoch=3) as run:
+            for step in range(STEPS):
+                model(**batches[step % 3]).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                run.step()
+    assert run.ledger.depth and run.ledger.cache.hits
 
 
 def test_several_devices_in_one_process_are_refused():

@@ -78,7 +78,7 @@ class ActivationCache:
         self._monitor = CacheMonitor(total_steps, total_steps / 4 if steps_per_epoch is None else steps_per_epoch)
         self.checks = SpotChecks(self.savings, store.dtype)
         self._reasons: Counter[str] = Counter()
-        self._pending: tuple[Call, bytes, torch.Tensor] | None = None
+        self._pending: tuple[Call, int, torch.Tensor] | None = None
         self._bypassed = 0
 
     @property
@@ -238,12 +238,12 @@ class ActivationCache:
         marks = self.depth == len(self.stack)  # else nothing that the backbone returns need have a gradient
         output = self._front.watch(call, hidden.append, marks)
         self._padding.watch(call, output)
-        self._pending = call, self._state.variant, hidden[0].cpu()
+        self._pending = call, self._state.front, hidden[0].cpu()
         return output
 
     def _keep_pending(self) -> None:
         pending, self._pending = self._pending, None
-        if pending is None or pending[1] != self._state.variant or self._monitor.last_epoch:
+        if pending is None or pending[1] != self._state.front or self._monitor.last_epoch:
             return
         call, _, hidden = pending
         verdict = self._verdicts.known.get(self._kind(call))
@@ -280,8 +280,7 @@ class ActivationCache:
         values = cut(host, spans, rows)
         if not self.checks.are_finite(values):
             raise WrongActivationError("the frozen front has returned a value that is not finite")
-        front = next(front for front, depth in self._state.fronts.items() if depth == self.depth)
-        self.store.put([keys[row] for row in rows], front, values)
+        self.store.put([keys[row] for row in rows], self._state.front, values)
         self._note_size()
 
     def _gain(self, seconds: float, training: bool) -> None:

@@ -178,8 +178,8 @@ def _mix(z: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=64)
 def _factors(name: str, count: int, device: torch.device) -> torch.Tensor:
     """Two odd random factors per position, of shape `(2, count)`; the first ones are the same for any count."""
-    start = torch.tensor(_seeds(name.encode()))
-    return (_mix(start[:, None] + torch.arange(count)) | 1).to(device)
+    start = torch.tensor(_seeds(name.encode()), device=device)
+    return _mix(start[:, None] + torch.arange(count, device=device)) | 1
 
 
 def _seeds(name: bytes) -> list[int]:

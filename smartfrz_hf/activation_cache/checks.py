@@ -16,6 +16,7 @@ from .rows import Span, cut
 # Batches that are computed and compared: the first ones after each growth, then one in so many. All but the very first wait
 # until they fit into this share of the time.
 FIRST_CHECKS, CHECK_EVERY, CHECK_TIME = 2, 100, 0.01
+KINDS = 3  # of batches at one depth, as a rule: all rows found, some, and some at another depth
 
 
 class WrongActivationError(Exception):
@@ -101,7 +102,7 @@ class SpotChecks:
             return 0.0  # later
         self._done[kind] += 1
         if first:
-            count = int(min(call.rows, max(1, CHECK_TIME / FIRST_CHECKS * steps_left * count)))
+            count = int(min(call.rows, max(1, CHECK_TIME / FIRST_CHECKS / KINDS * steps_left * count)))
         elif self.row_seconds:
             count = max(1, min(count, int(CHECK_TIME * (began - self._last) / self.row_seconds)))
         rows = sorted(self._random.sample(range(call.rows), count))

@@ -74,7 +74,8 @@ def stack(
     rows = list(rows)
     like = at_hand[rows[0]] if like is None else like
     padded = spans[0][1] >= 0
-    batch = torch.zeros((len(rows), *((call.length, *like.shape[1:]) if padded else like.shape)), dtype=like.dtype)
+    shape = (len(rows), *((call.length, *like.shape[1:]) if padded else like.shape))
+    batch = torch.zeros(shape, dtype=like.dtype, device="cpu")
     for place, row in enumerate(rows):
         if row in at_hand:
             (batch[place, slice(*spans[row])] if padded else batch[place]).copy_(at_hand[row])

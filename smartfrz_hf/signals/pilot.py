@@ -136,11 +136,10 @@ class Pilot:
         self._recorded = range(len(units))
         self._copies = [_copy(unit) for unit in stack]
         sizes = [sum(p.numel() for p in unit.named_parameters().values() if p.requires_grad) for unit in units]
-        self._parameters = torch.tensor(sizes, dtype=torch.float64)
+        self._parameters = torch.tensor(sizes, dtype=torch.float64, device="cpu")
         self._start = self._read()
         self._previous = self._start
-        self._squares = torch.zeros(len(units))
-        self._loss_change = torch.zeros(len(units))
+        self._squares, self._loss_change = torch.zeros(2, len(units), dtype=torch.float32, device="cpu")
         fresh = (index for index, unit in enumerate(stack.units[1:], start=1) if is_fresh(unit))
         self._pretrained = next(fresh, len(stack))
         if self._pretrained == 1:  # then the stem has learned nothing either
