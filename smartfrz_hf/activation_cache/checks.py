@@ -13,8 +13,8 @@ from .front import Front
 from .proof import agree, tolerance
 from .rows import Span, cut
 
-# Batches that are computed and compared: the first ones after each growth, then one in so many. All but the very first wait
-# until they fit into this share of the time.
+# Batches that are computed and compared: the first ones of each kind after each growth, then one in so many. All but the very
+# first after a growth wait until they fit into this share of the time.
 FIRST_CHECKS, CHECK_EVERY, CHECK_TIME = 2, 100, 0.01
 KINDS = 3  # of batches at one depth, as a rule: all rows found, some, and some at another depth
 
@@ -95,10 +95,10 @@ class SpotChecks:
             raise WrongActivationError("an activation was not finite")
         self._served += 1
         kind = (call.context, *sorted(groups))
-        first, began, count = self._done[kind] < FIRST_CHECKS, perf_counter(), call.rows
+        first, began, count = self._done.get(kind, 0) < FIRST_CHECKS, perf_counter(), call.rows
         if not first and self._served % CHECK_EVERY:
             return 0.0
-        if self._done[kind] and self.savings.check_seconds > CHECK_TIME * (began - self._began):
+        if self._done and self.savings.check_seconds > CHECK_TIME * (began - self._began):
             return 0.0  # later
         self._done[kind] += 1
         if first:
