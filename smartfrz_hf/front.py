@@ -77,10 +77,11 @@ class Front:
         """
         if pilot is not None:
             if self._config.compensate_rate:
-                self.rate.factor = pilot.signals().rate_factor(depth)
+                # Sums may differ in the last bit from host to host, and the ranks would drift apart.
+                self.rate.factor = self._ranks.gather(pilot.signals().rate_factor(depth), "the learning rate")[0]
             pilot.restore(depth, {name for unit in self.stack.units[:depth] for name in kept_parameters(unit)})
         units = self.freezer.freeze_to(depth)
-        if self.cache is not None and self.freezer.constant:
+        if self.cache is not None and not self.freezer.kept:  # else its outputs change
             self.cache.freeze_to(depth)
         self._adapt()
         return units
@@ -146,6 +147,7 @@ class Front:
 
     def close(self) -> None:
         """Leave the model as it was found, except for its weights."""
+        self.rate.after_step()
         if self.cache is not None:
             self.cache.close()
         reshard(self._model)

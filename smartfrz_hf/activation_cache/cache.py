@@ -22,7 +22,7 @@ from .monitor import CacheMonitor
 from .offload import Offload
 from .outputs import entry_of
 from .padding import PaddingWatch
-from .proof import Verdict, prove
+from .proof import Kind, Verdict, Verdicts
 from .rows import Span, assemble, cut, left_out, plan
 from .state import FrontState
 from .store import ActivationStore
@@ -32,8 +32,6 @@ logger = logging.get_logger(__name__)
 
 # The stem alone costs about as much as a lookup.
 MIN_DEPTH = 2
-# To try whether the front can be left out costs about as much as the front of a few batches.
-MIN_STEPS_LEFT = 8
 
 
 class ActivationCache:
@@ -73,21 +71,20 @@ class ActivationCache:
         self.stack, self.store, self.meter = stack, store, meter
         self.savings = CacheSavings()
         self._ranks = ranks
-        self._front: Front | None = None
+        self._closed = False
         self._enter(entry_of(stack), weights)
         self._padding = PaddingWatch()
         # How long a pass over an iterable dataset is, nobody knows; a quarter of the run is time enough for rows to come again.
         self._monitor = CacheMonitor(total_steps, total_steps / 4 if steps_per_epoch is None else steps_per_epoch)
-        self._verdicts: dict[tuple, Verdict | str] = {}
         self.checks = SpotChecks(self.savings, store.dtype)
         self._reasons: Counter[str] = Counter()
-        self._pending: tuple[Call, bytes, torch.Tensor] | None = None
+        self._pending: tuple[Call, int, torch.Tensor] | None = None
         self._bypassed = 0
 
     @property
     def depth(self) -> int:
         """Units that are left out for rows that are found."""
-        return self._front.depth if self._front is not None else 0
+        return 0 if self._closed else self._front.depth
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
@@ -100,7 +97,7 @@ class ActivationCache:
 
     def freeze_to(self, depth: int) -> None:
         """Follow the freezing of all units before `depth`. Rows that were kept at another depth move on when they come again."""
-        if self._front is None:
+        if self._closed:
             return
         self._offload.wake()
         self._pending = None  # of another depth
@@ -110,7 +107,7 @@ class ActivationCache:
             self._enter(entry, self._offload.weights)
         self._front.grow(depth)
         self._state.watch(depth, self._front.patches)
-        self._verdicts.clear()
+        self._verdicts = Verdicts(self._front, self.savings)
         self.checks.start()
         if depth >= MIN_DEPTH:
             self._monitor.start()
@@ -119,7 +116,8 @@ class ActivationCache:
         """Stand in for the forward pass of the module that runs the front."""
         self._front = Front(self.stack, entry, self._forward, lambda: self._offload.wake())
         self._state = FrontState(self.stack, entry)
-        self._offload = Offload(weights, self._state)
+        self._verdicts = Verdicts(self._front, self.savings)
+        self._offload: Offload = Offload(weights, self._state)
 
     def end_of_step(self, step: int) -> None:
         """
@@ -128,7 +126,7 @@ class ActivationCache:
         Args:
             step (`int`): optimizer steps done.
         """
-        if self._monitor.end_of_step(step) and self._front is not None:
+        if self._monitor.end_of_step(step) and not self._closed:
             if not self.savings.rows and not self._monitor.last_epoch:
                 logger.warning_once(f"The activation cache was not used in a whole epoch: {self._why_unused()}.")
             if reason := self._monitor.loss():
@@ -136,13 +134,13 @@ class ActivationCache:
 
     def close(self) -> None:
         """Give the model its forward pass back and free what is kept."""
-        if self._front is not None:
+        if not self._closed:
             if self.depth >= MIN_DEPTH and not self.savings.rows and self.savings.off is None:
                 self.savings.off = self._why_unused()
             self._offload.wake()
             self._note_size()
             self._front.close()
-            self._front = self._pending = None
+            self._closed, self._pending = True, None
             self.store.close()
 
     def _why_unused(self) -> str:
@@ -155,7 +153,6 @@ class ActivationCache:
     def _forward(self, /, *args, **kwargs) -> Any:
         """Stands in for the forward pass of the backbone."""
         front = self._front
-        assert front is not None
         if self._bypassed or front.busy or torch.compiler.is_compiling():
             return front.plain(*args, **kwargs)
         training = front.entry.training
@@ -167,7 +164,7 @@ class ActivationCache:
             return self._stand_aside(call, args, kwargs)
         if self.depth < MIN_DEPTH:
             output = front.plain(*args, **kwargs)
-            if any(call.padded_sides):
+            if any(call.padding[:2]):
                 self._padding.watch(call, output)
             return output
         state = random_state(call.device)
@@ -185,104 +182,77 @@ class ActivationCache:
 
     def _stand_aside(self, reason: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._reasons[reason] += 1
-        assert self._front is not None
         return self._front.plain(*args, **kwargs)
 
     def _answer(self, call: Call, training: bool) -> Any:
         front, store, began = self._front, self.store, perf_counter()
-        assert front is not None
         if training and self._monitor.last_epoch and not len(store):
-            self._reasons["no training row comes again"] += 1
-            return front.plain(**call.arguments())
-        sides = call.padded_sides
-        if training and any(sides) and self._padding.unread is None and torch.is_grad_enabled():
+            return self._stand_aside("no training row comes again", (), call.arguments())
+        padded = any(call.padding[:2])
+        if training and padded and self._padding.unread is None and torch.is_grad_enabled():
             return self._compute_first(call)
-        verdict = self._verdict(call, sides, training)
+        verdict = self._verdicts.reach(self._kind(call), call, training, self._monitor.steps_left)
         if isinstance(verdict, str):
-            self._reasons[verdict] += 1
-            return front.plain(**call.arguments())
+            return self._stand_aside(verdict, (), call.arguments())
         keep = not (training and self._monitor.last_epoch)
-        self._keep_pending(verdict)
+        self._keep_pending()
         keys, spans = self._names(call, verdict)
-        depths = [self._state.fronts.get(f, 0) if f is not None else 0 for f in store.fronts(keys)]
+        found = store.get(keys)
+        depths = [0 if row is None else self._state.fronts.get(row[0], 0) for row in found]
         depths = [d if MIN_DEPTH <= d <= self.depth and s != e else 0 for d, (s, e) in zip(depths, spans, strict=True)]
         groups = plan(depths, self.depth)
-        found = store.get(keys) if groups is not None else []
-        if any(row is None and depth for row, depth in zip(found, depths, strict=False)):  # damaged on disk
-            depths = [0 if row is None else depth for row, depth in zip(found, depths, strict=True)]
-            groups = plan(depths, self.depth)
         hits = call.rows - depths.count(0)
         self.savings.rows += call.rows
         self.savings.hits += hits
         if training:
             self._monitor.count(call.rows, hits)
         if groups is None:
-            keep_rows = [row for row, depth in enumerate(depths) if depth != self.depth] if keep else []
-            return self._compute(call, keys, spans, keep_rows, any(sides), perf_counter() - began)
-        at_hand = {row: entry[1] for row, entry in enumerate(found) if entry is not None and depths[row]}
+            return self._compute(call, keys, spans, keep, perf_counter() - began)
+        at_hand = {place: row[1] for place, row in enumerate(found) if row is not None and depths[place]}
         self.savings.bytes_read += sum(row.nbytes for row in at_hand.values())
         hidden = assemble(front, call, spans, at_hand, groups)
+        compared = -self.savings.checked_rows
         checked = self.checks.check(front, call, spans, hidden, groups, self._monitor.steps_left)
-        if checked and self.meter is not None and training:
-            self.meter.skip([-1.0] * self.depth)
         if keep:
             self._keep(keys, spans, hidden, [row for rows in groups.values() for row in rows])
         if self.checks.row_seconds is not None:
             self._gain(call.rows * self.checks.row_seconds - (perf_counter() - began) + checked, training)
         if self.meter is not None and training:
-            self.meter.skip(left_out(groups, call.rows, self.depth))
+            compared += self.savings.checked_rows
+            self.meter.skip(left_out(groups, call.rows, self.depth, compared))
         output = front.serve(call, hidden)
-        if training and any(sides):
+        if training and padded:
             self._padding.watch(call, output)
         self._offload.count(0 if groups else call.rows, len(store) / self._ranks, self.stack, self.depth)
         return output
 
+    def _kind(self, call: Call) -> Kind:
+        return Kind(call.context, self._state.variant, self._padding.unread, call.padding)
+
     def _names(self, call: Call, verdict: Verdict) -> tuple[list[bytes], list[Span]]:
         return name_rows(call, self._state.variant, verdict.without_padding, verdict.shifts_freely)
 
-    def _verdict(self, call: Call, sides: tuple[bool, bool], training: bool) -> Verdict | str:
-        """Try once for each kind of call whether the front can be left out; or why it is not left out for this one."""
-        kind = call.context, self._state.variant, self._padding.unread, sides
-        if kind not in self._verdicts:
-            if training and self._monitor.steps_left < MIN_STEPS_LEFT:
-                return "too few steps were left to gain anything"
-            assert self._front is not None
-            began = perf_counter()
-            try:
-                self._verdicts[kind] = prove(self._front, call, self._padding.unread is True)
-            except UnsupportedModelError as error:
-                if training:
-                    raise
-                self._verdicts[kind] = str(error)
-            self.savings.seconds_saved -= perf_counter() - began
-        return self._verdicts[kind]
-
     def _compute_first(self, call: Call) -> Any:
         """Run everything for a padded batch while nobody knows whether padding is read, and keep its rows once that is known."""
-        assert self._front is not None
         hidden: list[torch.Tensor] = []
         marks = self.depth == len(self.stack)  # else nothing that the backbone returns need have a gradient
         output = self._front.watch(call, hidden.append, marks)
         self._padding.watch(call, output)
-        self._pending = call, self._state.variant, hidden[0].cpu()
+        self._pending = call, self._state.front, hidden[0].cpu()
         return output
 
-    def _keep_pending(self, verdict: Verdict) -> None:
+    def _keep_pending(self) -> None:
         pending, self._pending = self._pending, None
-        if pending is None or pending[1] != self._state.variant or self._monitor.last_epoch:
+        if pending is None or pending[1] != self._state.front or self._monitor.last_epoch:
             return
         call, _, hidden = pending
-        kind = call.context, self._state.variant, self._padding.unread, call.padded_sides
-        known = self._verdicts.get(kind)
-        if isinstance(known, Verdict) and len(hidden) == call.rows:
-            self._keep(*self._names(call, known), hidden, range(call.rows))
+        verdict = self._verdicts.known.get(self._kind(call))
+        if isinstance(verdict, Verdict) and len(hidden) == call.rows:
+            self._keep(*self._names(call, verdict), hidden, range(call.rows))
 
-    def _compute(
-        self, call: Call, keys: list[bytes], spans: list[Span], keep: list[int], padded: bool, lookup: float
-    ) -> Any:
+    def _compute(self, call: Call, keys: list[bytes], spans: list[Span], keep: bool, lookup: float) -> Any:
         """Run everything for all rows, as without a cache, and keep what crosses the boundary."""
         front, began = self._front, perf_counter()
-        assert front is not None
         errors: list[WrongActivationError] = []
         training = front.entry.training
 
@@ -290,7 +260,7 @@ class ActivationCache:
             self.checks.time_rows(time_of(hidden) - began, call.rows)
             began_keeping = perf_counter()
             try:
-                self._keep(keys, spans, hidden, keep)
+                self._keep(keys, spans, hidden, range(call.rows if keep else 0))
             except WrongActivationError as error:
                 errors.append(error)
             self._gain(-lookup - (perf_counter() - began_keeping), training)
@@ -298,7 +268,7 @@ class ActivationCache:
         output = front.watch(call, cross)
         if errors:
             self._turn_off(str(errors[0]))
-        elif training and padded:
+        elif training and any(call.padding[:2]):
             self._padding.watch(call, output)
         return output
 
@@ -308,10 +278,9 @@ class ActivationCache:
             return
         host = hidden.cpu()
         values = cut(host, spans, rows)
-        if not all(bool(value.isfinite().all()) for value in values):
+        if not self.checks.are_finite(values):
             raise WrongActivationError("the frozen front has returned a value that is not finite")
-        front = next(front for front, depth in self._state.fronts.items() if depth == self.depth)
-        self.store.put([keys[row] for row in rows], front, values)
+        self.store.put([keys[row] for row in rows], self._state.front, values)
         self._note_size()
 
     def _gain(self, seconds: float, training: bool) -> None:

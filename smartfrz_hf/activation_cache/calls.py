@@ -4,7 +4,7 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -50,13 +50,16 @@ class Call:
         """What the shapes inside the model depend on, except for the number of rows."""
         return self.context, self.length
 
-    @property
-    def padded_sides(self) -> tuple[bool, bool]:
-        """Whether some row has padding in front, and whether some row has padding behind."""
+    @cached_property
+    def padding(self) -> tuple[bool, bool, bool]:
+        """Whether some row has padding in front, behind, and within what it shows."""
         if self.mask is None:
-            return False, False
-        first, last = torch.stack([self.mask[:, 0].eq(0).any(), self.mask[:, -1].eq(0).any()]).tolist()
-        return first, last
+            return False, False, False
+        within = content(self.mask) & self.mask.eq(0)
+        front, behind, holes = torch.stack(
+            [self.mask[:, 0].eq(0).any(), self.mask[:, -1].eq(0).any(), within.any()]
+        ).tolist()
+        return front, behind, holes
 
     def arguments(self, rows: Sequence[int] | None = None) -> dict[str, Any]:
         """Keyword arguments of the call, for all rows or for some of them."""
@@ -175,8 +178,8 @@ def _mix(z: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=64)
 def _factors(name: str, count: int, device: torch.device) -> torch.Tensor:
     """Two odd random factors per position, of shape `(2, count)`; the first ones are the same for any count."""
-    start = torch.tensor(_seeds(name.encode()))
-    return (_mix(start[:, None] + torch.arange(count)) | 1).to(device)
+    start = torch.tensor(_seeds(name.encode()), device=device)
+    return _mix(start[:, None] + torch.arange(count, device=device)) | 1
 
 
 def _seeds(name: bytes) -> list[int]:

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 from time import perf_counter
 
 import torch
@@ -12,9 +13,10 @@ from .front import Front
 from .proof import agree, tolerance
 from .rows import Span, cut
 
-# Batches that are computed and compared: the first ones after each growth, then one in so many. All but the very first wait
-# until they fit into this share of the time.
+# Batches that are computed and compared: the first ones of each kind after each growth, then one in so many. All but the very
+# first after a growth wait until they fit into this share of the time.
 FIRST_CHECKS, CHECK_EVERY, CHECK_TIME = 2, 100, 0.01
+KINDS = 3  # of batches at one depth, as a rule: all rows found, some, and some at another depth
 
 
 class WrongActivationError(Exception):
@@ -50,6 +52,13 @@ class SpotChecks:
         last, now = self.row_seconds, seconds / rows
         self.row_seconds = now if last is None else 0.8 * last + 0.2 * now
 
+    def are_finite(self, values: Iterable[torch.Tensor]) -> bool:
+        """Whether all elements of some activations are finite. The time is counted."""
+        began = perf_counter()
+        finite = all(bool(value.isfinite().all()) for value in values)
+        self.savings.check_seconds += perf_counter() - began
+        return finite
+
     def check(
         self,
         front: Front,
@@ -82,18 +91,18 @@ class SpotChecks:
             if groups
             else [hidden]
         )
-        if not all(bool(part.isfinite().all()) for part in parts):
+        if not self.are_finite(parts):
             raise WrongActivationError("an activation was not finite")
         self._served += 1
         kind = (call.context, *sorted(groups))
-        first, began, count = self._done[kind] < FIRST_CHECKS, perf_counter(), call.rows
+        first, began, count = self._done.get(kind, 0) < FIRST_CHECKS, perf_counter(), call.rows
         if not first and self._served % CHECK_EVERY:
             return 0.0
-        if self._done[kind] and self.savings.check_seconds > CHECK_TIME * (began - self._began):
+        if self._done and self.savings.check_seconds > CHECK_TIME * (began - self._began):
             return 0.0  # later
         self._done[kind] += 1
         if first:
-            count = int(min(call.rows, max(1, CHECK_TIME / FIRST_CHECKS * steps_left * count)))
+            count = int(min(call.rows, max(1, CHECK_TIME / FIRST_CHECKS / KINDS * steps_left * count)))
         elif self.row_seconds:
             count = max(1, min(count, int(CHECK_TIME * (began - self._last) / self.row_seconds)))
         rows = sorted(self._random.sample(range(call.rows), count))

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
+from ..cost.ledger import CacheSavings
 from .calls import Call, content
 from .front import Front, Pass, UnsupportedModelError
 from .outputs import tensors_in
@@ -16,6 +19,17 @@ ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.01, torch
 ROUNDING_TF32 = 0.01
 # The same, of the format in which rows are kept.
 ROUNDING_KEPT = {"exact": 0.0, "float16": 0.002, "bfloat16": 0.01, "int8": 0.1}
+# To try whether the front can be left out costs about as much as the front of a few batches.
+MIN_STEPS_LEFT = 8
+
+
+class Kind(NamedTuple):
+    """Calls that share a verdict: their context, the front's settings, whether padding is read, and where padding is."""
+
+    context: tuple
+    settings: bytes
+    padding_unread: bool | None
+    padding: tuple[bool, bool, bool]
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,50 @@ class Verdict:
 
     without_padding: bool = False
     shifts_freely: bool = False
+
+
+class Verdicts:
+    """
+    Tries once for each kind of call whether the front, at its present depth, can be left out.
+
+    Args:
+        front ([`Front`]): the front.
+        savings ([`CacheSavings`]): where the time of the trials is counted.
+
+    Attributes:
+        known (`dict[Kind, Verdict | str]`): what was found by kind of call: why the front is not left out where that is so.
+    """
+
+    def __init__(self, front: Front, savings: CacheSavings):
+        self._front, self._savings = front, savings
+        self.known: dict[Kind, Verdict | str] = {}
+
+    def reach(self, kind: Kind, call: Call, training: bool, steps_left: float) -> Verdict | str:
+        """
+        The verdict on a call.
+
+        Args:
+            kind ([`Kind`]): of the call.
+            call ([`Call`]): the batch.
+            training (`bool`): whether it trains.
+            steps_left (`float`): optimizer steps until the end of the run.
+
+        Raises:
+            UnsupportedModelError: the front cannot be left out in training.
+        """
+        if kind not in self.known:
+            if training and steps_left < MIN_STEPS_LEFT:
+                return "too few steps were left to gain anything"
+            began = perf_counter()
+            try:
+                holes = kind.padding[2]  # what some models compute there depends on how much padding follows
+                self.known[kind] = prove(self._front, call, kind.padding_unread is True and not holes)
+            except UnsupportedModelError as error:
+                if training:
+                    raise
+                self.known[kind] = str(error)
+            self._savings.seconds_saved -= perf_counter() - began
+        return self.known[kind]
 
 
 def tolerance(front: Front, call: Call, kept_as: str = "exact") -> float:

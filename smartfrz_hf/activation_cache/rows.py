@@ -30,11 +30,19 @@ def plan(depths: list[int], depth: int) -> dict[int, list[int]] | None:
     return None if cost >= len(depths) * depth else groups
 
 
-def left_out(groups: dict[int, list[int]], rows: int, depth: int) -> list[float]:
-    """Share of a batch's rows for which each unit did not run. The stem runs for all, and again for rows that are computed."""
+def left_out(groups: dict[int, list[int]], rows: int, depth: int, compared: int) -> list[float]:
+    """
+    Share of a batch's rows for which each unit did not run. The stem runs for all, and again for rows that are computed.
+
+    Args:
+        groups (`dict[int, list[int]]`): what [`plan`] has returned.
+        rows (`int`): rows of the batch.
+        depth (`int`): units of the front.
+        compared (`int`): rows that were computed beside, to compare them.
+    """
     again = sum(map(len, groups.values()))
     ran = [sum(len(part) for start, part in groups.items() if start <= unit) for unit in range(1, depth)]
-    return [-again / rows, *(1 - count / rows for count in ran)]
+    return [-(again + compared) / rows, *(1 - (count + compared) / rows for count in ran)]
 
 
 def assemble(
@@ -66,7 +74,8 @@ def stack(
     rows = list(rows)
     like = at_hand[rows[0]] if like is None else like
     padded = spans[0][1] >= 0
-    batch = torch.zeros((len(rows), *((call.length, *like.shape[1:]) if padded else like.shape)), dtype=like.dtype)
+    shape = (len(rows), *((call.length, *like.shape[1:]) if padded else like.shape))
+    batch = torch.zeros(shape, dtype=like.dtype, device="cpu")
     for place, row in enumerate(rows):
         if row in at_hand:
             (batch[place, slice(*spans[row])] if padded else batch[place]).copy_(at_hand[row])

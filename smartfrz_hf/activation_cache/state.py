@@ -70,6 +70,11 @@ class FrontState:
         self._probes: list[list[torch.Tensor]] = []
         self._probed: list[torch.Tensor] = []
 
+    @property
+    def front(self) -> int:
+        """The digest of the whole front as it is now."""
+        return next(reversed(self.fronts))
+
     def watch(self, depth: int, patches: dict[nn.Module, ForwardPatch]) -> None:
         """
         Watch the front of `depth` units from now on.

@@ -77,7 +77,8 @@ def model_left_as_found(model: nn.Module) -> Iterator[None]:
                 if getattr(module, name) is not buffer:
                     setattr(module, name, buffer)
                 if not torch.equal(buffer, values):
-                    buffer.copy_(values)
+                    # Through `.data`, as batch norm writes: a backward pass that is still to come may have saved the buffer.
+                    buffer.data.copy_(values)
 
 
 class _CopyOnWrite(TorchDispatchMode):

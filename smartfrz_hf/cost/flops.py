@@ -18,7 +18,7 @@ from ..model.nested import main_input_elements
 from ..model.units import BlockStack
 from ..signals.probe import ROWS, FirstBatch
 from .ledger import HEAD, Flops
-from .trace import PassCosts, TrainableWeights, count_pass
+from .trace import PassCosts, TrainableWeights, costs_by_parameters, count_pass
 
 logger = logging.get_logger(__name__)
 
@@ -133,7 +133,7 @@ class ComputeMeter:
                 f"The FLOPs of {name} cannot be counted ({type(error).__name__}: {error}). "
                 "They are estimated from its trainable parameters. Training is not affected."
             )
-            self._set_costs(_by_parameters(self._weights))
+            self._set_costs(costs_by_parameters(self._weights))
             forget_failed_pass(self._model)
 
     def end_of_step(self) -> None:
@@ -298,13 +298,3 @@ def _updated_here(parameter: nn.Parameter) -> float:
 
 def _total(by_unit: np.ndarray) -> Flops:
     return Flops(*by_unit.sum(axis=1).tolist())
-
-
-def _by_parameters(weights: TrainableWeights) -> PassCosts:
-    """Costs of a model that cannot be counted."""
-    units = weights.head + 1
-    forward = [0.0] * units
-    for parameter, unit in weights.units.items():
-        forward[unit] += 2.0 * parameter.numel()
-    backward = [[2 * flops if depth <= unit else 0.0 for depth in range(units)] for unit, flops in enumerate(forward)]
-    return PassCosts(forward, backward)

@@ -42,7 +42,8 @@ class CacheSavings:
         hits (`int`): rows among them that were found.
         seconds_saved (`float`): seconds of forward passes that were not run, less what the cache itself took.
         checked_rows (`int`): rows that were found, and computed all the same to compare them.
-        check_seconds (`float`): seconds that this has taken; `seconds_saved` counts them, too.
+        check_seconds (`float`): seconds that this has taken, and seeing that all values are finite; `seconds_saved` counts them,
+            too.
         bytes_memory, bytes_disk (`int`): bytes held now, in memory and on disk, by all ranks of the host.
         bytes_read (`int`): bytes read from it so far.
         off (`str`, *optional*): why it was turned off; `None` while it is on.

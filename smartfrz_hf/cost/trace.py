@@ -261,3 +261,13 @@ def count_pass(
         [flops / elements for flops in tracer.forward],
         [[sum(row[depth:]) / elements for depth in range(len(row))] for row in tracer.backward],
     )
+
+
+def costs_by_parameters(weights: TrainableWeights) -> PassCosts:
+    """Costs of a model that cannot be counted."""
+    units = weights.head + 1
+    forward = [0.0] * units
+    for parameter, unit in weights.units.items():
+        forward[unit] += 2.0 * parameter.numel()
+    backward = [[2 * flops if depth <= unit else 0.0 for depth in range(units)] for unit, flops in enumerate(forward)]
+    return PassCosts(forward, backward)

@@ -45,7 +45,7 @@ class Ranks:
         """
         if self.count == 1:
             return value
-        message = torch.tensor([value])
+        message = torch.tensor([value], device="cpu")
         with self._together(about):
             dist.broadcast(message, src=0, group=self._group)
         return int(message)

@@ -17,7 +17,7 @@ from ..model.forward_patch import LeftBehind, MethodPatch
 from ..model.nested import float_tensors
 from ..model.tracing import leaves, set_modes
 from ..model.units import BlockStack, Unit
-from .kept import adapter_parameters, idle_features, kept_parameters
+from .kept import adapter_parameters, idle_features, kept_parameters, tied_names
 from .weights import FrozenWeights
 
 logger = logging.get_logger(__name__)
@@ -80,17 +80,9 @@ class Freezer:
         return len(self._before)
 
     @property
-    def constant(self) -> bool:
-        """Whether all parameters of the frozen front stay as they are, so that its outputs can be kept."""
-        return not self.kept
-
-    @property
     def frozen_parameters(self) -> int:
         """Number of elements of the parameters that required a gradient before they froze."""
-        flags: dict[nn.Parameter, bool] = {}
-        for before in self._before:
-            for parameter, flag in before.requires_grad.items():
-                flags.setdefault(parameter, flag)
+        flags = {p: flag for before in reversed(self._before) for p, flag in before.requires_grad.items()}
         return sum(parameter.numel() for parameter, flag in flags.items() if flag)
 
     @property
@@ -125,14 +117,13 @@ class Freezer:
             for unit in new:
                 self._freeze(unit)
             self._update_boundary()
-            self._warn_of_tied(new)
+            if tied := tied_names(self.stack, new, self._frozen):
+                logger.warning(f"Freezing the front also freezes {', '.join(tied)}, which is the same parameter.")
             if kept:
                 self._warn_of_kept(kept, "stays trainable, as it was picked to be trained")
             for unit in new:
-                for feature in idle_features(unit):
-                    logger.warning(
-                        f"{feature} has no effect any more, as {unit.name} is frozen and in evaluation mode."
-                    )
+                for idle in idle_features(unit):
+                    logger.warning(f"{idle} has no effect any more, as {unit.name} is frozen and in evaluation mode.")
         return new
 
     def unfreeze_to(self, depth: int = 0) -> list[Unit]:
@@ -159,8 +150,7 @@ class Freezer:
             self._before.pop()
         self._update_boundary()
         while not depth and self._with_input_grads:
-            self._with_input_grads[-1].enable_input_require_grads()
-            self._with_input_grads.pop()
+            self._with_input_grads.pop().enable_input_require_grads()
         return units
 
     def check(self) -> list[str]:
@@ -242,12 +232,12 @@ class Freezer:
                 disable_input_grads(model)
 
     def _update_boundary(self) -> None:
-        frozen = [module for unit in self.stack.units[: self.depth] for module in unit.modules.values()]
-        gather_for_backward(self.stack.model, {child for module in frozen for child in module.modules()})
+        tops = [module for unit in self.stack.units[: self.depth] for module in unit.modules.values()]
+        frozen = self._frozen_modules = [child for module in tops for child in module.modules()]
+        gather_for_backward(self.stack.model, set(frozen))
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        self._frozen_modules = [child for module in frozen for child in module.modules()]
         if self._mode_hook is None and frozen:
             hook = LeftBehind(self._before_backbone)
             self._mode_hook = self.stack.backbone.register_forward_pre_hook(hook)
@@ -302,8 +292,8 @@ class Freezer:
         names: dict[torch.Tensor, str] = {p: name for name, p in self.stack.model.named_parameters()}
         # Of frozen parameters, `check` tells. A unit may hold what feeds its block, such as the embeddings of a decoder.
         known = {*self._frozen, *self.stack.units[self.depth].named_parameters().values()}
-        outside = [leaf for leaf in leaves(asking) if leaf not in known]
-        sources = [names.get(leaf, "a tensor that is no parameter of the model") for leaf in outside]
+        unnamed = "a tensor that is no parameter of the model"
+        sources = [names.get(leaf, unnamed) for leaf in leaves(asking) if leaf not in known]
         if sources:
             self._explained.add(unit)
             logger.warning(
@@ -317,17 +307,6 @@ class Freezer:
             f"{_listed(list(kept))} in the frozen front {why}. The backward pass goes on through the frozen units to reach "
             "it, so freezing saves less, and no activations are cached."
         )
-
-    def _warn_of_tied(self, units: list[Unit]) -> None:
-        frozen = {p: name for unit in units for name, p in unit.named_parameters().items() if p in self._frozen}
-        inside = {name for unit in self.stack.units for name in unit.named_parameters()}
-        tied = [
-            f"{name} (tied to {frozen[p]})"
-            for name, p in self.stack.model.named_parameters(remove_duplicate=False)
-            if p in frozen and name not in inside
-        ]
-        if tied:
-            logger.warning(f"Freezing the front also freezes {', '.join(tied)}, which is the same parameter.")
 
 
 def _listed(names: list[str]) -> str:

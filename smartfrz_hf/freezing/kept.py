@@ -1,11 +1,11 @@
 """What somebody else does with the parameters of a unit that freezes."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
 from .._compat import has_gradient_hook
-from ..model.units import Unit
+from ..model.units import BlockStack, Unit
 
 # Parts of the names that PEFT gives to weights that are trained as a whole or row by row, beside its adapters.
 TRAINED_BESIDE_ADAPTERS = {"modules_to_save", "trainable_tokens_delta"}
@@ -52,3 +52,14 @@ def idle_features(unit: Unit) -> list[str]:
     """Names of what the Trainer does to the modules of a unit in training mode only, and which ends when the unit freezes."""
     noisy = any(hasattr(m, "neftune_noise_alpha") for module in unit.modules.values() for m in module.modules())
     return ["NEFTune (`neftune_noise_alpha`)"] if noisy else []
+
+
+def tied_names(stack: BlockStack, units: list[Unit], frozen: Collection[nn.Parameter]) -> list[str]:
+    """Parameters outside all units that are the same as a frozen one in some units, as `name (tied to name)`."""
+    names = {p: name for unit in units for name, p in unit.named_parameters().items() if p in frozen}
+    inside = {name for unit in stack.units for name in unit.named_parameters()}
+    return [
+        f"{name} (tied to {names[p]})"
+        for name, p in stack.model.named_parameters(remove_duplicate=False)
+        if p in names and name not in inside
+    ]

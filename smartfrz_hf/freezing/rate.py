@@ -19,19 +19,18 @@ class RateFactor:
 
     def __init__(self, optimizer: Optimizer):
         self.optimizer, self.factor = optimizer, 1.0
-        self._rates: list[Any] = []
+        self._raised: list[tuple[dict[str, Any], Any]] = []
 
     def before_step(self) -> None:
         """To be called right before a step."""
-        self._rates = []
-        if self.factor != 1.0:
-            self._rates = [group["lr"] for group in self.optimizer.param_groups]
-            for group in self.optimizer.param_groups:
-                if group["lr"] is not None:  # Adafactor may choose it by itself
-                    group["lr"] = group["lr"] * self.factor
+        self.after_step()  # one that was interrupted
+        for group in self.optimizer.param_groups if self.factor != 1.0 else ():
+            if group["lr"] is not None:  # Adafactor may choose it by itself
+                self._raised.append((group, group["lr"]))
+                group["lr"] = group["lr"] * self.factor
 
     def after_step(self) -> None:
-        """To be called right after a step."""
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=False):
+        """To be called right after a step, and when the run ends, as a step may have been interrupted."""
+        while self._raised:
+            group, rate = self._raised.pop()
             group["lr"] = rate
-        self._rates = []

@@ -96,8 +96,8 @@ class FrozenWeights:
         for child in {child for module in modules for child in module.modules()}:
             for parameter in self._replaceable(child):
                 self._hold(child, parameter, parameter.dtype)
-                blank = torch.full((), float("nan") if parameter.is_floating_point() else 0, dtype=parameter.dtype)
-                parameter.data = blank.to(parameter.device).expand(parameter.shape)
+                blank = parameter.data.new_full((), float("nan") if parameter.is_floating_point() else 0)
+                parameter.data = blank.expand(parameter.shape)
                 self._offloaded.add(parameter)
 
     def reload(self) -> None:

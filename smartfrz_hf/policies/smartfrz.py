@@ -101,6 +101,8 @@ class SmartFRZPolicy(Policy):
         assert observation.savings is not None
         savings = [(1 - observation.progress) * saving for saving in observation.savings]
         if self.target_saving is not None:
+            if not savings[-1] > 0:  # a loss scaler has left out all steps of the pilot
+                return Decision(observation.depth, "no step of the pilot was counted")
             enough = (depth for depth, saving in enumerate(savings) if saving >= self.target_saving)
             depth = max(next(enough, observation.units), observation.depth)
             return Decision(depth, f"from the start, to save {savings[depth]:.0%} of the compute")

@@ -70,7 +70,7 @@ def build_inputs(
         features = dynamics(snapshots, start, usable, spent)
     context = unit_context(depth + units, progress, relative_rate, spent[-1])
     if config.front_probe:
-        unknown = torch.zeros(depth + units, PROBE_SIZE)
+        unknown = torch.zeros(depth + units, PROBE_SIZE, device="cpu")
         context = torch.cat([context, unknown if probe_changes is None else probe_features(probe_changes)], dim=-1)
     return PredictorInputs(features, usable.expand(units, -1), context[depth:].to(snapshots))
 
@@ -170,8 +170,8 @@ def unit_context(units: int, progress: float, relative_rate: torch.Tensor, spent
         `torch.Tensor` of shape `(units, 4)`: relative depth, progress, relative learning rate, and the share of the
         summed learning rate that is left.
     """
-    depth = torch.arange(units) / max(1, units - 1)
-    now = torch.stack([torch.tensor(progress), relative_rate.cpu(), 1 - spent.cpu()])
+    depth = torch.arange(units, dtype=torch.float32, device="cpu") / max(1, units - 1)
+    now = torch.stack([depth.new_tensor(progress), relative_rate.cpu(), 1 - spent.cpu()])
     return torch.cat([depth.unsqueeze(1), now.expand(units, -1)], dim=1)
 
 

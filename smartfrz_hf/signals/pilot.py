@@ -84,13 +84,14 @@ class PilotSignals:
         r"""
         What the learning rate of the rest has to be multiplied with if the front is frozen, so that the loss falls as fast as
         it would with everything training: \\(1 / (1 - c)\\), with \\(c\\) the share of the front in the contributions of all
-        units. At most 4. The head is left out: it brings much in the pilot, and soon no longer.
+        units. At most 4, and 1 where the contributions are not finite. The head is left out: it brings much in the pilot, and
+        soon no longer.
 
         Args:
             depth (`int`): frozen units.
         """
         total, rest = float(self.contributions.sum()), float(self.contributions[depth:].sum())
-        return min(MAX_RATE_FACTOR, total / max(rest, EPSILON)) if total > 0 else 1.0
+        return min(MAX_RATE_FACTOR, total / max(rest, EPSILON)) if 0 < total < float("inf") else 1.0
 
 
 def pilot_steps(length: float, total_steps: int) -> int:
@@ -144,11 +145,10 @@ class Pilot:
         self._recorded = range(len(units))
         self._copies = [_copy(unit) for unit in stack]
         sizes = [sum(p.numel() for p in unit.named_parameters().values() if p.requires_grad) for unit in units]
-        self._parameters = torch.tensor(sizes, dtype=torch.float64)
+        self._parameters = torch.tensor(sizes, dtype=torch.float64, device="cpu")
         self._start = self._read()
         self._previous = self._start
-        self._squares = torch.zeros(len(units))
-        self._loss_change = torch.zeros(len(units))
+        self._squares, self._loss_change = torch.zeros(2, len(units), dtype=torch.float32, device="cpu")
         fresh = (index for index, unit in enumerate(stack.units[1:], start=1) if is_fresh(unit))
         self._pretrained = next(fresh, len(stack))
         if self._pretrained == 1:  # then the stem has learned nothing either
@@ -160,8 +160,13 @@ class Pilot:
 
     @torch.no_grad()
     def before_update(self) -> None:
-        """Take note of the gradients of a step, before it is taken. To be called in all processes."""
+        """
+        Take note of the gradients of a step, before it is taken. To be called in all processes. Gradients that are not finite
+        are left out: a loss scaler will undo the step, and finds a lower scale so in its first steps.
+        """
         gradients, weights = self._sampler.read_gradients(self._recorded).cpu(), self._read()
+        if not gradients.isfinite().all():
+            return
         self._loss_change += (gradients * (weights - self._previous)).mean(
             1
         )  # of the batch after the one that moved it
@@ -193,10 +198,11 @@ class Pilot:
             kept (`Collection[str]`, *optional*): parameters that go on training, and stay as they are, by dotted name.
         """
         for unit, copies in zip(self._stack.units[:depth], self._copies, strict=False):
-            tensors = _tensors(unit)
-            for name, copy in copies.items():
-                if name not in kept:
-                    _local(tensors[name]).copy_(copy)
+            for name, tensor in _tensors(unit).items():
+                copy = copies.get(name)
+                # Some models make a buffer anew when a longer row comes, such as sinusoidal positions.
+                if copy is not None and name not in kept and copy.shape == _local(tensor).shape:
+                    _local(tensor).copy_(copy)
 
     def _convert(self, how: Callable, number: int, copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         tensors = _tensors(self._stack.units[number])

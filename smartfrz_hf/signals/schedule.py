@@ -48,7 +48,7 @@ class LearningRates:
     """
 
     def __init__(self, rates: Sequence[float], unit: float | None = None, planned: bool = True):
-        self._rates = torch.tensor(rates, dtype=torch.float64)
+        self._rates = torch.tensor(rates, dtype=torch.float64, device="cpu")
         self._unit, self._planned = unit, planned
         self._cycle, self._step, self._rises = _Cycle(), -1, False
         self._derive()

@@ -126,18 +126,21 @@ class WeightSampler:
     def _take(self, unit: int, get: Callable[[nn.Parameter], torch.Tensor | None]) -> torch.Tensor:
         """A sample of one unit, zero where another process holds the element."""
         if not self._reads[unit]:
-            return torch.zeros(self.weights_per_unit, device=self._device)
+            return torch.zeros(self.weights_per_unit, dtype=torch.float32, device=self._device)
         parts = []
         for read in self._reads[unit]:
             tensor = get(read.parameter)
             if tensor is None:
-                parts.append(torch.zeros(len(read.places), device=read.places.device))
+                parts.append(torch.zeros(len(read.places), dtype=torch.float32, device=read.places.device))
             else:
-                held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-                parts.append(held[read.index].float())
+                held, index = tensor.to_local() if isinstance(tensor, DTensor) else tensor, read.index
+                if held.is_sparse:  # the gradient of `nn.Embedding(sparse=True)`
+                    held = held.index_select(0, index[0]).to_dense()
+                    index = (torch.arange(len(held), device=held.device), *index[1:])
+                parts.append(held[index].float())
         if self._mesh is None:
             return torch.cat(parts)
-        sample = torch.zeros(self.weights_per_unit, device=parts[0].device)
+        sample = parts[0].new_zeros(self.weights_per_unit)
         sample[torch.cat([read.places for read in self._reads[unit]])] = torch.cat(parts)
         return sample
 
@@ -165,8 +168,9 @@ class WeightHistory:
     """
 
     def __init__(self, units: int, window: int, weights_per_unit: int, device: torch.device | str | None = None):
-        self._ring = torch.zeros(units, window, weights_per_unit, device=device)
-        self.start = torch.zeros(units, weights_per_unit, device=device)
+        device = "cpu" if device is None else device  # whatever the default ones of torch are
+        self._ring = torch.zeros(units, window, weights_per_unit, dtype=torch.float32, device=device)
+        self.start = torch.zeros(units, weights_per_unit, dtype=torch.float32, device=device)
         self.steps: list[int] = []
 
     @property

@@ -49,14 +49,14 @@ def test_modules_to_save_train_on(log):
     model = peft.get_peft_model(build("llama"), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     before = flags(model)
     freezer, optimizer = start(model, 3)
-    assert not freezer.constant
+    assert freezer.kept
     changed = trained(model, freezer, optimizer, "llama")
     assert any("embed_tokens.modules_to_save" in key for key in changed)
     assert not any(f"layers.{i}." in key for key in changed for i in (0, 1))
     said = [record.message for record in log.records if "stays trainable" in record.message]
     assert len(said) == 1 and "embed_tokens" in said[0]
     freezer.unfreeze_to(0)
-    assert flags(model) == before and freezer.constant
+    assert flags(model) == before and not freezer.kept
 
 
 def test_trainable_token_rows_train_on():
@@ -90,7 +90,7 @@ def test_gradient_hooks_on_everything_keep_nothing_from_freezing():
     for parameter in model.parameters():
         parameter.register_hook(lambda gradient: gradient.clamp(-1, 1))
     freezer, _ = start(model, 3)
-    assert freezer.constant and not any(unit.trainable for unit in freezer.stack[:3])
+    assert not freezer.kept and not any(unit.trainable for unit in freezer.stack[:3])
 
 
 def test_what_somebody_thaws_trains(log):
@@ -103,7 +103,7 @@ def test_what_somebody_thaws_trains(log):
     model.bert.embeddings.position_embeddings.weight.requires_grad_(True)
     model(**ARCHITECTURES["bert"].batch(model)).loss.backward()
     thawed = freezer.check()
-    assert len(thawed) == 17 and freezer.check() == [] and not freezer.constant
+    assert len(thawed) == 17 and freezer.check() == [] and freezer.kept
     changed = trained(model, freezer, optimizer)
     assert {key for key in changed if "layer.1." in key} == {key for key in thawed if "layer.1." in key}
     assert not any(f"layer.{i}." in key or "word" in key for key in changed for i in (0, 2))
@@ -127,7 +127,7 @@ def test_switching_adapters_thaws_nothing():
         optimizer.zero_grad()
     changed = {key for key, p in model.named_parameters() if not p.equal(before[key])}
     assert changed and not any(f"layers.{i}." in key for key in changed for i in (0, 1))
-    assert freezer.constant
+    assert not freezer.kept
 
 
 def test_a_second_adapter_is_somebodys_wish():
