@@ -61,6 +61,9 @@ def model_left_as_found(model: nn.Module) -> Iterator[None]:
         with torch.no_grad(), watch:
             yield
     finally:
+        # Autocast keeps weights that it has cast; torch 2.7 gives those that were cast without a graph to the pass that is under
+        # way, and its weights would get no gradient.
+        torch.clear_autocast_cache()
         for fields, before in attributes:
             fields.clear()
             fields.update(before)

@@ -5,7 +5,6 @@ import torch
 from architectures import build
 from resuming import assert_same_end, run
 from training import Rows, Watcher, arguments, assert_same_run, predictor_that_says
-from versions import RENAMED
 
 from smartfrz_hf import SmartFRZConfig, SmartFRZTrainer, find_blocks
 from smartfrz_hf.activation_cache.monitor import CacheMonitor
@@ -54,8 +53,7 @@ def test_frozen_under_autocast_with_and_without_the_cache(tmp_path, half, monkey
             for key in unit.named_parameters():
                 assert torch.equal(watcher.weights[5][key], watcher.weights[-1][key]), key
     assert runs[0].ledger.cache.hits > 16 and runs[0].ledger.cache.off is None
-    if half or RENAMED:  # bfloat16 products of torch 2.7 round differently in batches of other sizes
-        assert_same_run(*runs)
+    assert_same_run(*runs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
