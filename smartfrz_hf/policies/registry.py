@@ -98,6 +98,9 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
         threshold,
         start=predictor.config.start_limits[config.operating_point] if config.start_stage else None,
         target_saving=config.target_saving,
+        threshold_after_start=(
+            predictor.config.operating_points["conservative"] if config.freeze_threshold is None else 0.0
+        ),
     )
 
 

@@ -1,5 +1,7 @@
 """The policy `smartfrz`: a predictor decides (SmartFRZ, ICLR 2023, arXiv 2401.16720)."""
 
+from typing import Any
+
 import torch
 from transformers.utils import logging
 
@@ -31,6 +33,9 @@ class SmartFRZPolicy(Policy):
             What limits a front that freezes from the start of the run, at the end of the pilot: one entry of `start_limits` in
             [`SmartFRZPredictorConfig`]. Without it nothing freezes from the start.
         target_saving (`float`, *optional*): share of the compute to be saved, in place of these limits.
+        threshold_after_start (`float`, *optional*):
+            The threshold once a front has frozen from the start, if it is higher. The predictor was trained on runs in which
+            everything trains, and is too sure where the rest trains at a higher rate.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class SmartFRZPolicy(Policy):
         threshold: float,
         start: dict[str, float] | None = None,
         target_saving: float | None = None,
+        threshold_after_start: float = 0.0,
     ):
         self.predictor, self.threshold = predictor.eval(), threshold
         self.limits, self.target_saving = start, target_saving
@@ -46,6 +52,7 @@ class SmartFRZPolicy(Policy):
             self.pilot = PILOT
         self.history_size = (predictor.config.window, predictor.config.weights_per_unit)
         self.front_probe = predictor.config.front_probe
+        self.threshold_after_start, self._started = threshold_after_start, False
         self._warned = False
 
     def decide(self, observation: Observation) -> Decision:
@@ -63,7 +70,9 @@ class SmartFRZPolicy(Policy):
         """
         history, depth = observation.history, observation.depth
         if observation.pilot is not None:
-            return self.start(observation, observation.pilot)
+            decision = self.start(observation, observation.pilot)
+            self._started = decision.depth > observation.depth
+            return decision
         if history is None or history.filled < MIN_SNAPSHOTS or depth == observation.units:
             return Decision(depth, "not enough history")
         if observation.progress < EARLY and observation.rates.relative[observation.step] >= PEAK:
@@ -77,13 +86,14 @@ class SmartFRZPolicy(Policy):
                 )
             return Decision(depth, "weights are not finite")
         probabilities = self.score(observation, history, snapshots)
+        threshold = max(self.threshold, self.threshold_after_start) if self._started else self.threshold
         reached = depth
         while reached < observation.units and (
-            probabilities[reached - depth] >= self.threshold or not observation.trainable[reached]
+            probabilities[reached - depth] >= threshold or not observation.trainable[reached]
         ):
             reached += 1
         listed = ", ".join(f"{p:.3f}" for p in probabilities[: max(1, reached - depth)])
-        return Decision(reached, f"probability {listed} against {self.threshold:g}", probabilities=probabilities)
+        return Decision(reached, f"probability {listed} against {threshold:g}", probabilities=probabilities)
 
     @torch.no_grad()
     def start(self, observation: Observation, pilot: PilotSignals) -> Decision:
@@ -104,7 +114,7 @@ class SmartFRZPolicy(Policy):
             if not savings[-1] > 0:  # a loss scaler has left out all steps of the pilot
                 return Decision(observation.depth, "no step of the pilot was counted")
             enough = (depth for depth, saving in enumerate(savings) if saving >= self.target_saving)
-            depth = max(next(enough, observation.units), observation.depth)
+            depth = max(next(enough, observation.units - 1), observation.depth)  # the last block trains in any case
             return Decision(depth, f"from the start, to save {savings[depth]:.0%} of the compute")
         if not pilot.pretrained:
             return Decision(observation.depth, "the blocks are as a library initializes them")
@@ -149,3 +159,11 @@ class SmartFRZPolicy(Policy):
             observation.depth,
         )
         return self.predictor(*inputs).probabilities.tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """`started`: whether a front froze from the start of the run."""
+        return {"started": self._started}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._started = state.get("started", False)  # checkpoints of earlier versions have none

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from training import START_LIMITS, Rows, predictor_that_loses, predictor_that_says, train
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictorConfig, find_blocks, load_predictor
+from smartfrz_hf.policies.registry import make_policy
 from smartfrz_hf.predictor import StartPredictor
 from smartfrz_hf.signals import pilot
 from smartfrz_hf.signals.pilot import PilotSignals
@@ -153,3 +154,18 @@ def test_what_the_pilot_shows_against_worked_numbers():
     assert signals.rate_factor(2) == 4.0
     torch.testing.assert_close(signals.front_shares, torch.tensor([11 / 17, 1.0]).double())
     assert signals.parameters_left.tolist() == [900.0, 600.0]
+
+
+def test_later_stages_are_careful_once_a_front_has_frozen(tmp_path, shares):
+    """The threshold is then that of `conservative`, also after a resume, unless the user has set one."""
+    points = {"operating_points": {"conservative": 0.99, "balanced": 0.8, "aggressive": 0.5}}
+    some = {point: {"points": 9.0, "share": 0.5, "blocks": 1.0} for point, _, _ in START_LIMITS}
+    sure = predictor_that_loses(1.0, never=0.9, start_limits=some, **points)
+    assert run(tmp_path, sure).depth == 2
+    assert run(tmp_path, sure, freeze_threshold=0.8).depth > 2
+    assert run(tmp_path, sure, start_stage=False).depth > 2
+    policy = make_policy(SmartFRZConfig(), sure)
+    policy.load_state_dict({})
+    assert policy.state_dict() == {"started": False}
+    policy.load_state_dict({"started": True})
+    assert policy.state_dict() == {"started": True}
