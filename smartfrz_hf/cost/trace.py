@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import recursively_apply
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -114,13 +115,15 @@ class _Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         before = self.counter.get_total_flops()
-        result = func(*args, **kwargs)
+        attention = func is nn.functional.scaled_dot_product_attention
+        # Not all its kernels are known to the counter, and torch 2.11 fails on grouped queries.
+        with sdpa_kernel(SDPBackend.MATH) if attention else nullcontext():
+            result = func(*args, **kwargs)
         flops: float = self.counter.get_total_flops() - before
         tensors = [t for _, t in named_tensors((args, kwargs)) if t.is_floating_point()]
         last = max(map(self._mark_of, tensors), default=CONSTANT)
         operands = sorted(self._mark_of(t) for t in tensors if t.dim() > 1)[-2:]
-        if func is nn.functional.scaled_dot_product_attention:
-            # Not all its kernels are known to the counter. A fused one computes all gradients, whichever are needed.
+        if attention:  # a fused kernel computes all gradients, whichever are needed
             flops, operands = _attention_flops(*args, **kwargs), [last, last]
         if flops:
             self._tail = flops
