@@ -58,7 +58,9 @@ def collate(rows, left=False):
 def test_every_architecture_is_served_or_refused(tmp_path, name):
     dataset = Text(32) if name in ("gpt2", "llama", "qwen2") else None
     changes = {"eval_strategy": "no"} if dataset else {}
-    changes |= {"smartfrz": {"linear_depth": 1.0}, "num_train_epochs": 3}
+    changes |= {
+        "smartfrz": {"linear_depth": 1.0}
+    }  # in five epochs: in three, batch norm over few pixels makes rounding large
     if name in REFUSED:
         changes |= {"policy": "static", "smartfrz": {"static_depth": 2}}
     off, on = (run(tmp_path / str(cache), cache, name, dataset, **changes) for cache in (False, True))
