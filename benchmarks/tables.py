@@ -12,17 +12,27 @@ from smartfrz_hf.predictor_training.card import point_table, score_table
 
 from .predictor import ablation, regret
 from .quality import headroom, held_out
-from .speed import ddp_bytes, step_time
+from .quality.compare.report import summary_table
+from .speed import ddp_bytes, gpu, step_time
 from .utils import ROOT, read_json
 
 PAGES = tuple(
     ROOT / page
     for page in ("README.md", "docs/benchmarks.md", "docs/distributed.md", "benchmarks/predictor/method_card.md")
 )
+TWELVE_TASKS = {
+    "full-50": "half of the steps",
+    "static-33": "the first third of the units frozen",
+    "static-50": "the first half of the units frozen",
+    "smartfrz-conservative": "`conservative`",
+    "smartfrz-balanced": "up to half of the blocks from the start",
+    "smartfrz-aggressive": "up to 84 % of the blocks from the start",
+}
 # Name of the table: the results file, and the function that turns its content into Markdown.
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "ablation": ("predictor/results/ablation", ablation.table),
     "ddp bytes": ("speed/results/ddp_bytes", ddp_bytes.table),
+    "gpu steps": ("speed/results/gpu", gpu.table),
     "headroom": ("quality/results/headroom", headroom.table),
     "held-out families": ("predictor/results/predictor", lambda results: score_table(results["leave_one_family_out"])),
     "held-out tasks": ("predictor/results/predictor", lambda results: score_table(results["leave_one_task_out"])),
@@ -30,6 +40,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "operating points": ("predictor/results/predictor", lambda results: point_table(results["operating_points"])),
     "step times, minilm": ("speed/results/step_time", lambda results: step_time.table(results["models"]["minilm"])),
     "step times, vit": ("speed/results/step_time", lambda results: step_time.table(results["models"]["vit"], 3)),
+    "twelve tasks": ("quality/compare/gpu/summary", lambda results: summary_table(results, TWELVE_TASKS)),
     "regret": ("predictor/results/labels", regret.regret_table),
     "regret by shift": ("predictor/results/labels", regret.shift_table),
     "regret by label": ("predictor/results/labels", regret.correlation_table),

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from benchmarks.utils import provenance, read_json, write_json
+from benchmarks.utils import markdown_table, provenance, read_json, write_json
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
@@ -132,6 +132,17 @@ def run(name: str, depth: float, cache: bool) -> dict[str, Any]:
         "cache_gib": round(ledger.cache.bytes_memory / 2**30, 3) if ledger.cache else 0,
         "compute_saved": round(ledger.compute_saved, 4),
     }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Steps and memory by depth."""
+    body = [
+        [f"{name}, {run['depth']} of {run['units']}{', cached' if run['hits'] else ''}", f"{run['step_ms']:.1f} ms"]
+        + [f"{run['time']:.2f}", f"{run['peak_gib']:.2f} GiB", f"{run['memory']:.2f}"]
+        for name, runs in results["models"].items()
+        for run in runs.values()
+    ]
+    return markdown_table(["frozen units", "step", "time", "peak memory", "memory"], body)
 
 
 def main() -> None:

@@ -242,6 +242,26 @@ def summary(found: dict[str, list[Row]]) -> dict:
     return {"tasks": {task: {"arms": {row.arm: entry(row) for row in part}} for task, part in found.items()}}
 
 
+def summary_table(known: dict, arms: dict[str, str]) -> str:
+    """
+    Means over the tasks of a summary, and its worst task, in Markdown.
+
+    Args:
+        known (`dict`): of [`summary`].
+        arms (`dict[str, str]`): what to call each of the arms.
+    """
+    body = []
+    for arm, name in arms.items():
+        runs = {task: part["arms"][arm] for task, part in known["tasks"].items() if arm in part["arms"]}
+        lost = {task: run["points_lost"]["mean"] for task, run in runs.items()}
+        worst = max(lost, key=lambda task: lost[task])
+        compute = mean(run["compute"] for run in runs.values())
+        body.append(
+            [name, len(runs), f"{mean(lost.values()):+.2f}", f"{lost[worst]:+.1f} ({worst})", f"{compute:.2f}"]
+        )
+    return markdown_table(["", "tasks", "points lost, mean", "worst task", "compute"], body)
+
+
 def make(plan: Plan, out: Path, report: Path) -> None:
     """Write everything into a folder."""
     found, tasks = {}, []
