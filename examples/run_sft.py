@@ -60,7 +60,7 @@ def main(args: list[str] | None = None) -> None:
         "cache_dir": model_args.cache_dir,
         "revision": model_args.model_revision,
         "token": model_args.token,
-        "trust_remote_code": training_args.trust_remote_code,
+        "trust_remote_code": getattr(training_args, "trust_remote_code", False),  # new in TRL 1.0
     }
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **hub)
     trainer = FreezingSFTTrainer(
