@@ -20,6 +20,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     TrainerCallback,
 )
+from versions import RENAMED
 
 from smartfrz_hf import (
     Decision,
@@ -483,6 +484,7 @@ def test_another_default_dtype(dtype):
     assert run.ledger.depth and all(p.dtype == dtype for p in model.parameters())
 
 
+@pytest.mark.skipif(not RENAMED, reason="torch 2.7 makes numbers on the default device, in its own optimizers, too")
 def test_another_default_device(monkeypatch):
     """Nothing that is kept beside the model may be made there: here, it would hold no values."""
     first_rows = {name: torch.stack([row[name] for row in Rows(2)]) for name in Rows(1)[0]}
@@ -491,7 +493,7 @@ def test_another_default_device(monkeypatch):
     batches = [
         {name: torch.stack([row[name] for row in rows.rows[i : i + 4]]) for name in first_rows} for i in (0, 4, 8)
     ]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)  # Adam of torch 2.7 keeps its steps on the default device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with torch.device("meta"):
         config = SmartFRZConfig(**OPTIONS, target_saving=0.2)
         with FreezingRun(model, optimizer, STEPS, config, steps_per_epoch=3) as run:
