@@ -139,7 +139,7 @@ def test_predictor_decides_as_in_the_trainer(run_glue, run_glue_no_trainer, mini
     common = [
         *("--model_name_or_path", str(folder), "--task_name", "mrpc", "--use_cpu", "--num_train_epochs", "5"),
         *("--train_file", str(tmp_path / "train.parquet"), "--validation_file", f"{texts}/validation.parquet"),
-        *("--smartfrz_operating_point", "aggressive"),
+        *("--smartfrz_operating_point", "aggressive", "--smartfrz_freeze_threshold", "0.8"),
     ]
     run_trainer(run_glue, common, tmp_path / "trainer")
     steps = read_json(tmp_path, "trainer", "freeze_steps.json")
