@@ -11,6 +11,7 @@ import json
 import time
 from pathlib import Path
 
+from datasets import Dataset, Value
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,6 +26,11 @@ from smartfrz_hf import SmartFRZCallback, estimate
 
 RESULTS = Path(__file__).parent / "results" / "estimate.json"
 POINTS = ("conservative", "balanced", "aggressive")
+
+
+def similar(table: Dataset) -> Dataset:
+    """The same pairs with two classes in place of scores."""
+    return table.map(lambda row: {"labels": float(row["labels"] > 2.5)}).cast_column("labels", Value("int64"))
 
 
 def make_trainer(options: argparse.Namespace, point: str | None) -> Trainer:
@@ -48,9 +54,7 @@ def make_trainer(options: argparse.Namespace, point: str | None) -> Trainer:
     return Trainer(
         model,
         args,
-        train_dataset=demo.load_sts("train", tokenizer, options.rows).map(
-            lambda row: {"labels": int(row["labels"] > 2.5)}
-        ),
+        train_dataset=similar(demo.load_sts("train", tokenizer, options.rows)),
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[] if point is None else [SmartFRZCallback(operating_point=point)],
     )
