@@ -52,8 +52,8 @@ def launch(folder, *words, ranks=2, recipe="ddp_cpu", script="run.py"):
 
     A run that a native crash of a rank has ended (SIGSEGV, SIGABRT) is repeated once, with a warning and the stacks of its
     threads. It was seen in one run of some hundreds, with torch 2.13 and FSDP2: gloo's own thread, `gloo_tcp_loop`, crashed in
-    `malloc` of the C library, whose list of free chunks was damaged. Neither 110 repetitions nor a checking allocator have shown
-    it again. An error in Python that comes first, such as a failed assertion, is never repeated.
+    `malloc` of the C library, whose list of free chunks was damaged. 110 repetitions, half of them with freed
+    memory overwritten, have not shown it again, and its cause is not known. An error in Python that comes first, such as a failed assertion, is never repeated.
 
     Returns:
         `subprocess.CompletedProcess`: the exit code of the first rank that has failed, or 0, and what all ranks wrote. A rank that
