@@ -54,13 +54,14 @@ class SmartFRZConfig:
         predictor_revision (`str`, *optional*):
             Branch, tag or commit of the predictor on the Hub.
         operating_point (`str`, *optional*, defaults to `"balanced"`):
-            How early units freeze: `"conservative"`, `"balanced"` or `"aggressive"`. The predictor comes with a
-            probability for each.
+            How early units freeze: `"conservative"`, `"balanced"` or `"aggressive"`. For each, the predictor comes with
+            a probability from which units freeze, and with limits for a front that freezes from the start.
         freeze_threshold (`float`, *optional*):
-            Probability in `[0, 1]` from which a unit freezes, in place of the operating point's.
+            Probability in `[0, 1]` from which a unit freezes, in place of the operating point's, or of that of
+            `"conservative"`, which holds once a front has frozen from the start.
         start_stage (`bool`, *optional*, defaults to `True`):
-            Whether the predictor may freeze a front from the start: after the first steps of the run, the pilot, units whose
-            training is predicted to gain next to nothing freeze with the weights that they had before training.
+            Whether the predictor may freeze a front from the start: after the first steps of the run, the pilot, units
+            within the limits of the operating point freeze with the weights that they had before training.
         compensate_rate (`bool`, *optional*, defaults to `True`):
             Whether the learning rate of what still trains is raised when a front freezes from the start, so that the loss
             falls as fast as before. Done inside the optimizer's steps: the scheduler and the logs keep the rate of the schedule.

@@ -65,5 +65,5 @@ class StartStage:
             rate = f"; the rest trains at {self.rate_factor:.2f} times the learning rate"
             return f"froze {self.depth} units ({self.reason}{rate})"
         if self.points_lost is not None and len(self.points_lost) > 1:
-            return f"froze nothing (the first unit alone was predicted to cost {self.points_lost[1]:.1f} points)"
+            return f"froze nothing (no front is within the limits; the first unit alone is predicted to cost {self.points_lost[1]:.1f} points)"
         return f"froze nothing ({self.reason})"

@@ -69,6 +69,8 @@ class SmartFRZPolicy(Policy):
             [`Decision`]: the reason gives the probabilities of the units that freeze, or that of the first active unit.
         """
         history, depth = observation.history, observation.depth
+        if observation.step == 0:  # another run of the same policy
+            self._started = False
         if observation.pilot is not None:
             decision = self.start(observation, observation.pilot)
             self._started = decision.depth > observation.depth

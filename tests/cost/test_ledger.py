@@ -54,7 +54,9 @@ def test_the_start_stage_is_told():
         "start stage, after 8 steps: froze 2 units (it is cheap; the rest trains at 1.25 times the learning rate)"
     )
     start.depth = 0
-    assert str(start) == "froze nothing (the first unit alone was predicted to cost 0.1 points)"
+    assert str(start) == (
+        "froze nothing (no front is within the limits; the first unit alone is predicted to cost 0.1 points)"
+    )
     start.points_lost = None
     assert str(start) == "froze nothing (it is cheap)"
     again = Ledger()

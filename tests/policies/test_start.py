@@ -169,3 +169,6 @@ def test_later_stages_are_careful_once_a_front_has_frozen(tmp_path, shares):
     assert policy.state_dict() == {"started": False}
     policy.load_state_dict({"started": True})
     assert policy.state_dict() == {"started": True}
+    callback = SmartFRZCallback(SmartFRZConfig(activation_cache=False), policy=policy)
+    train(tmp_path, [callback], max_steps=20)  # too short for a pilot
+    assert policy.state_dict() == {"started": False}, "another run of the same policy"
