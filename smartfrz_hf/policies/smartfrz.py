@@ -118,12 +118,8 @@ class SmartFRZPolicy(Policy):
             enough = (depth for depth, saving in enumerate(savings) if saving >= self.target_saving)
             depth = max(next(enough, observation.units - 1), observation.depth)  # the last block trains in any case
             return Decision(depth, f"from the start, to save {savings[depth]:.0%} of the compute")
-        if not pilot.pretrained:
-            return Decision(observation.depth, "the blocks are as a library initializes them")
-        if not pilot.agreement > 0:  # also where it is not a number
-            return Decision(observation.depth, "the loss does not fall in the pilot")
-        if pilot.regression:
-            return Decision(observation.depth, "the pilot of a regression shows little but the mean of its labels")
+        if pilot.objection is not None:
+            return Decision(observation.depth, pilot.objection)
         assert self.predictor.start is not None and self.limits is not None
         lost = [0.0, *self.predictor.start.predict(pilot).tolist()]
         shares = [0.0, *pilot.front_shares.tolist()]
