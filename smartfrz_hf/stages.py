@@ -90,7 +90,7 @@ class StageRunner:
             units, reason = front.freeze_to(depth, pilot), decision.reason
             if pilot is not None:
                 reason += f"; the rest trains at {front.rate.factor:.2f} times the learning rate"
-            self._note(step, units, reason)
+            self._note(step, units, reason, decision)
         if observation.savings is not None:
             self._ledger.start = StartStage(
                 step, front.depth, decision.reason, front.rate.factor, observation.savings, decision.points_lost
@@ -111,10 +111,13 @@ class StageRunner:
         message = self._ranks.broadcast(2 * depth + decision.unfreeze, f"the freezing stage of step {step}")
         return message // 2, bool(message % 2)
 
-    def _note(self, step: int, units: list[Unit], reason: str) -> None:
+    def _note(self, step: int, units: list[Unit], reason: str, decision: Decision | None = None) -> None:
         """Enter a change of depth into the ledger and the log."""
         names, depth, count = [unit.name for unit in units], self._front.depth, len(self._front.stack)
-        self._ledger.stages.append(Stage(step, depth, names, reason))
+        stage = Stage(step, depth, names, reason)
+        if decision is not None and decision.attentions is not None:
+            stage.attentions, stage.snapshot_steps = decision.attentions[: len(units)], decision.snapshot_steps
+        self._ledger.stages.append(stage)
         self._front.update_ledger(self._ledger)
         what = (
             f"froze {', '.join(names)}; {depth} of {count} units are frozen now" if depth else "all units train again"

@@ -81,10 +81,17 @@ def test_page(runs, tmp_path):
         "decide_every",
         "transformers",
         "seconds saved",
+        "What the predictor looked at",
+        "bert.encoder.layer.0, snapshot of step 5: attention 0.333",
     ):
         assert said in text, said
     assert "prefers-color-scheme: dark" in page and page.count('class="narrow"') == page.count('class="wide"') > 4
-    assert {path.name for path in (tmp_path / "png").iterdir()} == {"timeline.png", "loss.png", "eval_loss.png"}
+    assert {path.name for path in (tmp_path / "png").iterdir()} == {
+        "timeline.png",
+        "attention.png",
+        "loss.png",
+        "eval_loss.png",
+    }
 
 
 def test_a_checkpoint_a_plain_run_and_a_run_in_which_nothing_froze(runs, tmp_path):

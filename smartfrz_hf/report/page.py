@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import Any
 
-from .charts import Curve, curves, number, timeline
+from .charts import Curve, attention, curves, number, timeline
 from .runs import SavedRun
 
 WIDE, NARROW = 880, 330  # pixels of a chart on a desktop and on a phone
@@ -58,8 +58,7 @@ def page(run: SavedRun, plain: SavedRun | None = None) -> str:
             'freeze</span><span><i style="background:var(--frozen)"></i>frozen</span></div>'
         )
         parts.append(_both(lambda width: timeline(run, width)))
-        parts.append(_stages(run))
-        parts.append(_start(run))
+        parts += [_stages(run), _attention(run), _start(run)]
     charts = [chart for key in ("loss", *run.metrics[:MOST_METRICS]) for chart in _charts(key, run, plain)]
     if charts:
         key = "" if plain is None else _legend(run, plain)
@@ -175,6 +174,17 @@ def _stages(run: SavedRun) -> str:
         rows.append((f"{stage['step']:,}", f"{', '.join(stage['units'])} {what}", stage["depth"], stage["reason"]))
         depth = stage["depth"]
     return _table(("step", "what", "frozen", "why"), rows, (0, 2)) if rows else ""
+
+
+def _attention(run: SavedRun) -> str:
+    """Which snapshots of the weight history the predictor attended to when it froze each unit."""
+    if not run.attentions:
+        return ""
+    told = (
+        "Before it decides, the predictor looks back over the last snapshots of a unit's weights. The stronger a cell, the more "
+        "attention that snapshot got when the unit froze (relative to the row's highest)."
+    )
+    return f"<h2>What the predictor looked at</h2><p>{told}</p>{_both(lambda width: attention(run, width))}"
 
 
 def _start(run: SavedRun) -> str:
