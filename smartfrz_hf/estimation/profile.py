@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from math import ceil
 from statistics import mean
 from typing import Any
@@ -13,18 +14,20 @@ from transformers import Trainer
 
 from .._compat import training_checkpointing
 from ..activation_cache.cache import MIN_DEPTH
+from ..activation_cache.trial import generators_left_as_found
 from ..checks import check_trainer
 from ..config import SmartFRZConfig
 from ..model.nested import main_input_elements
 from ..policies import Decision, Observation, Policy
 from ..policies.smartfrz import PILOT
 from ..run import FreezingRun
-from ..signals.pilot import MIN_STEPS, pilot_steps
+from ..signals.pilot import MIN_STEPS, PilotSignals, pilot_steps
 from .loop import Loop, check_estimate, first_share
 from .restoring import restored
 
 TIMED = 3  # steps at each depth, of which the fastest counts: a busy machine must not decide
 TRIES = 8  # steps until the cache has to serve a batch
+EARLIER = 8  # steps in the second half of the pilot at which the policies are asked, too
 KEPT = 9  # batches of the pilot, of which the middle one by size is timed
 PILOT_TIME = 0.4  # of the time that there is
 LONG_STEP = 1.0  # seconds; a longer one is timed with fewer rows
@@ -71,6 +74,10 @@ class Profile:
         savings (`list[float]`): by depth, the share of a step's FLOPs that freezing saves without a cache.
         observation ([`Observation`], *optional*): at the end of the pilot; `None` for a run that is too short for one.
         decisions (`dict[str, Decision]`): what each policy decided then.
+        earlier_depths (`dict[str, list[int]]`):
+            The depth that each policy would have chosen at some steps in the second half of the pilot. Where they differ, the
+            decision depends on the few rows that the pilot sees.
+        steps_taken (`int`): optimizer steps of the pilot that were taken here; at most `pilot_steps`.
         batch_seconds (`float`): of a forward and a backward pass with nothing frozen.
         batch_elements (`float`): elements (tokens, pixels) of the mean batch.
         cache_off (`str`, *optional*): why the cache serves nothing.
@@ -92,6 +99,8 @@ class Profile:
     savings: list[float] = field(default_factory=list)
     observation: Observation | None = None
     decisions: dict[str, Decision] = field(default_factory=dict)
+    earlier_depths: dict[str, list[int]] = field(default_factory=dict)
+    steps_taken: int = 0
     batch_seconds: float = 0.0
     batch_elements: float = 1.0
     cache_off: str | None = None
@@ -169,24 +178,41 @@ def profile(
             trainer.optimizer = trainer.lr_scheduler = None
         loop = Loop(trainer, steps)
         with closing(loop.batches()) as batches:
-            pilot = _run_pilot(loop, batches, result, config, PILOT_TIME * seconds)
+            seen, earlier = _run_pilot(loop, batches, result, config, PILOT_TIME * seconds)
         if result.observation is not None:
-            result.decisions = {name: policy.decide(result.observation) for name, policy in policies.items()}
-        _measure_depths(loop, pilot, result, config, seconds - (time.perf_counter() - began))
+            at = result.observation
+            result.earlier_depths = {
+                name: [policy.decide(replace(at, pilot=signals)).depth for signals in earlier]
+                for name, policy in policies.items()
+            }
+            result.decisions = {name: policy.decide(at) for name, policy in policies.items()}
+        _measure_depths(loop, seen, result, config, seconds - (time.perf_counter() - began))
     result.seconds = time.perf_counter() - began
     return result
 
 
-def _run_pilot(loop: Loop, batches: Iterator, result: Profile, config: SmartFRZConfig, seconds: float) -> list[Any]:
-    """Take the first steps of the run, as many as there is time for, and return some of their batches."""
+def _run_pilot(
+    loop: Loop, batches: Iterator, result: Profile, config: SmartFRZConfig, seconds: float
+) -> tuple[list[Any], list[PilotSignals]]:
+    """
+    Take the first steps of the run as the run would: with the same rows and random numbers. The whole pilot if there is time for
+    it, else as many steps as there is time for.
+
+    Returns:
+        `tuple`: some of the batches, and what the pilot showed at some steps before its end.
+    """
     batch, load = next(batches)
-    loop.warm_up(batch)
-    result.batch_seconds = loop.warm_up(batch)
+    with generators_left_as_found(loop.args.device):
+        loop.warm_up(batch)
+        result.batch_seconds = loop.warm_up(batch)
+    batches = chain([(batch, load)], batches)
     wanted = result.pilot_steps or min(MIN_STEPS, result.total_steps)
     affordable = int(seconds / result.batch_seconds)
     count = max(min(MIN_STEPS, wanted), min(wanted, affordable))
     accumulated = max(1, min(loop.args.gradient_accumulation_steps, affordable // count))
-    seen, loads, sizes = [batch], [load], [main_input_elements(loop.model, ((), batch))]
+    asked = {round(count / 2 + i * count / 2 / EARLIER) for i in range(EARLIER)} - {count}
+    seen: list[Any] = []
+    loads, sizes, earlier = [], [], []
     policy = _Pilot(count / result.total_steps)
     run = FreezingRun(
         loop.model,
@@ -198,7 +224,7 @@ def _run_pilot(loop: Loop, batches: Iterator, result: Profile, config: SmartFRZC
         inputs=batch if isinstance(batch, Mapping) else None,
     )
     with run:
-        for _ in range(count):
+        for step in range(1, count + 1):
             new = [next(batches) for _ in range(accumulated)]
             loads += [load for _, load in new]
             sizes += [main_input_elements(loop.model, ((), batch)) for batch, _ in new]
@@ -207,11 +233,13 @@ def _run_pilot(loop: Loop, batches: Iterator, result: Profile, config: SmartFRZC
             if not isinstance(loop.scheduler, ReduceLROnPlateau):
                 loop.scheduler.step()
             run.step()
+            if step in asked and run.observer.pilot is not None:
+                earlier.append(run.observer.pilot.signals())
         result.savings = run.front.meter.savings()
     result.units, result.deepest = run.stack.names, run.stack.deepest_safe_depth()
     result.load_seconds = loop.args.gradient_accumulation_steps * mean(loads)
-    result.batch_elements, result.observation = mean(sizes), policy.seen
-    return seen
+    result.batch_elements, result.observation, result.steps_taken = mean(sizes), policy.seen, count
+    return seen, earlier
 
 
 def _measure_depths(loop: Loop, seen: list[Any], result: Profile, config: SmartFRZConfig, seconds: float) -> None:

@@ -232,14 +232,25 @@ def chart(title: str, found: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def summary(found: dict[str, list[Row]]) -> dict:
-    """`{"tasks": {task: {"arms": {arm: {"points_lost": ..., "compute": ..., "seconds": ...}}}}}`."""
+def summary(tasks: list[Task], found: dict[str, list[Row]]) -> dict:
+    """`{"tasks": {task: {"kind": ..., "model": ..., "epochs": ..., "arms": {arm: {"seeds": ..., "points_lost": ..., ...}}}}}`."""
 
     def entry(row: Row) -> dict:
         lost = row.lost.to_dict()
-        return {"points_lost": lost, "compute": round(row.compute, 4), "seconds": round(row.seconds, 4)}
+        costs = {"compute": round(row.compute, 4), "seconds": round(row.seconds, 4)}
+        return {"seeds": row.seeds, "points_lost": lost, **costs}
 
-    return {"tasks": {task: {"arms": {row.arm: entry(row) for row in part}} for task, part in found.items()}}
+    return {
+        "tasks": {
+            task.name: {
+                "kind": task.kind,
+                "model": task.model,
+                "epochs": task.epochs,
+                "arms": {row.arm: entry(row) for row in found[task.name]},
+            }
+            for task in tasks
+        }
+    }
 
 
 def summary_table(known: dict, arms: dict[str, str]) -> str:
@@ -272,7 +283,7 @@ def make(plan: Plan, out: Path, report: Path) -> None:
             found[task.name] = part + ([limit] if limit else [])
             tasks.append(task)
     report.mkdir(parents=True, exist_ok=True)
-    (report / "summary.json").write_text(json.dumps(summary(found), indent=1) + "\n")
+    (report / "summary.json").write_text(json.dumps(summary(tasks, found), indent=1) + "\n")
     text = ["# Comparison", "", INTRODUCTION, ""]
     for part in overview(tasks, found) if tasks else ():
         text += [part, ""]
