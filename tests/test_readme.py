@@ -22,7 +22,7 @@ FIGURE = re.compile(r"\d[\d.]*\.\d+|\d[\d.]*(?= ?%)|\d[\d.]*(?=x\b)")
 SETTINGS = {
     "README": ["3.11", "0.4", "torch 2.7", "5.3", "1.10", "Apache-2.0"],
     "activation_cache": ["0.25", "1 %"],
-    "benchmarks": ["95 %", "25 %", "0.3 points", "cost of 1 % and 3 %", "25 %", "0.02"],
+    "benchmarks": ["95 %", "25 %", "0.3 points", "cost of 1 % and 3 %", "0.02"],
     "concepts": ["first 3 %"],
     "distributed": ["1.15"],
     "estimate": ["3 %"],

@@ -5,18 +5,20 @@ Estimates runs of the comparison (`benchmarks/quality/compare`) before the first
 results of these runs, without freezing and with the default settings. Nothing is trained here, so it takes a minute for each
 task and seed. A run whose results are missing is left out.
 
-What freezes later in the run is not in an estimate, so a run should save more compute than was told. Seconds are told for
-this machine as it is now, and compared with processor seconds: on a busy machine they are too high.
+What freezes later in the run is not in an estimate, so a run should save more compute than was told. Both sides are
+processor seconds of one thread, so that other work on the machine does not count.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import PrinterCallback, Trainer, set_seed
@@ -52,7 +54,9 @@ def foresee(plan: Plan, task: Task, seed: int, options: argparse.Namespace) -> t
         )
         trainer.remove_callback(PrinterCallback)
         set_seed(seed)
-        return estimate(trainer), sum(p.nbytes for p in ready.model.parameters())
+        with patch("smartfrz_hf.estimation.loop.time_of", lambda parameter: time.process_time()):
+            told = estimate(trainer, seconds=options.seconds)
+        return told, sum(p.nbytes for p in ready.model.parameters())
 
 
 def compare(told: Estimate, weights: int, plain: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +119,14 @@ def table(results: dict) -> str:
                 " / ".join(pair(memory, "{:.0f} MB")),
             ]
         )
-    head = ["task, seed", "units from the start", "compute saved", "time saved", "plain run, time", "plain run, memory"]
+    head = [
+        "task, seed",
+        "units from the start",
+        "compute saved",
+        "time saved",
+        "plain run, time",
+        "plain run, memory",
+    ]
     return markdown_table(head, rows)
 
 
@@ -128,6 +139,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["minilm.cr", "minilm.mrpc", "minilm.sentiment"], help="tasks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="about how long to measure, for each task and seed"
+    )
     parser.add_argument("--model_dir", type=Path, required=True, help="folder of the pretrained models")
     parser.add_argument("--data_dir", type=Path, nargs="+", required=True, help="folders of the data sets")
     parser.add_argument("--plan", type=Path, default=HERE, help="folder of tasks.json and arms.json")

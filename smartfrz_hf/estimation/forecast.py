@@ -55,7 +55,7 @@ class PointForecast:
         rate_factor (`float`): what the learning rate of the rest is multiplied with.
         reason (`str`): of the decision.
         least, most (`int`):
-            The fewest and the most units that would freeze if the pilot ended earlier, at any time in its second half. The wider
+            The fewest and the most units that would freeze if the pilot ended earlier, at any time in its last third. The wider
             this range, the less certain is `depth`.
     """
 
@@ -72,7 +72,7 @@ class PointForecast:
 
     @property
     def sure(self) -> bool:
-        """Whether the decision was the same throughout the second half of the pilot."""
+        """Whether the decision was the same throughout the last third of the pilot."""
         return self.least == self.most
 
 
@@ -230,7 +230,10 @@ def _verdict(profile: Profile, point: PointForecast | None, depths: list[DepthFo
     lost = "" if point.points_lost is None else f", at a predicted cost of {point.points_lost:.1f} points"
     at = depths[point.depth]
     times = f"{_minutes(depths[0].seconds)} to {_minutes(min(at.seconds, at.cached_seconds))}"
-    return True, f"Yes: {what}, which is expected to bring the run from {times} ({point.time_saved:.0%} less){lost}.{doubt}"
+    return (
+        True,
+        f"Yes: {what}, which is expected to bring the run from {times} ({point.time_saved:.0%} less){lost}.{doubt}",
+    )
 
 
 def _doubt(profile: Profile, point: PointForecast) -> str:
@@ -241,7 +244,7 @@ def _doubt(profile: Profile, point: PointForecast) -> str:
             f"only {profile.steps_taken} of the {profile.pilot_steps} steps that the run looks at were taken here, for lack of time"
         )
     if not point.sure:
-        parts.append(f"with fewer of these steps, it would have been {point.least} to {point.most} units")
+        parts.append(f"a shorter pilot gave {point.least} to {point.most} units")
     return f" The run may decide otherwise: {'; '.join(parts)}." if parts else ""
 
 

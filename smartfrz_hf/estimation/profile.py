@@ -27,9 +27,9 @@ from .restoring import restored
 
 TIMED = 3  # steps at each depth, of which the fastest counts: a busy machine must not decide
 TRIES = 8  # steps until the cache has to serve a batch
-EARLIER = 8  # steps in the second half of the pilot at which the policies are asked, too
+EARLIER = 8  # steps in the last third of the pilot at which the policies are asked, too
 KEPT = 9  # batches of the pilot, of which the middle one by size is timed
-PILOT_TIME = 0.4  # of the time that there is
+PILOT_TIME = 0.6  # of the time that there is
 LONG_STEP = 1.0  # seconds; a longer one is timed with fewer rows
 LONG_RUN = 100_000  # steps, so that the cache does not see the end of the run near
 
@@ -75,7 +75,7 @@ class Profile:
         observation ([`Observation`], *optional*): at the end of the pilot; `None` for a run that is too short for one.
         decisions (`dict[str, Decision]`): what each policy decided then.
         earlier_depths (`dict[str, list[int]]`):
-            The depth that each policy would have chosen at some steps in the second half of the pilot. Where they differ, the
+            The depth that each policy would have chosen at some steps in the last third of the pilot. Where they differ, the
             decision depends on the few rows that the pilot sees.
         steps_taken (`int`): optimizer steps of the pilot that were taken here; at most `pilot_steps`.
         batch_seconds (`float`): of a forward and a backward pass with nothing frozen.
@@ -210,7 +210,7 @@ def _run_pilot(
     affordable = int(seconds / result.batch_seconds)
     count = max(min(MIN_STEPS, wanted), min(wanted, affordable))
     accumulated = max(1, min(loop.args.gradient_accumulation_steps, affordable // count))
-    asked = {round(count / 2 + i * count / 2 / EARLIER) for i in range(EARLIER)} - {count}
+    asked = {ceil(count * (2 + i / EARLIER) / 3) for i in range(EARLIER)} - {count}
     seen: list[Any] = []
     loads, sizes, earlier = [], [], []
     policy = _Pilot(count / result.total_steps)

@@ -81,7 +81,7 @@ def summary(estimate: "Estimate") -> str:
         head = ("point", "freezes", "compute saved", "time saved", "memory saved", "points lost", "learning rate")
         lines += _table(head, rows)
         if not all(point.sure for point in estimate.points):
-            note = "in brackets: what would have been decided with fewer of these steps. The wider the range, the less certain"
+            note = "in brackets: the range that slightly shorter pilots gave, which says how certain the decision is"
             lines.append(fill(f"({note}.)", WIDTH))
         lines.append("")
     return "\n".join([*lines, fill(f"Does it pay? {estimate.verdict}", WIDTH)])

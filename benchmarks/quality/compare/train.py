@@ -57,9 +57,7 @@ def measure_callbacks(method: Method, watch: Stopwatch) -> None:
         policy.before_update = watch.timed(policy.before_update, "overhead")
 
 
-def training_arguments(
-    pair: Pair, seed: int, steps: int, output: str, rate_factor: float = 1.0
-) -> TrainingArguments:
+def training_arguments(pair: Pair, seed: int, steps: int, output: str, rate_factor: float = 1.0) -> TrainingArguments:
     """Arguments of a run on a task."""
     return TrainingArguments(
         output,
