@@ -249,6 +249,6 @@ def _doubt(profile: Profile, point: PointForecast) -> str:
 
 
 def _minutes(seconds: float) -> str:
-    if seconds < 90:
+    if seconds < 300:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

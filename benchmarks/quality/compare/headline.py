@@ -1,5 +1,6 @@
-"""The figures of the README, and the table in docs/benchmarks.md, from `summary.json`."""
+"""The figures of the README, and the table and the chart in docs/benchmarks.md, from `summary.json`."""
 
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -76,6 +77,29 @@ def table(known: dict) -> str:
     spread = f" ± {stdev(points):.2f}" if len(points) > 1 else ""
     rows.append(["mean ± standard deviation over tasks", "", f"{mean(points):+.2f}{spread}", *means])
     return markdown_table(["task", "seeds", "points lost", "compute", "processor time"], rows)
+
+
+def chart(known: dict, path: Path) -> None:
+    """What each task saved, with the points lost beside its name."""
+    from matplotlib.figure import Figure
+
+    runs = compared(known)
+    figure = Figure(figsize=(8, 1.2 + 0.5 * len(runs)), layout="constrained")
+    axes = figure.subplots()
+    for offset, key, label, color in (
+        (-0.2, "compute", "compute", "#e07a3f"),
+        (0.2, "seconds", "processor time", "#7d97a5"),
+    ):
+        saved = [100 * (1 - run[key]) for run in runs.values()]
+        axes.barh([place + offset for place in range(len(runs))], saved, height=0.38, label=label, color=color)
+    names = [f"{task}\n{run['points_lost']['mean']:+.1f} points lost" for task, run in runs.items()]
+    axes.set_yticks(range(len(runs)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel("saved against full training, %")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def span(values: list[int]) -> str:

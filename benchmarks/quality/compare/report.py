@@ -14,6 +14,7 @@ from math import exp, log
 from pathlib import Path
 from statistics import mean
 
+from benchmarks.quality.compare import headline
 from benchmarks.quality.compare.choice import flops, points
 from benchmarks.quality.compare.intervals import LEVEL, MEAN_LOST, MOST_LOST, Interval, bootstrap, interpolate
 from benchmarks.quality.compare.plan import HERE, Plan, Result, Task
@@ -283,7 +284,10 @@ def make(plan: Plan, out: Path, report: Path) -> None:
             found[task.name] = part + ([limit] if limit else [])
             tasks.append(task)
     report.mkdir(parents=True, exist_ok=True)
-    (report / "summary.json").write_text(json.dumps(summary(tasks, found), indent=1) + "\n")
+    known = summary(tasks, found)
+    (report / "summary.json").write_text(json.dumps(known, indent=1) + "\n")
+    if headline.compared(known):
+        headline.chart(known, report / "charts" / "default_settings.png")
     text = ["# Comparison", "", INTRODUCTION, ""]
     for part in overview(tasks, found) if tasks else ():
         text += [part, ""]
