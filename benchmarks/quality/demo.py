@@ -28,13 +28,15 @@ def section(results: dict) -> str:
     rows = [["Spearman x 100", with_spread(plain), with_spread(ours)]]
     for name, key in (("training time, relative", "train_seconds"), ("backward compute, relative", "backward_flops")):
         rows.append([name, "1", with_spread(results[f"{key}_ratio"])])
+    # Results of earlier versions do not say how many rows they had.
+    old = [] if "train_rows" in first else ["It was measured before the activation cache was rewritten."]
     return "\n\n".join(
         [
             f"On {first.get('train_rows', 3000):,} training pairs and seed {first['seed']} it printed:",
             f"```text\n{example('demo').table(first)}\n```",
             f"Over the seeds {', '.join(map(str, seeds))}, mean and standard deviation (`make bench-demo`):",
             markdown_table(["", "plain", "SmartFRZ"], rows),
-            f"The difference in Spearman x 100, seed by seed, is {with_spread(change, '+')}.",
+            " ".join([f"The difference in Spearman x 100, seed by seed, is {with_spread(change, '+')}.", *old]),
         ]
     )
 
