@@ -80,6 +80,9 @@ predictor-smoke: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## The 
 	$(BIN)/smartfrz harvest benchmarks/predictor/run_lists/smoke.json --out runs/smoke/harvest --processes 2 --data-dir runs/smoke/data
 	$(BIN)/smartfrz evaluate runs/smoke/harvest --out runs/smoke/evaluation.json
 	$(BIN)/smartfrz fit runs/smoke/harvest --evaluation runs/smoke/evaluation.json --out runs/smoke/predictor
+	$(BIN)/python -m benchmarks.predictor.start.data runs/smoke/data pictures/digits words/sentiment
+	$(BIN)/python -m benchmarks.predictor.start.harvest --plan benchmarks/predictor/start/smoke.json --model_dir runs/smoke --data_dir runs/smoke/data --out runs/smoke/start
+	$(BIN)/smartfrz fit-start runs/smoke/start runs/smoke/predictor --out runs/smoke/start.json
 
 docs: $(VENV)/.stamp-docs ## Build the site into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

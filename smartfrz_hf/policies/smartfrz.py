@@ -128,21 +128,29 @@ class SmartFRZPolicy(Policy):
             enough = (depth for depth, saving in enumerate(savings) if saving >= self.target_saving)
             depth = max(next(enough, observation.units - 1), observation.depth)  # the last block trains in any case
             return Decision(depth, f"from the start, to save {savings[depth]:.0%} of the compute")
-        if not pilot.pretrained:
-            return Decision(observation.depth, "the blocks are as a library initializes them")
-        if not pilot.agreement > 0:  # also where it is not a number
-            return Decision(observation.depth, "the loss does not fall in the pilot")
-        if pilot.regression:
-            return Decision(observation.depth, "the pilot of a regression shows little but the mean of its labels")
+        if pilot.objection is not None:
+            return Decision(observation.depth, pilot.objection)
         assert self.predictor.start is not None and self.limits is not None
+        blocks = observation.units - 1
         lost = [0.0, *self.predictor.start.predict(pilot).tolist()]
-        shares = [0.0, *pilot.front_shares.tolist()]
-        deepest = min(pilot.pretrained, 1 + int(self.limits["blocks"] * (observation.units - 1)))
-        points, share = self.limits["points"], self.limits["share"]
-        depth = max(observation.depth, *(d for d in range(deepest + 1) if lost[d] <= points and shares[d] <= share))
+        values = {
+            "points": lost,
+            "share": [0.0, *pilot.front_shares.tolist()],
+            "blocks": [0.0, *(block / blocks for block in range(observation.units))],
+        }
+        beyond = [
+            [name for name, found in values.items() if found[depth] > self.limits[name]]
+            for depth in range(pilot.pretrained + 1)
+        ]
+        depth = max(observation.depth, *(depth for depth, names in enumerate(beyond) if not names))
+        held = (
+            f" (the next unit is beyond the limit of {' and '.join(beyond[depth + 1])})"
+            if depth < pilot.pretrained
+            else ""
+        )
         return Decision(
             depth,
-            f"from the start: expected to save {savings[depth]:.0%} of the compute and to lose {lost[depth]:.1f} points",
+            f"from the start: expected to save {savings[depth]:.0%} of the compute and to lose {lost[depth]:.1f} points{held}",
             points_lost=lost,
         )
 

@@ -156,11 +156,8 @@ def squashed(points: torch.Tensor) -> torch.Tensor:
 
 
 def may_freeze(pilot: PilotSignals) -> int:
-    """
-    Units that the policy may freeze from the start: none where the loss does not fall, none of a regression, and none that are
-    not pretrained.
-    """
-    return pilot.pretrained if pilot.agreement > 0 and not pilot.regression else 0
+    """Units that the policy may freeze from the start: none that are not pretrained, none where the pilot objects."""
+    return 0 if pilot.objection else pilot.pretrained
 
 
 Rule = Callable[[StartPair], torch.Tensor]

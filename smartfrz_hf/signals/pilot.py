@@ -16,6 +16,7 @@ HEAD = "head"
 MIN_STEPS = 4  # of a pilot: fewer gradients show nothing but noise
 MAX_RATE_FACTOR = 4.0
 REACH_SHARE = 0.1
+LEAST_AGREEMENT = -0.1  # over four steps, runs that learn have had -0.05 by chance
 EPSILON = 1e-30
 
 
@@ -79,6 +80,19 @@ class PilotSignals:
         """Change of the loss that the motion of all units has brought, over their reach; positive where the loss falls."""
         lowered = -float((self.loss_change.double() * self.parameters)[:-1].sum())
         return lowered / max(float(self.reach.sum()), EPSILON)
+
+    @property
+    def objection(self) -> str | None:
+        """Why nothing should freeze from the start, if there is a reason."""
+        if not self.pretrained:
+            return "the blocks are as a library initializes them"
+        if not self.reach.sum() > 0:
+            return "no weight moves in the pilot"
+        if not self.agreement > LEAST_AGREEMENT:  # also where it is not a number
+            return "the loss rises in the pilot"
+        if self.regression:
+            return "the pilot of a regression shows little but the mean of its labels"
+        return None
 
     def rate_factor(self, depth: int) -> float:
         r"""

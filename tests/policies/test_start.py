@@ -41,9 +41,17 @@ def test_the_deepest_front_within_the_limits(tmp_path, shares, point, points, de
     assert f"the rest trains at {5 / (5 - depth):.2f} times the learning rate" in stage.reason
 
 
-def test_nothing_freezes_where_the_loss_does_not_fall(tmp_path, monkeypatch):
-    monkeypatch.setattr(PilotSignals, "agreement", -0.1)
-    assert run(tmp_path, predictor_that_loses(0.01), operating_point="aggressive").depth == 0
+@pytest.mark.parametrize(("agreement", "freezes"), [(-0.11, False), (float("nan"), False), (-0.05, True)])
+def test_nothing_freezes_where_the_loss_clearly_rises(tmp_path, shares, monkeypatch, agreement, freezes):
+    monkeypatch.setattr(PilotSignals, "agreement", agreement)
+    stages = run(tmp_path, predictor_that_loses(0.01)).stages
+    assert freezes == any(stage.reason.startswith("from the start") for stage in stages)
+
+
+def test_nothing_freezes_where_no_weight_moves(tmp_path, monkeypatch):
+    monkeypatch.setattr(pilot, "is_fresh", lambda block: False)
+    monkeypatch.setattr(PilotSignals, "reach", torch.zeros(5, dtype=torch.float64))
+    assert run(tmp_path, predictor_that_loses(0.01)).depth == 0
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "resnet", "convnext"])
