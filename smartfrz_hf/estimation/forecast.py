@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..signals.pilot import MIN_STEPS
-from .profile import Profile
+from .measured import Profile
 from .text import summary
 
 PAYS = 0.03  # share of the time that has to be saved
