@@ -156,7 +156,7 @@ def test_readme_figures_with_any_number_of_tasks_and_seeds(seeds):
     def task(compute, lost, kind="fine-tuning"):
         arm = {"seeds": seeds, "points_lost": {"mean": lost, "low": lost - 1, "high": lost + 1}}
         arm |= {"compute": compute, "seconds": compute + 0.1}
-        return {"kind": kind, "model": "bert-12", "epochs": 3, "arms": {headline.ARM: arm}}
+        return {"kind": kind, "model": "bert-12", "epochs": 3, "seen": False, "arms": {headline.ARM: arm}}
 
     known = {"tasks": {"one": task(0.6, 0.5), "two": task(0.8, -0.3), "scratch": task(1.0, 9.0, "scratch")}}
     text = headline.figures(known)

@@ -12,11 +12,11 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def compared(known: dict) -> dict[str, dict[str, Any]]:
-    """By fine-tuning task, what the default settings took and lost, and the name of the model."""
+    """By fine-tuning task whose data the predictor has not seen, what the default settings took and lost, and the model."""
     return {
         task: part["arms"][ARM] | {"model": part["model"], "epochs": part["epochs"]}
         for task, part in known["tasks"].items()
-        if part["kind"] == "fine-tuning" and ARM in part["arms"]
+        if part["kind"] == "fine-tuning" and not part["seen"] and ARM in part["arms"]
     }
 
 

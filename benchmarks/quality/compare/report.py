@@ -247,6 +247,7 @@ def summary(tasks: list[Task], found: dict[str, list[Row]]) -> dict:
                 "kind": task.kind,
                 "model": task.model,
                 "epochs": task.epochs,
+                "seen": task.seen,
                 "arms": {row.arm: entry(row) for row in found[task.name]},
             }
             for task in tasks
