@@ -90,7 +90,8 @@ class StageRunner:
             units, reason = front.freeze_to(depth, pilot), decision.reason
             if pilot is not None:
                 reason += f"; the rest trains at {front.rate.factor:.2f} times the learning rate"
-            self._note(step, units, reason, decision)
+            self._note(step, units, reason)
+            self._note_attentions(decision, observation.depth)
         if observation.savings is not None:
             self._ledger.start = StartStage(
                 step, front.depth, decision.reason, front.rate.factor, observation.savings, decision.points_lost
@@ -111,15 +112,20 @@ class StageRunner:
         message = self._ranks.broadcast(2 * depth + decision.unfreeze, f"the freezing stage of step {step}")
         return message // 2, bool(message % 2)
 
-    def _note(self, step: int, units: list[Unit], reason: str, decision: Decision | None = None) -> None:
+    def _note(self, step: int, units: list[Unit], reason: str) -> None:
         """Enter a change of depth into the ledger and the log."""
         names, depth, count = [unit.name for unit in units], self._front.depth, len(self._front.stack)
-        stage = Stage(step, depth, names, reason)
-        if decision is not None and decision.attentions is not None:
-            stage.attentions, stage.snapshot_steps = decision.attentions[: len(units)], decision.snapshot_steps
-        self._ledger.stages.append(stage)
+        self._ledger.stages.append(Stage(step, depth, names, reason))
         self._front.update_ledger(self._ledger)
         what = (
             f"froze {', '.join(names)}; {depth} of {count} units are frozen now" if depth else "all units train again"
         )
         logger.info(f"Step {step}: {what} ({reason}).")
+
+    def _note_attentions(self, decision: Decision, depth: int) -> None:
+        """Enter what the predictor attended to when it froze the units of the last stage: units times window numbers in a run."""
+        stage, active = self._ledger.stages[-1], self._front.stack.names[depth:]
+        by_unit = dict(zip(active, decision.attentions or (), strict=False))
+        if by_unit.keys() >= set(stage.units):
+            stage.attentions = [[round(weight, 3) for weight in by_unit[unit]] for unit in stage.units]
+            stage.snapshot_steps = decision.snapshot_steps

@@ -64,8 +64,8 @@ class Decision:
         points_lost (`list[float]`, *optional*):
             At the end of the pilot, the points that freezing is predicted to cost, by depth from 0 on, for the report.
         attentions (`list[list[float]]`, *optional*):
-            For each unit that freezes, the predictor's attention to each snapshot of the weight history, oldest first. Each list
-            sums to 1. For the report.
+            For each active unit, front first, the predictor's attention to each snapshot of the weight history, oldest first. Each
+            list sums to 1. The report shows those of the units that freeze.
         snapshot_steps (`list[int]`, *optional*): the optimizer steps at which these snapshots were taken.
     """
 

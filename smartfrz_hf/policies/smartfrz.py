@@ -95,15 +95,11 @@ class SmartFRZPolicy(Policy):
         ):
             reached += 1
         listed = ", ".join(f"{p:.3f}" for p in probabilities[: max(1, reached - depth)])
-        reason = f"probability {listed} against {threshold:g}"
-        if reached == depth:
-            return Decision(reached, reason, probabilities=probabilities)
-        # The forward pass gives the attention anyway. It is kept for the units that freeze: window times units in a whole run.
         return Decision(
             reached,
-            reason,
+            f"probability {listed} against {threshold:g}",
             probabilities=probabilities,
-            attentions=[[round(weight, 3) for weight in unit] for unit in attentions[: reached - depth].tolist()],
+            attentions=attentions.tolist(),  # of the same forward pass
             snapshot_steps=history.steps[-history.filled :],
         )
 
