@@ -147,8 +147,8 @@ def forecast(
                 at.points_lost if at.depth else 0.0,
                 pilot.rate_factor(at.depth) if pilot is not None and rate and at.depth else 1.0,
                 decision.reason,
-                min(depth, *earlier),
-                max(depth, *earlier),
+                min([depth, *earlier]),
+                max([depth, *earlier]),
             )
         )
     point = next((point for point in points if point.name == chosen), None)

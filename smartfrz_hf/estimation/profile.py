@@ -134,7 +134,9 @@ def _run_pilot(
     accumulated = max(1, min(loop.args.gradient_accumulation_steps, affordable // count))
     asked = {ceil(count * (2 + i / EARLIER) / 3) for i in range(EARLIER)} - {count}
     seen: list[Any] = []
-    loads, sizes, earlier = [], [], []
+    loads: list[float] = []
+    sizes: list[int] = []
+    earlier: list[PilotSignals] = []
     policy = _Pilot(count / result.total_steps)
     run = FreezingRun(
         loop.model,

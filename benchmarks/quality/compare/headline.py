@@ -24,7 +24,7 @@ def figures(known: dict) -> str:
     """Three figures as a table, and their conditions below it."""
     runs = compared(known)
     change = {task: -run["points_lost"]["mean"] for task, run in runs.items()}
-    worst, best = (choose(change, key=lambda task: change[task]) for choose in (min, max))
+    worst, best = min(change, key=lambda task: change[task]), max(change, key=lambda task: change[task])
     rows = []
     for key, what in (("compute", "floating-point operations of training"), ("seconds", "processor time of training")):
         saved = [1 - run[key] for run in runs.values()]
