@@ -58,8 +58,8 @@ bench-step: $(VENV)/.stamp-bench $(VENV)/.stamp-assets ## Time steps, the activa
 	$(BIN)/python -m benchmarks.speed.cached_run --padding max_length
 	$(BIN)/python -m benchmarks.speed.cache_store
 
-bench-estimate: $(VENV)/.stamp-bench $(VENV)/.stamp-assets ## Compare `estimate` with real runs (benchmarks/speed)
-	$(BIN)/python -m benchmarks.speed.estimate
+bench-estimate: $(VENV)/.stamp-bench $(VENV)/.stamp-assets ## Compare `estimate` with the runs of `make bench` (benchmarks/speed); MODEL_DIR=... DATA_DIR=...
+	$(BIN)/python -m benchmarks.speed.estimate --model_dir $(MODEL_DIR) --data_dir $(COMPARE_DATA) $(BENCH_ARGS)
 
 bench-regret: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Compare labels with the cost of real freezes (benchmarks/predictor); DATA_DIR=... for local data
 	$(BIN)/python -m benchmarks.predictor.regret $(if $(DATA_DIR),--data_dir $(DATA_DIR))

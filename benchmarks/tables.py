@@ -11,14 +11,21 @@ from collections.abc import Callable
 from smartfrz_hf.predictor_training.card import point_table, score_table
 
 from .predictor import ablation, regret
-from .quality import headroom, held_out
+from .quality import demo, headroom, held_out
+from .quality.compare import headline
 from .quality.compare.report import summary_table
-from .speed import ddp_bytes, gpu, step_time
+from .speed import ddp_bytes, estimate, gpu, step_time
 from .utils import ROOT, read_json
 
 PAGES = tuple(
     ROOT / page
-    for page in ("README.md", "docs/benchmarks.md", "docs/distributed.md", "benchmarks/predictor/method_card.md")
+    for page in (
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/distributed.md",
+        "docs/estimate.md",
+        "benchmarks/predictor/method_card.md",
+    )
 )
 TWELVE_TASKS = {
     "full-50": "half of the steps",
@@ -31,13 +38,19 @@ TWELVE_TASKS = {
 # Name of the table: the results file, and the function that turns its content into Markdown.
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "ablation": ("predictor/results/ablation", ablation.table),
+    "compared": ("quality/compare/summary", headline.table),
+    "compared, conditions": ("quality/compare/summary", headline.conditions),
     "ddp bytes": ("speed/results/ddp_bytes", ddp_bytes.table),
+    "demo": ("quality/results/demo", demo.section),
+    "estimate": ("speed/results/estimate", estimate.table),
+    "estimate, text": ("speed/results/estimate", estimate.example_text),
     "gpu steps": ("speed/results/gpu", gpu.table),
     "headroom": ("quality/results/headroom", headroom.table),
     "held-out families": ("predictor/results/predictor", lambda results: score_table(results["leave_one_family_out"])),
     "held-out tasks": ("predictor/results/predictor", lambda results: score_table(results["leave_one_task_out"])),
     "held-out runs": ("quality/results/held_out", held_out.table),
     "operating points": ("predictor/results/predictor", lambda results: point_table(results["operating_points"])),
+    "readme figures": ("quality/compare/summary", headline.figures),
     "step times, minilm": ("speed/results/step_time", lambda results: step_time.table(results["models"]["minilm"])),
     "step times, vit": ("speed/results/step_time", lambda results: step_time.table(results["models"]["vit"], 3)),
     "twelve tasks": ("quality/compare/gpu/summary", lambda results: summary_table(results, TWELVE_TASKS)),

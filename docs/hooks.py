@@ -14,8 +14,10 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-# Page of the site: the file that it is made of.
+# Page or picture of the site: the file that it is made of.
 GENERATED = {
+    "charts/default_settings.png": "benchmarks/quality/compare/charts/default_settings.png",
+    "charts/step_time.png": "benchmarks/speed/results/step_time.png",
     "index.md": "README.md",
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
@@ -26,9 +28,9 @@ CODE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages."""
+    """Add the generated pages and pictures."""
     for page, source in GENERATED.items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+        files.append(File.generated(config, page, content=(ROOT / source).read_bytes()))
     return files
 
 

@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="runs/demo", help="folder for summary.json and timeline.png")
     parser.add_argument("--epochs", type=float, default=3.0, help="passes over the training pairs")
-    parser.add_argument("--train_rows", type=int, default=3000, help="training pairs, of 5,749")
+    parser.add_argument("--train_rows", type=int, default=1500, help="training pairs, of 5,749")
     parser.add_argument(
         "--seed", type=int, default=42, help="seed of the head's weights, the order of the pairs and dropout"
     )
@@ -175,7 +175,7 @@ def main() -> None:
         print(f"--- {titles[name]}", flush=True)
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--run", name], check=True)
     results = {name: json.loads((folder / f"{name}.json").read_text()) for name in titles}
-    summary = {"task": "stsb", **results}
+    summary = {"task": "stsb", "train_rows": options.train_rows, **results}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\n{table(summary)}\n\nSummary: {folder / 'summary.json'}. Timeline: {folder / 'timeline.png'}.")
 

@@ -91,6 +91,7 @@ class StageRunner:
             if pilot is not None:
                 reason += f"; the rest trains at {front.rate.factor:.2f} times the learning rate"
             self._note(step, units, reason)
+            self._note_attentions(decision, observation.depth)
         if observation.savings is not None:
             self._ledger.start = StartStage(
                 step, front.depth, decision.reason, front.rate.factor, observation.savings, decision.points_lost
@@ -120,3 +121,11 @@ class StageRunner:
             f"froze {', '.join(names)}; {depth} of {count} units are frozen now" if depth else "all units train again"
         )
         logger.info(f"Step {step}: {what} ({reason}).")
+
+    def _note_attentions(self, decision: Decision, depth: int) -> None:
+        """Enter what the predictor attended to when it froze the units of the last stage: units times window numbers in a run."""
+        stage, active = self._ledger.stages[-1], self._front.stack.names[depth:]
+        by_unit = dict(zip(active, decision.attentions or (), strict=False))
+        if by_unit.keys() >= set(stage.units):
+            stage.attentions = [[round(weight, 3) for weight in by_unit[unit]] for unit in stage.units]
+            stage.snapshot_steps = decision.snapshot_steps

@@ -17,6 +17,8 @@ from smartfrz_hf.report.charts import ticks
 from smartfrz_hf.signals import pilot
 from smartfrz_hf.signals.pilot import PilotSignals
 
+BROWSER = ("chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files")
+DARK = ("--force-dark-mode", "--blink-settings=preferredColorScheme=0")
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 
 
@@ -81,10 +83,17 @@ def test_page(runs, tmp_path):
         "decide_every",
         "transformers",
         "seconds saved",
+        "What the predictor looked at",
+        "bert.encoder.layer.0, snapshot of step 5: attention 0.333",
     ):
         assert said in text, said
     assert "prefers-color-scheme: dark" in page and page.count('class="narrow"') == page.count('class="wide"') > 4
-    assert {path.name for path in (tmp_path / "png").iterdir()} == {"timeline.png", "loss.png", "eval_loss.png"}
+    assert {path.name for path in (tmp_path / "png").iterdir()} == {
+        "timeline.png",
+        "attention.png",
+        "loss.png",
+        "eval_loss.png",
+    }
 
 
 def test_a_checkpoint_a_plain_run_and_a_run_in_which_nothing_froze(runs, tmp_path):
@@ -153,6 +162,23 @@ def test_ticks_are_few_and_inside(low, high):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+@pytest.mark.parametrize(("scheme", "background"), [([], (255, 255, 255)), (DARK, (20, 24, 27))])
+@pytest.mark.parametrize("width", [500, 1100])
+def test_screenshot(runs, tmp_path, width, scheme, background):
+    """The page is drawn in the colors of the reader's scheme, and the chart of the units is in it."""
+    image = pytest.importorskip("PIL.Image")
+    write_report(runs / "frozen", tmp_path / "report.html", runs / "plain")
+    command = [*BROWSER, f"--screenshot={tmp_path / 'page.png'}", f"--window-size={width},1400", *scheme]
+    subprocess.run([*command, (tmp_path / "report.html").as_uri()], check=True, capture_output=True, timeout=120)
+    page = image.open(tmp_path / "page.png").convert("RGB")
+    colors = {color: count for count, color in page.getcolors(1 << 24)}
+    assert max(colors, key=colors.get) == background
+    frozen = (125, 151, 165) if background == (255, 255, 255) else (86, 112, 126)
+    assert colors.get(frozen, 0) > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
 @pytest.mark.parametrize("width", [375, 1100])
 def test_nothing_is_wider_than_the_screen(runs, tmp_path, width):
     """In a frame, as a browser's window has a least width. The page itself says how wide it is."""
@@ -161,8 +187,7 @@ def test_nothing_is_wider_than_the_screen(runs, tmp_path, width):
         f'<iframe src="report.html" style="width:{width}px;height:900px;border:0"></iframe><p id=w></p><script>onload=()=>'
         "{const d=frames[0].document.documentElement;w.textContent=`scroll ${d.scrollWidth} client ${d.clientWidth}`}</script>"
     )
-    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    command += ["--virtual-time-budget=3000", "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    command = [*BROWSER, "--virtual-time-budget=3000", "--dump-dom", (tmp_path / "frame.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     scroll, client = map(int, re.search(r"scroll (\d+) client (\d+)", done.stdout).groups())
     assert 0 < client <= width and scroll <= client

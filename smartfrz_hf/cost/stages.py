@@ -13,12 +13,17 @@ class Stage:
         depth (`int`): frozen units from then on.
         units (`list[str]`): names of the units that froze; or, where the depth has fallen, that train again.
         reason (`str`): why, in the policy's words.
+        attentions (`list[list[float]]`, *optional*):
+            For each unit that froze, the predictor's attention to each snapshot of the weight history, oldest first.
+        snapshot_steps (`list[int]`, *optional*): the optimizer steps at which these snapshots were taken.
     """
 
     step: int
     depth: int
     units: list[str]
     reason: str
+    attentions: list[list[float]] | None = None
+    snapshot_steps: list[int] | None = None
 
 
 @dataclass

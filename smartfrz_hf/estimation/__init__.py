@@ -14,7 +14,8 @@ from ..policies import Policy, SmartFRZPolicy, resolve
 from ..policies.registry import make_policy
 from ..predictor import SmartFRZPredictor, load_predictor
 from .forecast import DepthForecast, Estimate, PointForecast, forecast
-from .profile import DepthCost, Profile, profile
+from .measured import DepthCost, Profile
+from .profile import profile
 
 __all__ = ["DepthCost", "DepthForecast", "Estimate", "PointForecast", "Profile", "estimate", "profile"]
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..signals.pilot import MIN_STEPS
-from .profile import Profile
+from .measured import Profile
 from .text import summary
 
 PAYS = 0.03  # share of the time that has to be saved
@@ -54,6 +54,9 @@ class PointForecast:
         points_lost (`float`, *optional*): predicted points of accuracy.
         rate_factor (`float`): what the learning rate of the rest is multiplied with.
         reason (`str`): of the decision.
+        least, most (`int`):
+            The fewest and the most units that would freeze if the pilot ended earlier, at any time in its last third. The wider
+            this range, the less certain is `depth`.
     """
 
     name: str
@@ -64,6 +67,13 @@ class PointForecast:
     points_lost: float | None
     rate_factor: float
     reason: str
+    least: int = 0
+    most: int = 0
+
+    @property
+    def sure(self) -> bool:
+        """Whether the decision was the same throughout the last third of the pilot."""
+        return self.least == self.most
 
 
 @dataclass
@@ -125,7 +135,8 @@ def forecast(
     plain, pilot = depths[0], None if profile.observation is None else profile.observation.pilot
     points = []
     for name, decision in profile.decisions.items():
-        at = depths[min(decision.depth, cap, profile.deepest)]
+        depth, *earlier = (min(d, cap, profile.deepest) for d in (decision.depth, *profile.earlier_depths[name]))
+        at = depths[depth]
         points.append(
             PointForecast(
                 name,
@@ -136,6 +147,8 @@ def forecast(
                 at.points_lost if at.depth else 0.0,
                 pilot.rate_factor(at.depth) if pilot is not None and rate and at.depth else 1.0,
                 decision.reason,
+                min([depth, *earlier]),
+                max([depth, *earlier]),
             )
         )
     point = next((point for point in points if point.name == chosen), None)
@@ -193,7 +206,8 @@ def _verdict(profile: Profile, point: PointForecast | None, depths: list[DepthFo
             "No: the predictor decides nothing from the start of the run (`start_stage=False`, or it has no start stage), and "
             "what freezes later usually saves little."
         )
-    pilot, later = observation.pilot, " Blocks may still freeze later in the run, which usually saves little."
+    pilot, doubt = observation.pilot, _doubt(profile, point)
+    later = " Blocks may still freeze later in the run, which usually saves little." + doubt
     if not point.depth and not pilot.pretrained:
         return False, (
             "No: the model's blocks are as a library initializes them. Trained from scratch, they learn until the end of the "
@@ -204,8 +218,9 @@ def _verdict(profile: Profile, point: PointForecast | None, depths: list[DepthFo
     lora = profile.trainable < FEW_TRAINED * profile.parameters
     few = f" Only {profile.trainable / profile.parameters:.1%} of the parameters train, as with LoRA." if lora else ""
     if not point.depth:
-        cost = depths[1].points_lost if len(depths) > 1 else None
-        why = "" if cost is None else f": the stem alone is predicted to cost {cost:.1f} points"
+        cost, why = depths[1].points_lost if len(depths) > 1 else None, f": {point.reason}"
+        if point.reason.startswith("from the start"):  # what the policy says where all fronts cost too much
+            why = "" if cost is None else f": the stem alone is predicted to cost {cost:.1f} points"
         return False, f"No: `{point.name}` freezes nothing from the start{why}." + few + later
     named = f"`{point.name}`" if not point.name.endswith("%") else f"A saving of {point.name}"
     what = f"{named} freezes {point.depth} of {len(profile.units)} units after the first {profile.pilot_steps} steps"
@@ -217,10 +232,25 @@ def _verdict(profile: Profile, point: PointForecast | None, depths: list[DepthFo
     lost = "" if point.points_lost is None else f", at a predicted cost of {point.points_lost:.1f} points"
     at = depths[point.depth]
     times = f"{_minutes(depths[0].seconds)} to {_minutes(min(at.seconds, at.cached_seconds))}"
-    return True, f"Yes: {what}, which is expected to bring the run from {times} ({point.time_saved:.0%} less){lost}."
+    return (
+        True,
+        f"Yes: {what}, which is expected to bring the run from {times} ({point.time_saved:.0%} less){lost}.{doubt}",
+    )
+
+
+def _doubt(profile: Profile, point: PointForecast) -> str:
+    """What makes the decision uncertain, in a sentence or two; empty if nothing does."""
+    parts = []
+    if profile.steps_taken < profile.pilot_steps:
+        parts.append(
+            f"only {profile.steps_taken} of the {profile.pilot_steps} steps that the run looks at were taken here, for lack of time"
+        )
+    if not point.sure:
+        parts.append(f"a shorter pilot gave {point.least} to {point.most} units")
+    return f" The run may decide otherwise: {'; '.join(parts)}." if parts else ""
 
 
 def _minutes(seconds: float) -> str:
-    if seconds < 90:
+    if seconds < 300:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

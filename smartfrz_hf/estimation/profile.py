@@ -3,7 +3,8 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import chain
 from math import ceil
 from statistics import mean
 from typing import Any
@@ -13,94 +14,24 @@ from transformers import Trainer
 
 from .._compat import training_checkpointing
 from ..activation_cache.cache import MIN_DEPTH
+from ..activation_cache.trial import generators_left_as_found
 from ..checks import check_trainer
 from ..config import SmartFRZConfig
 from ..model.nested import main_input_elements
 from ..policies import Decision, Observation, Policy
-from ..policies.smartfrz import PILOT
 from ..run import FreezingRun
-from ..signals.pilot import MIN_STEPS, pilot_steps
+from ..signals.pilot import MIN_STEPS, PilotSignals
 from .loop import Loop, check_estimate, first_share
+from .measured import DepthCost, Profile
 from .restoring import restored
 
 TIMED = 3  # steps at each depth, of which the fastest counts: a busy machine must not decide
 TRIES = 8  # steps until the cache has to serve a batch
+EARLIER = 8  # steps in the last third of the pilot at which the policies are asked, too
 KEPT = 9  # batches of the pilot, of which the middle one by size is timed
-PILOT_TIME = 0.4  # of the time that there is
+PILOT_TIME = 0.6  # of the time that there is
 LONG_STEP = 1.0  # seconds; a longer one is timed with fewer rows
 LONG_RUN = 100_000  # steps, so that the cache does not see the end of the run near
-
-
-@dataclass(frozen=True)
-class DepthCost:
-    """
-    What one optimizer step costs with some units frozen.
-
-    Attributes:
-        depth (`int`): frozen units, counted from the front.
-        seconds (`float`): without an activation cache, and without loading data.
-        memory (`int`):
-            Bytes of weights, gradients, optimizer state, and activations that wait for the backward pass.
-        cached_seconds (`float`, *optional*): where the cache serves all rows; `None` where it serves none.
-        cached_row_bytes (`float`, *optional*): bytes that the cache keeps of one row.
-    """
-
-    depth: int
-    seconds: float
-    memory: int
-    cached_seconds: float | None = None
-    cached_row_bytes: float | None = None
-
-
-@dataclass
-class Profile:
-    """
-    What was measured of a training.
-
-    Attributes:
-        model (`str`): class of the model.
-        device (`str`): that it trains on.
-        total_steps (`int`): optimizer steps of the run.
-        steps_per_epoch (`float`): optimizer steps in one pass over the data.
-        rows, rows_per_step (`int`): training rows in all, and in an optimizer step.
-        parameters, trainable (`int`): of the model.
-        units (`list[str]`): names of the model's units.
-        deepest (`int`): most units that can freeze.
-        load_seconds (`float`): time to load the rows of a step.
-        costs (`list[DepthCost]`): of some depths, 0 first.
-        savings (`list[float]`): by depth, the share of a step's FLOPs that freezing saves without a cache.
-        observation ([`Observation`], *optional*): at the end of the pilot; `None` for a run that is too short for one.
-        decisions (`dict[str, Decision]`): what each policy decided then.
-        batch_seconds (`float`): of a forward and a backward pass with nothing frozen.
-        batch_elements (`float`): elements (tokens, pixels) of the mean batch.
-        cache_off (`str`, *optional*): why the cache serves nothing.
-        seconds (`float`): that measuring has taken.
-    """
-
-    model: str
-    device: str
-    total_steps: int
-    steps_per_epoch: float
-    rows: int
-    rows_per_step: int
-    parameters: int
-    trainable: int
-    units: list[str] = field(default_factory=list)
-    deepest: int = 0
-    load_seconds: float = 0.0
-    costs: list[DepthCost] = field(default_factory=list)
-    savings: list[float] = field(default_factory=list)
-    observation: Observation | None = None
-    decisions: dict[str, Decision] = field(default_factory=dict)
-    batch_seconds: float = 0.0
-    batch_elements: float = 1.0
-    cache_off: str | None = None
-    seconds: float = 0.0
-
-    @property
-    def pilot_steps(self) -> int:
-        """Optimizer steps of the pilot of the run; 0 if the run is too short for one."""
-        return pilot_steps(PILOT, self.total_steps)
 
 
 class _Pilot(Policy):
@@ -169,24 +100,43 @@ def profile(
             trainer.optimizer = trainer.lr_scheduler = None
         loop = Loop(trainer, steps)
         with closing(loop.batches()) as batches:
-            pilot = _run_pilot(loop, batches, result, config, PILOT_TIME * seconds)
+            seen, earlier = _run_pilot(loop, batches, result, config, PILOT_TIME * seconds)
         if result.observation is not None:
-            result.decisions = {name: policy.decide(result.observation) for name, policy in policies.items()}
-        _measure_depths(loop, pilot, result, config, seconds - (time.perf_counter() - began))
+            at = result.observation
+            result.earlier_depths = {
+                name: [policy.decide(replace(at, pilot=signals)).depth for signals in earlier]
+                for name, policy in policies.items()
+            }
+            result.decisions = {name: policy.decide(at) for name, policy in policies.items()}
+        _measure_depths(loop, seen, result, config, seconds - (time.perf_counter() - began))
     result.seconds = time.perf_counter() - began
     return result
 
 
-def _run_pilot(loop: Loop, batches: Iterator, result: Profile, config: SmartFRZConfig, seconds: float) -> list[Any]:
-    """Take the first steps of the run, as many as there is time for, and return some of their batches."""
+def _run_pilot(
+    loop: Loop, batches: Iterator, result: Profile, config: SmartFRZConfig, seconds: float
+) -> tuple[list[Any], list[PilotSignals]]:
+    """
+    Take the first steps of the run as the run would: with the same rows and random numbers. The whole pilot if there is time for
+    it, else as many steps as there is time for.
+
+    Returns:
+        `tuple`: some of the batches, and what the pilot showed at some steps before its end.
+    """
     batch, load = next(batches)
-    loop.warm_up(batch)
-    result.batch_seconds = loop.warm_up(batch)
+    with generators_left_as_found(loop.args.device):
+        loop.warm_up(batch)
+        result.batch_seconds = loop.warm_up(batch)
+    batches = chain([(batch, load)], batches)
     wanted = result.pilot_steps or min(MIN_STEPS, result.total_steps)
     affordable = int(seconds / result.batch_seconds)
     count = max(min(MIN_STEPS, wanted), min(wanted, affordable))
     accumulated = max(1, min(loop.args.gradient_accumulation_steps, affordable // count))
-    seen, loads, sizes = [batch], [load], [main_input_elements(loop.model, ((), batch))]
+    asked = {ceil(count * (2 + i / EARLIER) / 3) for i in range(EARLIER)} - {count}
+    seen: list[Any] = []
+    loads: list[float] = []
+    sizes: list[int] = []
+    earlier: list[PilotSignals] = []
     policy = _Pilot(count / result.total_steps)
     run = FreezingRun(
         loop.model,
@@ -198,7 +148,7 @@ def _run_pilot(loop: Loop, batches: Iterator, result: Profile, config: SmartFRZC
         inputs=batch if isinstance(batch, Mapping) else None,
     )
     with run:
-        for _ in range(count):
+        for step in range(1, count + 1):
             new = [next(batches) for _ in range(accumulated)]
             loads += [load for _, load in new]
             sizes += [main_input_elements(loop.model, ((), batch)) for batch, _ in new]
@@ -207,11 +157,13 @@ def _run_pilot(loop: Loop, batches: Iterator, result: Profile, config: SmartFRZC
             if not isinstance(loop.scheduler, ReduceLROnPlateau):
                 loop.scheduler.step()
             run.step()
+            if step in asked and run.observer.pilot is not None:
+                earlier.append(run.observer.pilot.signals())
         result.savings = run.front.meter.savings()
     result.units, result.deepest = run.stack.names, run.stack.deepest_safe_depth()
     result.load_seconds = loop.args.gradient_accumulation_steps * mean(loads)
-    result.batch_elements, result.observation = mean(sizes), policy.seen
-    return seen
+    result.batch_elements, result.observation, result.steps_taken = mean(sizes), policy.seen, count
+    return seen, earlier
 
 
 def _measure_depths(loop: Loop, seen: list[Any], result: Profile, config: SmartFRZConfig, seconds: float) -> None:

@@ -68,7 +68,7 @@ def summary(estimate: "Estimate") -> str:
         rows = [
             (
                 point.name + (" <" if point is estimate.chosen else ""),
-                f"{point.depth} of {len(profile.units)}",
+                f"{point.depth} of {len(profile.units)}" + ("" if point.sure else f" ({point.least}-{point.most})"),
                 f"{point.compute_saved:.0%}",
                 f"{point.time_saved:.0%}",
                 f"{point.memory_saved:.0%}",
@@ -79,7 +79,11 @@ def summary(estimate: "Estimate") -> str:
         ]
         lines += [f"What freezes after the first {profile.pilot_steps} steps, by operating point:", ""]
         head = ("point", "freezes", "compute saved", "time saved", "memory saved", "points lost", "learning rate")
-        lines += [*_table(head, rows), ""]
+        lines += _table(head, rows)
+        if not all(point.sure for point in estimate.points):
+            note = "in brackets: the range that slightly shorter pilots gave, which says how certain the decision is"
+            lines.append(fill(f"({note}.)", WIDTH))
+        lines.append("")
     return "\n".join([*lines, fill(f"Does it pay? {estimate.verdict}", WIDTH)])
 
 

@@ -63,6 +63,10 @@ class Decision:
         probabilities (`list[float]`, *optional*): that each active unit has converged, front first, for the report.
         points_lost (`list[float]`, *optional*):
             At the end of the pilot, the points that freezing is predicted to cost, by depth from 0 on, for the report.
+        attentions (`list[list[float]]`, *optional*):
+            For each active unit, front first, the predictor's attention to each snapshot of the weight history, oldest first. Each
+            list sums to 1. The report shows those of the units that freeze.
+        snapshot_steps (`list[int]`, *optional*): the optimizer steps at which these snapshots were taken.
     """
 
     depth: int
@@ -70,6 +74,8 @@ class Decision:
     unfreeze: bool = False
     probabilities: list[float] | None = None
     points_lost: list[float] | None = None
+    attentions: list[list[float]] | None = None
+    snapshot_steps: list[int] | None = None
 
 
 class Policy(ABC):

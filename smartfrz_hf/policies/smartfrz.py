@@ -87,7 +87,7 @@ class SmartFRZPolicy(Policy):
                     "The weights hold NaN or infinite values, as training has diverged. SmartFRZ freezes nothing."
                 )
             return Decision(depth, "weights are not finite")
-        probabilities = self.score(observation, history, snapshots)
+        probabilities, attentions = self.score(observation, history, snapshots)
         threshold = max(self.threshold, self.threshold_after_start) if self._started else self.threshold
         reached = depth
         while reached < observation.units and (
@@ -95,7 +95,13 @@ class SmartFRZPolicy(Policy):
         ):
             reached += 1
         listed = ", ".join(f"{p:.3f}" for p in probabilities[: max(1, reached - depth)])
-        return Decision(reached, f"probability {listed} against {threshold:g}", probabilities=probabilities)
+        return Decision(
+            reached,
+            f"probability {listed} against {threshold:g}",
+            probabilities=probabilities,
+            attentions=attentions.tolist(),  # of the same forward pass
+            snapshot_steps=history.steps[-history.filled :],
+        )
 
     @torch.no_grad()
     def start(self, observation: Observation, pilot: PilotSignals) -> Decision:
@@ -145,9 +151,11 @@ class SmartFRZPolicy(Policy):
         )
 
     @torch.no_grad()
-    def score(self, observation: Observation, history: WeightHistory, snapshots: torch.Tensor) -> list[float]:
+    def score(
+        self, observation: Observation, history: WeightHistory, snapshots: torch.Tensor
+    ) -> tuple[list[float], torch.Tensor]:
         """
-        The probability that each active unit and all units in front of it have converged.
+        The probability that each active unit and all units in front of it have converged, and what the predictor attended to.
 
         Args:
             observation ([`Observation`]): of this freezing stage.
@@ -155,7 +163,8 @@ class SmartFRZPolicy(Policy):
             snapshots (`torch.Tensor` of shape `(active units, window, weights_per_unit)`): those of the active units.
 
         Returns:
-            `list[float]`: one probability per active unit, front first.
+            `tuple`: one probability per active unit, front first, and the attention of each active unit to each recorded snapshot,
+            a `torch.Tensor` of shape `(active units, snapshots)`.
         """
         device, rates, front = self.predictor.device, observation.rates, observation.probe
         inputs = build_inputs(
@@ -168,7 +177,8 @@ class SmartFRZPolicy(Policy):
             None if front is None else front.changes,
             observation.depth,
         )
-        return self.predictor(*inputs).probabilities.tolist()
+        output = self.predictor(*inputs)
+        return output.probabilities.tolist(), output.attentions[:, -history.filled :]
 
     def state_dict(self) -> dict[str, Any]:
         """`started`: whether a front froze from the start of the run."""

@@ -86,6 +86,40 @@ def timeline(run: SavedRun, width: int) -> str:
     return _svg(width, bottom + 40, "Units over the steps of the run", parts)
 
 
+def attention(run: SavedRun, width: int) -> str:
+    """
+    For each unit that the predictor froze, its attention to each snapshot of the weight history: one row of cells, oldest first.
+
+    Args:
+        run ([`SavedRun`]): with a state of SmartFRZ.
+        width (`int`): of the chart, in pixels.
+
+    Returns:
+        `str`: SVG; empty if no attention was recorded.
+    """
+    rows = run.attentions
+    if not rows:
+        return ""
+    wide = width > 500
+    left, right, height = (190 if wide else 84), width - (74 if wide else 44), 20
+    parts = []
+    for i, row in enumerate(rows):
+        y, cell, most = i * height + 2, (right - left) / len(row.weights), max(row.weights) or 1.0
+        parts.append(_text(left - 8, y + 13, short(row.unit, 26 if wide else 11), "end"))
+        parts.append(f'<rect class="trains" x="{left}" y="{y}" width="{right - left}" height="{height - 2}"/>')
+        for j, (step, weight) in enumerate(zip(row.steps, row.weights, strict=True)):
+            parts.append(
+                f'<rect class="score" x="{left + j * cell:.1f}" y="{y}" width="{max(cell - 1, 1):.1f}" height="{height - 2}" '
+                f'fill-opacity="{weight / most:.3f}"><title>{escape(row.unit)}, snapshot of step {step}: attention '
+                f"{weight:.3f}</title></rect>"
+            )
+        parts.append(_text(right + 6, y + 13, f"step {row.step:,}" if wide else f"{row.step:,}", "start"))
+    bottom = len(rows) * height + 2
+    parts.append(_text(left, bottom + 16, "oldest snapshot", "start"))
+    parts.append(_text(right, bottom + 16, "newest", "end"))
+    return _svg(width, bottom + 24, "Attention to the snapshots of the weight history", parts)
+
+
 def curves(named: Mapping[str, Curve], width: int, x_label: str, y_label: str) -> str:
     """
     One line for each name.

@@ -13,7 +13,7 @@ ACTIVE, FROZEN = "#f0e2d8", "#7d97a5"
 
 def save_figures(run: SavedRun, folder: str | os.PathLike, plain: SavedRun | None = None) -> list[Path]:
     """
-    Draw the timeline of the units, and each loss and metric.
+    Draw the timeline of the units, the predictor's attention when each froze, and each loss and metric.
 
     Args:
         run ([`SavedRun`]): to draw.
@@ -33,6 +33,8 @@ def save_figures(run: SavedRun, folder: str | os.PathLike, plain: SavedRun | Non
     files = []
     if run.state is not None:
         files.append(_timeline(run, folder / "timeline.png"))
+        if run.attentions:
+            files.append(_attention(run, folder / "attention.png"))
     for key in ("loss", *run.metrics):
         if run.curve(key):
             files.append(_curves(key, run, plain, folder / f"{key.replace('/', '_')}.png"))
@@ -63,6 +65,26 @@ def _timeline(run: SavedRun, path: Path) -> Path:
     axes.set_xlim(0, run.steps)
     axes.set_xlabel("optimizer step (grey: frozen)")
     figure.colorbar(ScalarMappable(cmap=colors), ax=axes, label="probability", pad=0.02)
+    figure.savefig(path, dpi=200)
+    return path
+
+
+def _attention(run: SavedRun, path: Path) -> Path:
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    colors = LinearSegmentedColormap.from_list("attention", [ACTIVE, "#d4691f"])
+    figure = Figure(figsize=(7, 1.2 + 0.26 * len(run.attentions)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(run.attentions):
+        size, most = 1 / len(row.weights), max(row.weights) or 1.0
+        edges = [size * number for number in range(len(row.weights))]
+        axes.barh(place, size, left=edges, height=0.9, color=[colors(weight / most) for weight in row.weights])
+    labels = [f"{short(row.unit, 30)}, step {row.step:,}" for row in run.attentions]
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 1], ["oldest snapshot", "newest"])
     figure.savefig(path, dpi=200)
     return path
 

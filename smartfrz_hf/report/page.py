@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import Any
 
-from .charts import Curve, curves, number, timeline
+from .charts import Curve, attention, curves, number, timeline
 from .runs import SavedRun
 
 WIDE, NARROW = 880, 330  # pixels of a chart on a desktop and on a phone
@@ -24,7 +24,7 @@ p, figcaption { color: var(--soft); margin: .4em 0 } figure { margin: 0 0 1.4em 
 .tile b { display: block; font-size: 1.35rem } .tile span { color: var(--soft); font-size: .85rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem }
 th, td { text-align: left; padding: 5px 10px 5px 0; border-bottom: 1px solid var(--edge); vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td { overflow-wrap: anywhere } td.n, th.n { text-align: right } td.n { font-variant-numeric: tabular-nums; white-space: nowrap }
 code { font-size: .95em; overflow-wrap: anywhere } summary { cursor: pointer; margin: 1em 0 .5em; font-weight: 600 }
 svg { display: block; max-width: 100% } svg text { fill: var(--soft); font: 12px system-ui, sans-serif }
 .trains { fill: var(--active) } .score { fill: var(--score) } .frozen { fill: var(--frozen) }
@@ -54,12 +54,11 @@ def page(run: SavedRun, plain: SavedRun | None = None) -> str:
         parts.append("<h2>Units</h2>")
         parts.append(
             '<div class="key"><span><i style="background:var(--active)"></i>trains</span><span><i '
-            'style="background:var(--score)"></i>trains; the stronger, the higher the probability that it can '
-            'freeze</span><span><i style="background:var(--frozen)"></i>frozen</span></div>'
+            'style="background:var(--score)"></i>trains; the stronger the color, the higher the probability '
+            'that it can freeze</span><span><i style="background:var(--frozen)"></i>frozen</span></div>'
         )
         parts.append(_both(lambda width: timeline(run, width)))
-        parts.append(_stages(run))
-        parts.append(_start(run))
+        parts += [_stages(run), _attention(run), _start(run)]
     charts = [chart for key in ("loss", *run.metrics[:MOST_METRICS]) for chart in _charts(key, run, plain)]
     if charts:
         key = "" if plain is None else _legend(run, plain)
@@ -143,7 +142,9 @@ def _tiles(run: SavedRun, plain: SavedRun | None) -> str:
         tiles.append((f"{cache['hits'] / cache['rows']:.0%}", f"of {cache['rows']:,} rows found in the cache"))
         held = (cache["bytes_memory"] + cache["bytes_disk"]) / 1e6
         tiles.append((f"{number(round(held, 1))} MB", "held by the cache"))
-        tiles.append((f"{number(round(cache['seconds_saved'], 1))} s", "saved by the cache"))
+        saved = round(cache["seconds_saved"], 1)
+        label = "saved by the cache" if saved >= 0 else "lost to the cache: it took longer than it saved"
+        tiles.append((f"{number(abs(saved))} s", label))
     for key in ("loss", *run.metrics[:2]):
         if curve := run.curve(key):
             other = plain.curve(key) if plain is not None else []
@@ -171,10 +172,23 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]], numbers: Iterable
 def _stages(run: SavedRun) -> str:
     rows, depth = [], 0
     for stage in run.ledger["stages"]:
-        what = "froze" if stage["depth"] > depth else "train again"
-        rows.append((f"{stage['step']:,}", f"{', '.join(stage['units'])} {what}", stage["depth"], stage["reason"]))
+        what, units = "froze" if stage["depth"] > depth else "train again", stage["units"]
+        names = ", ".join(units) if len(units) < 4 else f"{units[0]} to {units[-1]} ({len(units)} units)"
+        rows.append((f"{stage['step']:,}", f"{names} {what}", stage["depth"], stage["reason"]))
         depth = stage["depth"]
     return _table(("step", "what", "frozen", "why"), rows, (0, 2)) if rows else ""
+
+
+def _attention(run: SavedRun) -> str:
+    """Which snapshots of the weight history the predictor attended to when it froze each unit."""
+    if not run.attentions:
+        return ""
+    told = (
+        "Before it decides, the predictor looks back over the last snapshots of a unit's weights. The stronger the color, the "
+        "more attention a snapshot got when the unit froze, relative to the highest value of its row. A snapshot without an "
+        "earlier one to compare it with gets none."
+    )
+    return f"<h2>What the predictor looked at</h2><p>{told}</p>{_both(lambda width: attention(run, width))}"
 
 
 def _start(run: SavedRun) -> str:
@@ -188,7 +202,7 @@ def _start(run: SavedRun) -> str:
         (
             f"{'up to ' if depth else ''}{units[depth]}{' (decided)' if depth == start['depth'] else ''}",
             f"{saving:.0%}",
-            number(round(lost[depth], 1)) if depth < len(lost) else "–",
+            *([number(round(lost[depth], 1))] if depth < len(lost) else []),
         )
         for depth, saving in enumerate(start["savings"])
     ]
@@ -202,7 +216,7 @@ def _start(run: SavedRun) -> str:
     )
     if start["depth"]:
         told += f" The learning rate of the rest is multiplied by {start['rate_factor']:.2f}."
-    head = ("frozen from the start", "compute saved", "predicted points lost")
+    head = ("frozen from the start", "compute saved", *(["predicted points lost"] if lost else []))
     return f"<h2>The start stage</h2><p>{escape(told)}</p>{_table(head, rows, (1, 2))}"
 
 

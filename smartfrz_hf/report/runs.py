@@ -12,6 +12,24 @@ TRAINER_FILE = "trainer_state.json"
 NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
 
+@dataclass(frozen=True)
+class Attention:
+    """
+    What the predictor attended to when it froze one unit.
+
+    Attributes:
+        unit (`str`): its name.
+        step (`int`): optimizer steps done when it froze.
+        steps (`list[int]`): the steps of the snapshots in the weight history, oldest first.
+        weights (`list[float]`): the attention to each of them; their sum is 1.
+    """
+
+    unit: str
+    step: int
+    steps: list[int]
+    weights: list[float]
+
+
 @dataclass
 class SavedRun:
     """
@@ -70,6 +88,15 @@ class SavedRun:
         keys = dict.fromkeys(key for log in self.logs for key in log if key.startswith("eval_"))
         found = [key for key in keys if not key.endswith(NO_METRICS) and self.curve(key)]
         return sorted(found, key=lambda key: key != "eval_loss")
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """For each unit that the predictor froze, what it attended to. Empty for runs of earlier versions."""
+        return [
+            Attention(unit, stage["step"], stage["snapshot_steps"], weights)
+            for stage in self.ledger.get("stages", ())
+            for unit, weights in zip(stage["units"], stage.get("attentions") or (), strict=False)
+        ]
 
     @property
     def freeze_steps(self) -> dict[str, int]:

@@ -11,7 +11,8 @@ from torch.utils.data import IterableDataset
 from training import Rows, arguments, assert_left_alone, assert_same_run, predictor_that_loses, predictor_that_says
 from transformers import Trainer, get_linear_schedule_with_warmup
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZTrainer, estimate
+from smartfrz_hf import Decision, SmartFRZCallback, SmartFRZTrainer, estimate
+from smartfrz_hf.policies import SmartFRZPolicy
 from smartfrz_hf.signals import pilot
 from smartfrz_hf.signals.pilot import PilotSignals
 
@@ -250,3 +251,39 @@ def test_the_decision_is_that_of_the_run(tmp_path, pretrained):
     trainer.train()
     (stage,) = callback.ledger.stages
     assert (stage.step, stage.depth, stage.reason.partition(";")[0]) == (4, told.depth, told.reason)
+
+
+def test_the_pilot_is_that_of_the_run(tmp_path, monkeypatch):
+    """The same rows, dropout and learning rates give the same signals, to the last bit."""
+    seen = []
+    decide = SmartFRZPolicy.start
+
+    def note(policy, observation, signals):
+        seen.append(signals)
+        return decide(policy, observation, signals)
+
+    monkeypatch.setattr(SmartFRZPolicy, "start", note)
+    model = build("bert")
+    for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+        dropout.p = 0.1
+    trainer = trainer_of(tmp_path, model, rows=200, callbacks=[SmartFRZCallback()])
+    result = estimate(trainer, seconds=20)
+    told = seen[-1]
+    assert result.profile.steps_taken == result.profile.pilot_steps == 6
+    assert len(result.profile.earlier_depths["balanced"]) == 2
+    trainer.train()
+    assert told is not seen[-1] and told.steps == seen[-1].steps
+    for name in ("gradient", "loss_change", "displacement"):
+        assert torch.equal(getattr(told, name), getattr(seen[-1], name)), name
+
+
+def test_what_is_uncertain_is_said(tmp_path, pretrained, monkeypatch):
+    trainer = trainer_of(tmp_path, rows=1600, num_train_epochs=1)
+    result = estimate(trainer, predictor=predictor_that_loses(0.4), seconds=0.01)
+    assert (result.profile.steps_taken, result.profile.pilot_steps) == (4, 12)
+    assert "only 4 of the 12 steps that the run looks at were taken here" in result.verdict
+    assert result.chosen.sure and "in brackets" not in str(result)
+    monkeypatch.setattr(SmartFRZPolicy, "start", lambda _, now, signals: Decision(min(2, signals.steps - 2), "a test"))
+    result = estimate(trainer_of(tmp_path), seconds=0.5)
+    assert (result.chosen.depth, result.chosen.least, result.chosen.most) == (2, 1, 2)
+    assert "2 of 5 (1-2)" in str(result) and "a shorter pilot gave 1 to 2 units" in result.verdict

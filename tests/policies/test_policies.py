@@ -1,6 +1,7 @@
 """Each policy answers as its rule says."""
 
 import pytest
+import torch
 from training import predictor_that_says
 
 from smartfrz_hf import SmartFRZConfig
@@ -48,13 +49,13 @@ def test_smartfrz_freezes_the_converged_front_only():
         ([0.6, 0.6, 0.6, 0.6, 0.6], 0, 5),
         ([0.9, 0.1, 0.9], 2, 3),
     ):
-        policy.score = lambda *_, p=probabilities: p
+        policy.score = lambda *_, p=probabilities: (p, torch.ones(len(p), 1))
         assert policy.decide(seen(depth=depth, history=filled_history())).depth == wanted
 
 
 def test_units_with_nothing_to_train_stand_in_no_way():
     policy = SmartFRZPolicy(predictor_that_says(0.5), 0.6)
-    policy.score = lambda *_: [0.1, 0.9, 0.1, 0.9, 0.9]
+    policy.score = lambda *_: ([0.1, 0.9, 0.1, 0.9, 0.9], torch.ones(5, 1))
     trainable = [False, True, False, True, True]
     assert policy.decide(seen(history=filled_history(), trainable=trainable)).depth == 5
     trainable = [False, True, True, True, True]

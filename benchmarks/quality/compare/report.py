@@ -14,6 +14,7 @@ from math import exp, log
 from pathlib import Path
 from statistics import mean
 
+from benchmarks.quality.compare import headline
 from benchmarks.quality.compare.choice import flops, points
 from benchmarks.quality.compare.intervals import LEVEL, MEAN_LOST, MOST_LOST, Interval, bootstrap, interpolate
 from benchmarks.quality.compare.plan import HERE, Plan, Result, Task
@@ -232,14 +233,26 @@ def chart(title: str, found: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def summary(found: dict[str, list[Row]]) -> dict:
-    """`{"tasks": {task: {"arms": {arm: {"points_lost": ..., "compute": ..., "seconds": ...}}}}}`."""
+def summary(tasks: list[Task], found: dict[str, list[Row]]) -> dict:
+    """`{"tasks": {task: {"kind": ..., "model": ..., "epochs": ..., "arms": {arm: {"seeds": ..., "points_lost": ..., ...}}}}}`."""
 
     def entry(row: Row) -> dict:
         lost = row.lost.to_dict()
-        return {"points_lost": lost, "compute": round(row.compute, 4), "seconds": round(row.seconds, 4)}
+        costs = {"compute": round(row.compute, 4), "seconds": round(row.seconds, 4)}
+        return {"seeds": row.seeds, "points_lost": lost, **costs}
 
-    return {"tasks": {task: {"arms": {row.arm: entry(row) for row in part}} for task, part in found.items()}}
+    return {
+        "tasks": {
+            task.name: {
+                "kind": task.kind,
+                "model": task.model,
+                "epochs": task.epochs,
+                "seen": task.seen,
+                "arms": {row.arm: entry(row) for row in found[task.name]},
+            }
+            for task in tasks
+        }
+    }
 
 
 def summary_table(known: dict, arms: dict[str, str]) -> str:
@@ -272,7 +285,10 @@ def make(plan: Plan, out: Path, report: Path) -> None:
             found[task.name] = part + ([limit] if limit else [])
             tasks.append(task)
     report.mkdir(parents=True, exist_ok=True)
-    (report / "summary.json").write_text(json.dumps(summary(found), indent=1) + "\n")
+    known = summary(tasks, found)
+    (report / "summary.json").write_text(json.dumps(known, indent=1) + "\n")
+    if headline.compared(known):
+        headline.chart(known, report / "charts" / "default_settings.png")
     text = ["# Comparison", "", INTRODUCTION, ""]
     for part in overview(tasks, found) if tasks else ():
         text += [part, ""]

@@ -1,0 +1,115 @@
+"""The figures of the README, and the table and the chart in docs/benchmarks.md, from `summary.json`."""
+
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.utils import markdown_table
+
+ARM = "smartfrz-balanced"  # the default settings
+MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2", "bert": "BERT", "vit": "ViT", "deit": "DeiT", "resnet": "ResNet"}
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+def compared(known: dict) -> dict[str, dict[str, Any]]:
+    """By fine-tuning task whose data the predictor has not seen, what the default settings took and lost, and the model."""
+    return {
+        task: part["arms"][ARM] | {"model": part["model"], "epochs": part["epochs"]}
+        for task, part in known["tasks"].items()
+        if part["kind"] == "fine-tuning" and not part["seen"] and ARM in part["arms"]
+    }
+
+
+def figures(known: dict) -> str:
+    """Three figures as a table, and their conditions below it."""
+    runs = compared(known)
+    change = {task: -run["points_lost"]["mean"] for task, run in runs.items()}
+    worst, best = min(change, key=lambda task: change[task]), max(change, key=lambda task: change[task])
+    rows = []
+    for key, what in (("compute", "floating-point operations of training"), ("seconds", "processor time of training")):
+        saved = [1 - run[key] for run in runs.values()]
+        name = "compute" if key == "compute" else "time"
+        rows.append(
+            [
+                f"**{percent(mean(saved))} less {name}**",
+                f"{what}; {percent(min(saved))} to {percent(max(saved))}, depending on the task",
+            ]
+        )
+    rows.append(
+        [
+            f"**{mean(change.values()):+.2f} points**",
+            f"accuracy; {change[worst]:+.1f} (`{worst}`) to {change[best]:+.1f} (`{best}`), depending on the task",
+        ]
+    )
+    return f"{markdown_table(['on average', 'what, and the range'], rows)}\n\n{conditions(known)}"
+
+
+def conditions(known: dict) -> str:
+    """What the figures were measured on, in two sentences."""
+    runs = compared(known)
+    names = list(dict.fromkeys(MODELS.get(run["model"].partition("-")[0], run["model"]) for run in runs.values()))
+    models = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    seeds = sorted({run["seeds"] for run in runs.values()})
+    many = span([run["seeds"] for run in runs.values()])
+    epochs = span([run["epochs"] for run in runs.values()])
+    warning = " With one seed, differences of a point or two are noise." if seeds[0] == 1 else ""
+    return (
+        f"Default settings (`balanced`) against full training with the same seed. {count(len(runs)).capitalize()} small "
+        f"fine-tuning task{'s' * (len(runs) != 1)}, {many} seed{'s' * (seeds[-1] != 1)} each, pretrained models ({models}), one "
+        f"CPU thread, {epochs} epochs.{warning}"
+    )
+
+
+def table(known: dict) -> str:
+    """One row for each task, and their mean, in Markdown."""
+    runs = compared(known)
+
+    def lost(run: dict[str, Any]) -> str:
+        at = run["points_lost"]
+        return f"{at['mean']:+.2f} [{at['low']:+.2f}, {at['high']:+.2f}]" if run["seeds"] > 1 else f"{at['mean']:+.2f}"
+
+    rows: list[list[object]] = [
+        [f"`{task}`", run["seeds"], lost(run), f"{run['compute']:.2f}", f"{run['seconds']:.2f}"]
+        for task, run in runs.items()
+    ]
+    points = [run["points_lost"]["mean"] for run in runs.values()]
+    means = [f"{mean(run[key] for run in runs.values()):.2f}" for key in ("compute", "seconds")]
+    spread = f" ± {stdev(points):.2f}" if len(points) > 1 else ""
+    rows.append(["mean ± standard deviation over tasks", "", f"{mean(points):+.2f}{spread}", *means])
+    return markdown_table(["task", "seeds", "points lost", "compute", "processor time"], rows)
+
+
+def chart(known: dict, path: Path) -> None:
+    """What each task saved, with the points lost beside its name."""
+    from matplotlib.figure import Figure
+
+    runs = compared(known)
+    figure = Figure(figsize=(8, 1.2 + 0.5 * len(runs)), layout="constrained")
+    axes = figure.subplots()
+    for offset, key, label, color in (
+        (-0.2, "compute", "compute", "#e07a3f"),
+        (0.2, "seconds", "processor time", "#7d97a5"),
+    ):
+        saved = [100 * (1 - run[key]) for run in runs.values()]
+        axes.barh([place + offset for place in range(len(runs))], saved, height=0.38, label=label, color=color)
+    names = [f"{task}\n{run['points_lost']['mean']:+.1f} points lost" for task, run in runs.items()]
+    axes.set_yticks(range(len(runs)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel("saved against full training, %")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def span(values: list[int]) -> str:
+    """`three`, or `three to five`."""
+    return " to ".join(dict.fromkeys(count(value) for value in (min(values), max(values))))
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def count(number: int) -> str:
+    return NUMBERS[number] if number < len(NUMBERS) else str(number)
