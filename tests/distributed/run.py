@@ -139,6 +139,7 @@ def main():
         | (FSDP if options.fsdp == "arguments" else {})
         | options.arguments,
     )
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     if options.fsdp is not None:
         shard_on_the_cpu()
     assert args.world_size == options.world_size, f"{args.world_size} processes, not {options.world_size}"
@@ -185,7 +186,7 @@ def main():
     callback.policy.min_probe_examples = 4
     trainer.train(resume_from_checkpoint=str(options.resume) if options.resume else None)
     weights = whole_weights(model)
-    assert all(p.requires_grad for p in model.parameters())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
     save_file({"history": callback.run.observer.history.snapshots()}, options.folder / f"history-{rank}.safetensors")
     write_end(
         options.folder,
