@@ -79,7 +79,7 @@ class WeightSampler:
         parameters = [p for p in parameters if p.requires_grad] or parameters
         changes = list(lora_changes(unit.modules.values(), set(parameters))) if self.lora_products else []
         factors = {factor for change in changes for factor in change.parameters}
-        sources = [*(p for p in parameters if p not in factors), *changes]
+        sources: list[nn.Parameter | LoRAChange] = [*(p for p in parameters if p not in factors), *changes]
         return [source for source in sources if source.dim() >= 2] or sources
 
     def _in_shard(self, read: _Read) -> _Read:
