@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import transformers
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from smartfrz_hf import Ledger, SmartFRZArguments, SmartFRZConfig, SmartFRZMixin
@@ -83,15 +83,16 @@ class CommonDataArguments:
         return {split: path for split, path in files.items() if path is not None}
 
 
-def parse_arguments(
+def start(
     model_arguments: type,
     data_arguments: type,
     description: str,
     args: list[str] | None,
     training_arguments: type = TrainingArguments,
-) -> tuple[Any, Any, Any, SmartFRZConfig]:
+) -> tuple[Any, Any, Any, SmartFRZConfig, str | None]:
     """
-    Read the arguments from the command line, or from one JSON file.
+    Start a script with a Trainer: read its arguments from the command line or from one JSON file, set up the log, find the
+    checkpoint to resume from, and seed.
 
     Args:
         model_arguments (`type`): dataclass of the model arguments.
@@ -100,8 +101,13 @@ def parse_arguments(
         args (`list[str]`, *optional*): the command line; that of the process when it is `None`.
         training_arguments (`type`, *optional*): class of the training arguments. Defaults to that of Transformers.
 
+    Returns:
+        `tuple`: arguments for the model, for the data and for the training, the configuration of the freezing, and the
+        checkpoint, which is `None` where there is none.
+
     Raises:
-        ValueError: none of `--do_train`, `--do_eval` and `--do_predict` is given.
+        ValueError: none of `--do_train`, `--do_eval` and `--do_predict` is given, or `--output_dir` holds files but no
+            checkpoint.
     """
     parser = HfArgumentParser(
         (model_arguments, data_arguments, training_arguments, SmartFRZArguments), description=description
@@ -114,7 +120,10 @@ def parse_arguments(
     model_args, data_args, training_args, smartfrz_args = parsed
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("Nothing to do: pass at least one of --do_train, --do_eval and --do_predict.")
-    return model_args, data_args, training_args, smartfrz_args.to_config()
+    set_up_trainer_logging(training_args)
+    checkpoint = find_checkpoint(training_args)
+    set_seed(training_args.seed)
+    return model_args, data_args, training_args, smartfrz_args.to_config(), checkpoint
 
 
 def set_up_logging(log_level: int, own_level: int) -> None:

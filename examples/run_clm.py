@@ -9,14 +9,12 @@ from common import (
     CommonModelArguments,
     check_columns,
     evaluate_split,
-    find_checkpoint,
     load_splits,
-    parse_arguments,
     publish,
-    set_up_trainer_logging,
+    start,
     train,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
 from smartfrz_hf import SmartFRZTrainer
 
@@ -45,12 +43,9 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args (`list[str]`, *optional*): the command line; that of the process when it is not given.
     """
-    model_args, data_args, training_args, config = parse_arguments(
+    model_args, data_args, training_args, config, checkpoint = start(
         ModelArguments, DataTrainingArguments, __doc__, args
     )
-    set_up_trainer_logging(training_args)
-    checkpoint = find_checkpoint(training_args)
-    set_seed(training_args.seed)
 
     splits = load_splits(data_args, model_args, training_args)
     check_columns(splits, (data_args.text_column,))

@@ -9,12 +9,10 @@ from common import (
     average_gradients_in_trainer,
     check_extensions,
     evaluate_split,
-    find_checkpoint,
     first_samples,
-    parse_arguments,
     publish,
     require_split,
-    set_up_trainer_logging,
+    start,
     train,
     write_predictions,
 )
@@ -31,7 +29,7 @@ from text_classification import (
     text_columns,
     tokenize,
 )
-from transformers import DataCollatorWithPadding, EvalPrediction, default_data_collator, set_seed
+from transformers import DataCollatorWithPadding, EvalPrediction, default_data_collator
 
 from smartfrz_hf import SmartFRZTrainer
 
@@ -98,12 +96,9 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args (`list[str]`, *optional*): the command line; that of the process when it is not given.
     """
-    model_args, data_args, training_args, smartfrz_config = parse_arguments(
+    model_args, data_args, training_args, smartfrz_config, checkpoint = start(
         ModelArguments, DataTrainingArguments, __doc__, args
     )
-    set_up_trainer_logging(training_args)
-    checkpoint = find_checkpoint(training_args)
-    set_seed(training_args.seed)
 
     raw_datasets = load_texts(
         data_args.files,

@@ -18,16 +18,14 @@ from common import (
     check_extensions,
     encode_labels,
     evaluate_split,
-    find_checkpoint,
     first_samples,
     label_names,
     load_files,
     load_metric,
     new_config,
-    parse_arguments,
     publish,
     require_split,
-    set_up_trainer_logging,
+    start,
     train,
     write_predictions,
 )
@@ -41,7 +39,6 @@ from transformers import (
     DefaultDataCollator,
     EvalPrediction,
     PreTrainedConfig,
-    set_seed,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
@@ -312,12 +309,9 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args (`list[str]`, *optional*): the command line; that of the process when it is not given.
     """
-    model_args, data_args, training_args, smartfrz_config = parse_arguments(
+    model_args, data_args, training_args, smartfrz_config, checkpoint = start(
         ModelArguments, DataTrainingArguments, __doc__, args
     )
-    set_up_trainer_logging(training_args)
-    checkpoint = find_checkpoint(training_args)
-    set_seed(training_args.seed)
     # The Trainer would remove the column with the images before the transform reads it.
     training_args.remove_unused_columns = False
 

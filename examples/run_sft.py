@@ -6,14 +6,12 @@ import trl
 from common import (
     CommonDataArguments,
     evaluate_split,
-    find_checkpoint,
     load_splits,
-    parse_arguments,
     publish,
-    set_up_trainer_logging,
+    start,
     train,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smartfrz_hf import SmartFRZMixin
 
@@ -42,12 +40,9 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args (`list[str]`, *optional*): the command line; that of the process when it is not given.
     """
-    model_args, data_args, training_args, config = parse_arguments(
+    model_args, data_args, training_args, config, checkpoint = start(
         ModelArguments, CommonDataArguments, __doc__, args, trl.SFTConfig
     )
-    set_up_trainer_logging(training_args)
-    checkpoint = find_checkpoint(training_args)
-    set_seed(training_args.seed)
 
     # Columns `text`, or `prompt` and `completion`, or `messages`: TRL knows them by their names.
     splits = load_splits(data_args, model_args, training_args)

@@ -13,13 +13,11 @@ from common import (
     agree_on_labels,
     average_gradients_in_trainer,
     evaluate_split,
-    find_checkpoint,
     first_samples,
     load_metric,
     new_config,
-    parse_arguments,
     publish,
-    set_up_trainer_logging,
+    start,
     train,
 )
 from datasets import Dataset
@@ -31,7 +29,6 @@ from transformers import (
     AutoModelForAudioClassification,
     EvalPrediction,
     Wav2Vec2FeatureExtractor,
-    set_seed,
 )
 
 from smartfrz_hf import SmartFRZTrainer
@@ -97,12 +94,9 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args (`list[str]`, *optional*): the command line; that of the process when it is not given.
     """
-    model_args, data_args, training_args, config = parse_arguments(
+    model_args, data_args, training_args, config, checkpoint = start(
         ModelArguments, DataTrainingArguments, __doc__, args
     )
-    set_up_trainer_logging(training_args)
-    checkpoint = find_checkpoint(training_args)
-    set_seed(training_args.seed)
     if data_args.train_dir is None:
         raise ValueError("No data: pass --train_dir, a folder with one subfolder of .wav files per class.")
 

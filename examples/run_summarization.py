@@ -10,13 +10,11 @@ from common import (
     CommonModelArguments,
     check_columns,
     evaluate_split,
-    find_checkpoint,
     load_metric,
     load_splits,
     new_config,
-    parse_arguments,
     publish,
-    set_up_trainer_logging,
+    start,
     train,
 )
 from transformers import (
@@ -27,7 +25,6 @@ from transformers import (
     EvalPrediction,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    set_seed,
 )
 
 from smartfrz_hf import SmartFRZMixin
@@ -80,12 +77,9 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args (`list[str]`, *optional*): the command line; that of the process when it is not given.
     """
-    model_args, data_args, training_args, config = parse_arguments(
+    model_args, data_args, training_args, config, checkpoint = start(
         ModelArguments, DataTrainingArguments, __doc__, args, Seq2SeqTrainingArguments
     )
-    set_up_trainer_logging(training_args)
-    checkpoint = find_checkpoint(training_args)
-    set_seed(training_args.seed)
 
     splits = load_splits(data_args, model_args, training_args)
     check_columns(splits, (data_args.text_column, data_args.summary_column))

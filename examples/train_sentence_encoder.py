@@ -6,10 +6,8 @@ from common import (
     CommonDataArguments,
     CommonModelArguments,
     check_columns,
-    find_checkpoint,
     load_splits,
-    parse_arguments,
-    set_up_trainer_logging,
+    start,
     train,
 )
 from sentence_transformers import (
@@ -19,7 +17,6 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss
-from transformers import set_seed
 
 from smartfrz_hf import SmartFRZMixin
 
@@ -54,12 +51,9 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args (`list[str]`, *optional*): the command line; that of the process when it is not given.
     """
-    model_args, data_args, training_args, config = parse_arguments(
+    model_args, data_args, training_args, config, checkpoint = start(
         ModelArguments, DataTrainingArguments, __doc__, args, SentenceTransformerTrainingArguments
     )
-    set_up_trainer_logging(training_args)
-    checkpoint = find_checkpoint(training_args)
-    set_seed(training_args.seed)
 
     columns = (data_args.first_column, data_args.second_column, data_args.score_column)
     splits = load_splits(data_args, model_args, training_args)

@@ -85,7 +85,8 @@ class SmartFRZConfig:
 
     Parameters that control the freezing stages:
         first_decision (`float`, *optional*, defaults to `0.05`):
-            Time of the first freezing stage: below 1 a fraction of the run, else steps.
+            Time of the first freezing stage: below 1 a fraction of the run, else steps. The policy `"smartfrz"` freezes
+            nothing in the first fifth of the run while the learning rate is near its peak.
         decide_every (`float`, *optional*, defaults to `0.05`):
             Time between freezing stages: below 1 a fraction of the run, else steps.
         probe_examples (`int`, *optional*, defaults to `16`):

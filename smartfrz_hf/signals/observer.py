@@ -59,7 +59,7 @@ class Observer:
         self.history: WeightHistory | None = None
         if history_size is not None:
             window, weights_per_unit = history_size
-            self.sampler = WeightSampler(stack.units, weights_per_unit, sampling_seed)
+            self.sampler = WeightSampler(stack.units, weights_per_unit, sampling_seed, lora_products=True)
             device = next(stack.backbone.parameters()).device
             self.history = WeightHistory(len(stack), window, weights_per_unit, device)
         self.probe: ProbeHistory | None = None
@@ -116,9 +116,13 @@ class Observer:
             self.probe = None
 
     def state_dict(self) -> dict[str, Any]:
-        """`weight_history`, `probe_history` and `pilot`, each as its class documents it, or `None`."""
+        """
+        `weight_history`, `probe_history` and `pilot`, each as its class documents it, or `None`. The weight history also says
+        whether it samples the products of LoRA's factors (`lora_products`).
+        """
+        history = None if self.history is None else self.history.state_dict()
         return {
-            "weight_history": None if self.history is None else self.history.state_dict(),
+            "weight_history": history and history | {"lora_products": self.sampler.lora_products},
             "probe_history": self.probe.state_dict() if self.probe is not None and self.probe.steps else None,
             "pilot": None if self.pilot is None else self.pilot.state_dict(),
         }
@@ -127,6 +131,11 @@ class Observer:
         """Go on from what `state_dict` gave."""
         if self.history is not None and state["weight_history"] is not None:
             self.history.load_state_dict(state["weight_history"])
+            # Runs of earlier versions sampled the factors, and go on with them.
+            products, sampler = state["weight_history"].get("lora_products", False), self.sampler
+            if products != sampler.lora_products:
+                units, per_unit = self._stack.units, sampler.weights_per_unit
+                self.sampler = WeightSampler(units, per_unit, self._sampling_seed, products)
         if self.probe is not None and state["probe_history"] is not None:
             self.probe.load_state_dict(state["probe_history"])
         if self.pilot_steps and state.get("pilot") is not None:  # checkpoints of earlier versions have none

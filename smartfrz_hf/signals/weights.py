@@ -12,13 +12,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..model.units import Unit
+from .lora import LoRAChange, lora_changes
 
 
 @dataclass(frozen=True)
 class _Read:
-    """The elements of a parameter that belong to a sample and that this process holds, and their places in the sample."""
+    """The elements of a matrix that belong to a sample and that this process holds, and their places in the sample."""
 
-    parameter: nn.Parameter
+    source: nn.Parameter | LoRAChange
     index: tuple[torch.Tensor, ...]
     places: torch.Tensor
 
@@ -38,10 +39,13 @@ class WeightSampler:
         units (`Sequence[Unit]`): the units, in order.
         weights_per_unit (`int`): weights in a sample.
         seed (`int`, *optional*, defaults to `0`): seed of the positions. The process's random state is not touched.
+        lora_products (`bool`, *optional*, defaults to `False`):
+            Whether to read, in place of the two factors of a LoRA layer, the change of the weight matrix that they make
+            together ([`~smartfrz_hf.signals.lora.LoRAChange`]). It has no gradient, so [`read_gradients`] is not for this.
     """
 
-    def __init__(self, units: Sequence[Unit], weights_per_unit: int, seed: int = 0):
-        self.weights_per_unit = weights_per_unit
+    def __init__(self, units: Sequence[Unit], weights_per_unit: int, seed: int = 0, lora_products: bool = False):
+        self.weights_per_unit, self.lora_products = weights_per_unit, lora_products
         parameters = [p for unit in units for p in unit.named_parameters().values()]
         self._mesh: DeviceMesh | None = next((p.device_mesh for p in parameters if isinstance(p, DTensor)), None)
         self._device = parameters[0].device if parameters else torch.device("cpu")
@@ -49,41 +53,48 @@ class WeightSampler:
         self._reads = [self._draw(unit, generator) for unit in units]
 
     def _draw(self, unit: Unit, generator: np.random.Generator) -> list[_Read]:
-        parameters = [p for p in unit.named_parameters().values() if p.is_floating_point() and p.numel()]
-        if not parameters:
+        sources = self._sources(unit)
+        if not sources:
             return []
-        # Weights that do not train, such as the base model under PEFT, show nothing.
-        parameters = [p for p in parameters if p.requires_grad] or parameters
-        parameters = [p for p in parameters if p.dim() >= 2] or parameters
-        ends = np.cumsum([p.numel() for p in parameters])
+        ends = np.cumsum([source.numel() for source in sources])
         if ends[-1] >= self.weights_per_unit:
             positions = np.sort(generator.choice(ends[-1], self.weights_per_unit, replace=False, shuffle=False))
         else:
             positions = np.sort(np.arange(self.weights_per_unit) % ends[-1])
         reads = []
-        for parameter, end in zip(parameters, ends, strict=True):
-            start = end - parameter.numel()
+        for source, end in zip(sources, ends, strict=True):
+            start = end - source.numel()
             (places,) = np.nonzero((positions >= start) & (positions < end))
             if len(places):
-                flat = torch.from_numpy(positions[places] - start).to(parameter.device)
+                flat = torch.from_numpy(positions[places] - start).to(source.device)
                 # An index per dimension reads strided weights (channels-last kernels) without a copy.
-                index = torch.unravel_index(flat, parameter.shape)
-                reads.append(self._in_shard(_Read(parameter, index, torch.from_numpy(places).to(parameter.device))))
+                index = torch.unravel_index(flat, source.shape)
+                reads.append(self._in_shard(_Read(source, index, torch.from_numpy(places).to(source.device))))
         return reads
 
+    def _sources(self, unit: Unit) -> list[nn.Parameter | LoRAChange]:
+        """What a sample of a unit is drawn from."""
+        parameters = [p for p in unit.named_parameters().values() if p.is_floating_point() and p.numel()]
+        # Weights that do not train, such as the base model under PEFT, show nothing.
+        parameters = [p for p in parameters if p.requires_grad] or parameters
+        changes = list(lora_changes(unit.modules.values(), set(parameters))) if self.lora_products else []
+        factors = {factor for change in changes for factor in change.parameters}
+        sources: list[nn.Parameter | LoRAChange] = [*(p for p in parameters if p not in factors), *changes]
+        return [source for source in sources if source.dim() >= 2] or sources
+
     def _in_shard(self, read: _Read) -> _Read:
-        """The part that this process holds. A parameter that is not sharded is read by the first process."""
+        """The part that this process holds. What is not sharded is read by the first process."""
         if self._mesh is None:
             return read
-        rank, shape = self._mesh.get_local_rank(), read.parameter.shape
-        if not isinstance(read.parameter, DTensor):
-            return read if rank == 0 else _Read(read.parameter, tuple(i[:0] for i in read.index), read.places[:0])
-        placement: Any = read.parameter.placements[0]
+        rank, shape = self._mesh.get_local_rank(), read.source.shape
+        if not isinstance(read.source, DTensor):
+            return read if rank == 0 else _Read(read.source, tuple(i[:0] for i in read.index), read.places[:0])
+        placement: Any = read.source.placements[0]
         rows = -(-shape[placement.dim] // self._mesh.size())  # the last shards may be shorter, or empty
         along = read.index[placement.dim] - rows * rank
         here = (along >= 0) & (along < rows)
         index = [along if dim == placement.dim else i for dim, i in enumerate(read.index)]
-        return _Read(read.parameter, tuple(i[here] for i in index), read.places[here])
+        return _Read(read.source, tuple(i[here] for i in index), read.places[here])
 
     @torch.no_grad()
     def read(self, unit: int) -> torch.Tensor:
@@ -129,7 +140,10 @@ class WeightSampler:
             return torch.zeros(self.weights_per_unit, dtype=torch.float32, device=self._device)
         parts = []
         for read in self._reads[unit]:
-            tensor = get(read.parameter)
+            if isinstance(read.source, LoRAChange):
+                parts.append(read.source.at(read.index))
+                continue
+            tensor = get(read.source)
             if tensor is None:
                 parts.append(torch.zeros(len(read.places), dtype=torch.float32, device=read.places.device))
             else:

@@ -5,6 +5,7 @@ import copy
 import json
 from pathlib import Path
 
+import peft
 import torch
 import torch.distributed as dist
 from ranks import FSDP, shard_on_the_cpu, tiny_bert, whole_weights, write_end
@@ -97,7 +98,7 @@ class Watching(TrainerCallback):
             units = find_blocks(self.copied).units
             every = range(len(units))
             sampler = self.callback.run.observer.sampler
-            samples = WeightSampler(units, sampler.weights_per_unit).read_all(every)
+            samples = WeightSampler(units, sampler.weights_per_unit, lora_products=True).read_all(every)
             assert torch.equal(sampler.read_all(every), samples), "shards give other samples"
 
 
@@ -114,6 +115,7 @@ def main():
     parser.add_argument("--arguments", type=json.loads, default={}, help="of training, more of them")
     parser.add_argument("--stages", type=json.loads, default=STAGES, help="which depth from which step on")
     parser.add_argument("--front", action="store_true", help="look at the front probe, too")
+    parser.add_argument("--lora", action="store_true", help="train LoRA")
     parser.add_argument("--pilot", type=float, default=0.0, help="fraction of the run that is the pilot")
     parser.add_argument("--dies_at", type=int, help="rank 1 leaves before the freezing stage of this step")
     options = parser.parse_args()
@@ -121,6 +123,8 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = tiny_bert()
+    if options.lora:
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "value"], r=4))
     args = arguments(
         options.folder,
         max_steps=options.steps,
@@ -135,6 +139,7 @@ def main():
         | (FSDP if options.fsdp == "arguments" else {})
         | options.arguments,
     )
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     if options.fsdp is not None:
         shard_on_the_cpu()
     assert args.world_size == options.world_size, f"{args.world_size} processes, not {options.world_size}"
@@ -181,7 +186,7 @@ def main():
     callback.policy.min_probe_examples = 4
     trainer.train(resume_from_checkpoint=str(options.resume) if options.resume else None)
     weights = whole_weights(model)
-    assert all(p.requires_grad for p in model.parameters())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
     save_file({"history": callback.run.observer.history.snapshots()}, options.folder / f"history-{rank}.safetensors")
     write_end(
         options.folder,

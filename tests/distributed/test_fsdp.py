@@ -54,6 +54,14 @@ def test_fsdp2_trains_as_ddp(sharded, tmp_path):
     assert [part["states"] for part in sharded[1]] == [part["states"] for part in other]
 
 
+def test_lora(tmp_path):
+    """The samples of a sharded adapter are those of a whole one, which the script checks at each step."""
+    found, weights = results(tmp_path / "fsdp", "--fsdp=launcher", "--lora", recipe="fsdp2_cpu")
+    same(found, weights, *results(tmp_path / "ddp", "--lora"))
+    history = load_file(tmp_path / "fsdp" / "history-0.safetensors")["history"]
+    assert history[1:].any()
+
+
 def test_a_front_that_freezes_after_the_pilot_has_the_weights_of_the_start(tmp_path):
     """Under DDP and FSDP2, and in a run that is resumed in the pilot."""
     words = ["--pilot=0.1", "--steps=40", "--stages", json.dumps({4: 2}), "--arguments", json.dumps({"save_steps": 2})]

@@ -125,7 +125,10 @@ def sft_packing(folder: Path) -> Made:
 
 
 def sft_wrapped(folder: Path) -> Made:
-    """Packing into rows of one length each, of which there are nine."""
+    """
+    Packing into rows of one length each, of which there are nine. With eight epochs, step 5 comes after the first fifth of the run,
+    in which nothing freezes at a constant learning rate.
+    """
     return _sft(folder, _texts(), packing=True, packing_strategy="wrapped", num_train_epochs=8)
 
 

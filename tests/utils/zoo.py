@@ -68,6 +68,7 @@ SIZES: list[tuple[str, Any]] = [
         48,
     ),
     (r"num_labels", 2),
+    (r"num_filters", 4),
 ]
 SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
 MLA = {
