@@ -15,7 +15,8 @@ from versions import checkpoint_activations
 
 from smartfrz_hf import Freezer, SmartFRZCallback, SmartFRZConfig, find_blocks
 from smartfrz_hf._compat import has_input_grads
-from smartfrz_hf.cost.flops import ComputeMeter, upgrade_meter_state
+from smartfrz_hf.cost.flops import ComputeMeter
+from smartfrz_hf.cost.format_1 import upgrade_meter_state
 from smartfrz_hf.cost.ledger import Flops
 
 ROWS, LENGTH, HIDDEN, INSIDE = 4, 16, 32, 37
@@ -42,10 +43,10 @@ class Bench:
             checkpoint_activations(model, checkpointing == "reentrant")
         return cls(model, ARCHITECTURES[name].batch(model), optimizer)
 
-    def freeze_to(self, depth):
-        self.freezer.unfreeze_to(min(depth, self.freezer.depth))
-        self.freezer.freeze_to(depth)
-        self.meter.freeze_to(depth)
+    def freeze_to(self, depth, apart=()):
+        self.freezer.unfreeze_to(0 if apart or self.freezer.apart else min(depth, self.freezer.depth))
+        self.freezer.freeze([*range(depth), *apart])
+        self.meter.freeze_to(self.freezer.depth, self.freezer.apart)
 
     def loss(self):
         return self.model(**self.batch)["loss"]
@@ -65,8 +66,8 @@ class Bench:
         return self.meter.take()
 
 
-def assert_as_torch_counts(bench, depth, tolerance=1e-6):
-    bench.freeze_to(depth)
+def assert_as_torch_counts(bench, depth, tolerance=1e-6, apart=()):
+    bench.freeze_to(depth, apart)
     backward = counted(bench.loss().backward) if bench.loss().requires_grad else 0
     assert backward > 0 or depth == len(bench.stack)
     forward = counted(bench.loss)
