@@ -60,6 +60,8 @@ class Boundary:
         front = [module for unit in units[: self._depth] for module in modules_of(unit)]
         apart = [module for index in frozen if index > self._depth for module in modules_of(units[index])]
         self._modules = [*front, *apart]
+        for module in self._modules:
+            module.training = False
         gather_for_backward(self._stack.model, set(front))
         self._checkpointed.remove()
         self._checkpointed = CheckpointedModules(apart)

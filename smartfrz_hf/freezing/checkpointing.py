@@ -40,8 +40,7 @@ class CheckpointedModules:
             layer.training = training
 
     def remove(self) -> None:
-        """Take the hooks off, and leave the layers in evaluation mode."""
-        self.set_training(False)
+        """Take the hooks off. The modes of the layers stay as they are."""
         while self._hooks:
             self._hooks.pop().remove()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, build
 from counting import counted
-from test_flops import BERT_LAYER, Bench, assert_as_torch_counts, with_adapters
+from metered import BERT_LAYER, Bench, assert_as_torch_counts, with_adapters
 
 
 def last_units(stack):
