@@ -113,7 +113,7 @@ class Boundary:
         if not torch.compiler.is_compiling():
             for module in self._modules:
                 module.training = False
-            self._checkpointed.set_training(self._stack.backbone.training)
+            self._checkpointed.before_pass(self._stack.backbone.training)
             self._disable_input_grads()
             self._require_checkpoint_grads()
 

@@ -1,12 +1,11 @@
 """Activation checkpointing of units that are frozen behind units that train."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..model.forward_patch import LeftBehind
+from .._compat import checkpoint_in_evaluation
 
 
 class CheckpointedModules:
@@ -18,34 +17,26 @@ class CheckpointedModules:
     mode inside the checkpointed function.
 
     Args:
-        modules (`Iterable[torch.nn.Module]`): frozen modules. Those among them that are checkpointed now are kept so.
+        modules (`Iterable[torch.nn.Module]`): frozen modules.
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
-        self._layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
-        self._hooks = [
-            hook
-            for layer in self._layers
-            for hook in (
-                layer.register_forward_pre_hook(LeftBehind(self._enter)),
-                layer.register_forward_hook(LeftBehind(self._leave), always_call=True),
-            )
-        ]
-        self._training = False
+        self._layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+        self._undo: list[Callable[[], None]] = []
 
-    def set_training(self, training: bool) -> None:
-        """To be called before each pass, with the mode of the model."""
-        self._training = training
+    def before_pass(self, training: bool) -> None:
+        """
+        To be called before each pass: checkpointing may be turned off and on again in between.
+
+        Args:
+            training (`bool`): whether the model is in training mode.
+        """
         for layer in self._layers:
-            layer.training = training
+            undo = checkpoint_in_evaluation(layer)
+            self._undo += [] if undo is None else [undo]
+            layer.training = training and bool(layer.gradient_checkpointing)
 
     def remove(self) -> None:
-        """Take the hooks off. The modes of the layers stay as they are."""
-        while self._hooks:
-            self._hooks.pop().remove()
-
-    def _enter(self, layer: nn.Module, *_: Any) -> None:
-        layer.training = False
-
-    def _leave(self, layer: nn.Module, *_: Any) -> None:
-        layer.training = self._training
+        """Give the layers their own checkpointing functions back. Their modes stay as they are."""
+        while self._undo:
+            self._undo.pop()()

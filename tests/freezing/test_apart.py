@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from smartfrz_hf import (
     SmartFRZTrainer,
     find_blocks,
 )
+from smartfrz_hf._compat import CHECKPOINT_FUNCTION
+from smartfrz_hf.report import write_report
 
 STEPS = 18
 EACH_STEP = {"order": "independent", "first_decision": 1, "decide_every": 1}
@@ -54,7 +57,8 @@ def in_a_loop(name, by_hand, checkpointing=None, plan=PLAN, **config):
             model.train()
             step(model, batch, optimizer)
             freezing.step()
-        for p in (p for unit in freezing.stack.units[:4] for p in unit.named_parameters().values()):
+        frozen = [freezing.stack[index] for index in freezing.front.freezer.frozen]
+        for p in (p for unit in frozen for p in unit.named_parameters().values()):
             assert p.grad is None and p not in optimizer.state
     return model, freezing
 
@@ -84,7 +88,8 @@ def test_activation_checkpointing_changes_nothing(name, checkpointing):
     other, _ = in_a_loop(name, by_hand=True)
     for (key, value), wanted in zip(mine.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(value, wanted, msg=key)
-    assert_left_alone(mine)
+    functions = [getattr(module, CHECKPOINT_FUNCTION, None) for module in mine.modules()]
+    assert {type(function) for function in functions} <= {partial, type(None)}, "as Transformers has set them"
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -153,13 +158,18 @@ def test_resuming_equals_never_having_stopped(tmp_path, after):
 @pytest.mark.parametrize("sums", [False, True])
 def test_the_predictor_freezes_units_apart(tmp_path, sums):
     """Also one that sums the odds of a front. What is frozen is no longer recorded, and a resumed run is the same."""
-    torch.manual_seed(5)
+    torch.manual_seed(2)  # with which the last units score highest
     predictor = SmartFRZPredictor(SmartFRZPredictorConfig(window=4, weights_per_unit=32, front_sum=sums))
-    config = {"order": "independent", "freeze_threshold": 0.45}
+    config = {"order": "independent", "freeze_threshold": 0.96}
     whole = run(tmp_path, predictor=predictor, config=config)
     opened = [stage for stage in whole[1].ledger.stages if stage.apart]
     assert opened, "the test needs a gap"
     history = whole[1].run.observer.history
+    write_report(tmp_path, tmp_path / "report.html")
+    assert (
+        "of the compute ran back through units frozen behind units that train"
+        in (tmp_path / "report.html").read_text()
+    )
     unit = whole[1].ledger.units.index(opened[0].apart[0])
     assert len(history.snapshots()[unit].unique(dim=0)) == history.window, "frozen weights were recorded again"
     resumed = run(
