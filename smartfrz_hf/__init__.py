@@ -1,7 +1,8 @@
 """Adaptive layer freezing for Hugging Face Transformers (SmartFRZ, ICLR 2023)."""
 
+from .arguments import SmartFRZArguments
 from .callback import SmartFRZCallback
-from .config import SmartFRZArguments, SmartFRZConfig
+from .config import SmartFRZConfig
 from .cost.ledger import Ledger
 from .estimation import Estimate, estimate
 from .freezing.freezer import Freezer

@@ -207,6 +207,52 @@ def require_checkpoint_grads(block: nn.Module) -> Callable[[], None] | None:
     return undo
 
 
+class _CheckpointInEvaluation(partial):
+    """A checkpointing function whose layer computes in evaluation mode. Copies and pickles are without that."""
+
+    layer: nn.Module
+
+    def __call__(self, function: Callable[..., Any], /, *args: Any) -> Any:
+        def evaluate(*inputs: Any) -> Any:
+            before, self.layer.training = self.layer.training, False
+            try:
+                return function(*inputs)
+            finally:
+                self.layer.training = before
+
+        return super().__call__(evaluate, *args)
+
+    def __reduce__(self) -> tuple:
+        return partial, (self.func,), (self.func, self.args, self.keywords, {})
+
+
+def checkpoint_in_evaluation(layer: nn.Module) -> Callable[[], None] | None:
+    """
+    Have a layer in training mode compute in evaluation mode, under activation checkpointing.
+
+    Transformers checkpoints a layer in training mode only, and asks for the mode inside the layer's forward pass, before 5.23
+    outside of it, so no hook can change the mode between the two.
+
+    Returns:
+        `Callable[[], None]`: undoes it. `None` where nothing is to be changed: without checkpointing, or when it was done before.
+    """
+    before: Any = getattr(layer, CHECKPOINT_FUNCTION, None)
+    if not getattr(layer, "gradient_checkpointing", False) or isinstance(before, _CheckpointInEvaluation):
+        return None
+    if isinstance(before, partial):
+        patch: Any = _CheckpointInEvaluation(before.func, *before.args, **before.keywords)
+    else:
+        patch = _CheckpointInEvaluation(before)
+    patch.layer = layer
+
+    def undo() -> None:
+        if getattr(layer, CHECKPOINT_FUNCTION) is patch:
+            setattr(layer, CHECKPOINT_FUNCTION, before)
+
+    setattr(layer, CHECKPOINT_FUNCTION, patch)
+    return undo
+
+
 def has_input_grads(model: nn.Module) -> bool:
     """Whether `enable_input_require_grads` is in force. Transformers has a method to turn it on and one to turn it off only."""
     return bool(getattr(model, "_require_grads_hooks", None))

@@ -82,7 +82,7 @@ class SmartFRZCallback(TrainerCallback):
         """Start a run, or go on with the one in the checkpoint."""
         args, model = _of_body(args, model, kwargs)
         if self.run is not None and self.run.active and self.trainer is None:
-            check_restart(args, self.run.depth)
+            check_restart(args, self.run.frozen_units)
         self._check(args, control, model)
         epochs = state.num_train_epochs
         self.run = FreezingRun(

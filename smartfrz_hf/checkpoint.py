@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .cost.flops import upgrade_meter_state
+from .cost.format_1 import upgrade_meter_state
 from .distributed.fsdp import is_sharded
 from .run import FreezingRun
 
@@ -201,7 +201,8 @@ def load_run(run: FreezingRun, folder: str | os.PathLike, step: int) -> bool:
     """
     load_renamed(run.stack.model, folder)
     state = load_state(folder)
-    run.ranks.check_equal(-1 if state is None else state["depth"], f"the depth saved in {folder} (-1 without a state)")
+    frozen = -1 if state is None else [state["depth"], *state.get("apart", ())]
+    run.ranks.check_equal(frozen, f"the depth saved in {folder} (-1 without a state)")
     if state is None:
         logger.warning(
             f"{folder} holds no SmartFRZ state ({STATE_FILE}): training goes on with nothing frozen and an empty history."

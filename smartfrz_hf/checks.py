@@ -218,14 +218,14 @@ def _check_fsdp(args: TrainingArguments, config: SmartFRZConfig, with_mixin: boo
         )
 
 
-def check_restart(args: TrainingArguments, depth: int) -> None:
+def check_restart(args: TrainingArguments, frozen: int) -> None:
     """
     Refuse to start again with a smaller batch after units froze, without the mixin under DDP.
 
     Raises:
         RuntimeError: DDP was told to leave out what had frozen, and cannot be told otherwise.
     """
-    if depth and args.auto_find_batch_size and args.world_size > 1:
+    if frozen and args.auto_find_batch_size and args.world_size > 1:
         raise RuntimeError(
             "The Trainer starts again with a smaller batch, but DDP was told to leave out what had frozen. Use "
             "`SmartFRZTrainer`, or add `SmartFRZMixin` to your own Trainer class; or set `auto_find_batch_size=False`."

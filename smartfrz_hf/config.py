@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -15,6 +15,7 @@ from .sizes import Size
 
 logger = logging.get_logger(__name__)
 
+ORDERS = ("front", "independent")
 OPERATING_POINTS = ("conservative", "balanced", "aggressive")
 # `register_policy` adds to it.
 POLICIES = ["linear", "never", "smartfrz", "static"]
@@ -49,6 +50,10 @@ class SmartFRZConfig:
             (a number that grows evenly, as in Composer's layer freezing), `"never"`, a rule of another paper with its
             published settings (`"autofreeze"`, `"egeria"`, `"freezeout"`, `"grades"`, `"self_cka"`), `"random"`, or a name
             that was given to [`register_policy`].
+        order (`str`, *optional*, defaults to `"front"`):
+            Which units may freeze: `"front"`, those in front of all that train, or `"independent"`, any, one by one, as in the
+            paper. A unit that is frozen behind one that trains saves its weight gradients and its optimizer steps only: the
+            backward pass still runs through it. For the policies `"smartfrz"` and `"grades"`, and your own.
         predictor (`str`, *optional*, defaults to `"smartfrz-base"`):
             Predictor on the Hub or in a folder. `"smartfrz-base"` comes with the package and needs no network.
         predictor_revision (`str`, *optional*):
@@ -132,6 +137,7 @@ class SmartFRZConfig:
     """
 
     policy: str = field(default="smartfrz", metadata={"choices": POLICIES})
+    order: str = field(default="front", metadata={"choices": list(ORDERS)})
     predictor: str | None = None
     predictor_revision: str | None = None
     operating_point: str = field(default="balanced", metadata={"choices": list(OPERATING_POINTS)})
@@ -285,16 +291,3 @@ class SmartFRZConfig:
 
 for option in fields(SmartFRZConfig):
     option.metadata = MappingProxyType({"help": _help(SmartFRZConfig.__doc__ or "", option.name), **option.metadata})
-
-PREFIX = "smartfrz_"
-# The options of `SmartFRZConfig` for a command line (`HfArgumentParser`), prefixed so that none collides.
-SmartFRZArguments = make_dataclass(
-    "SmartFRZArguments",
-    [(PREFIX + f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in fields(SmartFRZConfig)],
-    namespace={
-        "__doc__": "Options of [`SmartFRZConfig`] for [`~transformers.HfArgumentParser`], as `--smartfrz_policy` etc.",
-        "to_config": lambda self: SmartFRZConfig(
-            **{f.name: getattr(self, PREFIX + f.name) for f in fields(SmartFRZConfig)}
-        ),
-    },
-)

@@ -1,5 +1,6 @@
 """The frozen front of a model in training, and all that follows when it grows: DDP's reducer, FLOPs, the cache."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +15,7 @@ from .cost.ledger import Ledger
 from .distributed.consensus import Ranks
 from .distributed.ddp import rebuild_reducer
 from .distributed.fsdp import reshard
+from .freezing.boundary import front_of
 from .freezing.compile import GraphLimits
 from .freezing.freezer import Freezer
 from .freezing.kept import kept_parameters
@@ -67,24 +69,33 @@ class Front:
 
     @property
     def depth(self) -> int:
-        """Frozen units."""
+        """Frozen units of the front."""
         return self.freezer.depth
 
-    def freeze_to(self, depth: int, pilot: Pilot | None = None) -> list[Unit]:
+    def freeze(self, units: Iterable[int], pilot: Pilot | None = None) -> list[Unit]:
         """
-        Freeze all units in front of `depth`, and return those that froze now. With the pilot, they get the weights of the start
-        of the run, and the learning rate of the rest rises.
+        Freeze more units, and return those that froze now.
+
+        Args:
+            units (`Iterable[int]`): their indices.
+            pilot ([`Pilot`], *optional*): gives the front the weights of the start of the run. The learning rate of the rest
+                rises.
         """
-        if pilot is not None:
+        before, units = self.depth, set(units)
+        depth = front_of(units | self.freezer.frozen)
+        if pilot is not None and depth > before:
             if self._config.compensate_rate:
                 # Sums may differ in the last bit from host to host, and the ranks would drift apart.
                 self.rate.factor = self._ranks.gather(pilot.signals().rate_factor(depth), "the learning rate")[0]
             pilot.restore(depth, {name for unit in self.stack.units[:depth] for name in kept_parameters(unit)})
-        units = self.freezer.freeze_to(depth)
-        if self.cache is not None and not self.freezer.kept:  # else its outputs change
+        new = self.freezer.freeze(units)
+        front = {name for unit in self.stack.units[:depth] for name in unit.named_parameters()}
+        if (
+            self.cache is not None and depth > before and front.isdisjoint(self.freezer.kept)
+        ):  # else its outputs change
             self.cache.freeze_to(depth)
         self._adapt()
-        return units
+        return new
 
     def unfreeze(self) -> list[Unit]:
         """Train everything again, with an empty cache, and return the units that were frozen."""
@@ -104,12 +115,12 @@ class Front:
 
     def check_consistency(self, step: int) -> None:
         """
-        See that the processes still have the same frozen front.
+        See that the processes still have the same frozen weights.
 
         Raises:
             RuntimeError: they do not.
         """
-        if self.depth:
+        if self.freezer.frozen:
             self._ranks.check_equal(self.freezer.checksum(), f"the checksum of the frozen front at step {step}")
 
     def before_update(self) -> None:
@@ -136,7 +147,7 @@ class Front:
 
     def update_ledger(self, ledger: Ledger) -> None:
         """Enter what is spent and saved so far."""
-        ledger.spent, ledger.full = self.meter.spent, self.meter.full
+        ledger.spent, ledger.full, ledger.gap = self.meter.spent, self.meter.full, self.meter.gap
         ledger.unit_flops, ledger.full_unit_flops = self.meter.unit_flops, self.meter.full_unit_flops
         ledger.frozen_parameters = self.freezer.frozen_parameters
         ledger.cache = None if self.cache is None else self.cache.savings
@@ -158,7 +169,7 @@ class Front:
 
     def _adapt(self) -> None:
         self._graphs.extend()
-        self.meter.freeze_to(self.depth)
+        self.meter.freeze_to(self.depth, self.freezer.apart)
         rebuild_reducer(self._model)
 
     def _make_cache(self) -> ActivationCache | None:

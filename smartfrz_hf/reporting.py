@@ -71,13 +71,13 @@ class Reporter(TrainerCallback):
 
     def show_depth(self) -> None:
         """Show in the progress bar how many units are frozen."""
-        if self.run is None or self._handler is None or self.run.depth == self._shown:
+        if self.run is None or self._handler is None or self.run.frozen_units == self._shown:
             return
         for callback in self._handler.callbacks:
             bar = callback.training_bar if isinstance(callback, ProgressCallback) else None
             if bar is not None and hasattr(bar, "set_postfix_str"):
-                bar.set_postfix_str(f"frozen {self.run.depth}/{len(self.run.stack)}", refresh=False)
-                self._shown = self.run.depth
+                bar.set_postfix_str(f"frozen {self.run.frozen_units}/{len(self.run.stack)}", refresh=False)
+                self._shown = self.run.frozen_units
 
     def end(self, state: TrainerState, model: Any) -> None:
         """Say what was saved, and tag the model for `push_to_hub`."""
@@ -109,7 +109,7 @@ def opening_line(run: FreezingRun) -> str:
     pilot = run.observer.pilot_steps
     start = f"after the first {pilot} steps and then " if pilot else ""
     often = "at every step" if every == 1 else f"every {every} steps"
-    frozen = f"; {run.depth} are frozen already" if run.depth else ""
+    frozen = f"; {run.frozen_units} are frozen already" if run.frozen_units else ""
     return (
         f"SmartFRZ: up to {most} of {units} units of {type(run.stack.model).__name__} may freeze, decided {start}{often} of "
         f"{run.total_steps} ({name}){frozen}."
@@ -122,9 +122,11 @@ def closing_line(ledger: Ledger, steps: int) -> str:
         return f"SmartFRZ: nothing froze in {steps} steps."
     first = ledger.stages[0].step
     line = (
-        f"SmartFRZ: {ledger.depth} of {len(ledger.units)} units are frozen at the end, the first froze at step {first} of "
+        f"SmartFRZ: {ledger.frozen_units} of {len(ledger.units)} units are frozen at the end, the first froze at step {first} of "
         f"{steps}; saved {ledger.compute_saved:.1%} of the compute"
     )
+    if ledger.gap:
+        line += f" ({ledger.gap_share:.1%} went through units frozen behind units that train)"
     if ledger.cache is not None and ledger.cache.rows:
         line += f", and {ledger.cache.seconds_saved:.1f} s by the cache ({ledger.cache.hit_rate:.0%} of rows found)"
     return f"{line}."
@@ -179,7 +181,7 @@ def model_card_section(ledger: Ledger, config: SmartFRZConfig, picture: str | No
         "<!-- smartfrz -->",
         "## Layer freezing",
         "",
-        f"Trained with [smartfrz_hf](https://github.com/smartfrz/smartfrz_hf): {ledger.depth} of {len(ledger.units)} units "
+        f"Trained with [smartfrz_hf](https://github.com/smartfrz/smartfrz_hf): {ledger.frozen_units} of {len(ledger.units)} units "
         f"were frozen at the end, and {ledger.compute_saved:.1%} of the training compute was saved. "
         f"Options: {', '.join(options) or 'the default ones'}.",
         "",

@@ -56,7 +56,7 @@ class FreezingRun:
 
     Attributes:
         ledger ([`Ledger`]): what froze when and why, and what it saved.
-        depth (`int`): frozen units now, counted from the front.
+        depth (`int`): frozen units of the front now.
         steps_done (`int`): optimizer steps so far.
         should_stop (`bool`): whether nothing is left to train and `when_all_frozen="stop"` asks to stop then.
 
@@ -151,8 +151,13 @@ class FreezingRun:
 
     @property
     def depth(self) -> int:
-        """Frozen units now, counted from the front."""
+        """Frozen units of the front now."""
         return self.front.depth
+
+    @property
+    def frozen_units(self) -> int:
+        """Frozen units now, wherever they are."""
+        return len(self.front.freezer.frozen)
 
     @property
     def should_stop(self) -> bool:
@@ -204,9 +209,9 @@ class FreezingRun:
         self.steps_done = steps_done
         if self.front.cache is not None:
             self.front.cache.end_of_step(steps_done)
-        self.observer.end_of_step(steps_done, self.depth)
+        self.observer.end_of_step(steps_done, self.front.freezer.frozen)
         rises = self.rates.observe(steps_done, self._optimizer.param_groups[0]["lr"])
-        if rises and self.depth and self.config.unfreeze_on_restart and self.policy.history_size:
+        if rises and self.frozen_units and self.config.unfreeze_on_restart and self.policy.history_size:
             self._stages.unfreeze(steps_done, "the learning rate rises again")
             self.observer.restart(steps_done)
         if self._stages.is_due(steps_done):
@@ -228,14 +233,15 @@ class FreezingRun:
         What a checkpoint has to keep, so that a run can go on as if it had never stopped.
 
         Returns:
-            `dict` of nested JSON values and tensors: `step`, `units` (names), `depth`, `config`, `ledger`, `meter`,
-            `policy`, `learning_rates`, `rate_factor`, `weight_history`, `probe_history` and `pilot` (or `None`). Save it with
-            [`~smartfrz_hf.checkpoint.save_state`], or beside the state of your own loop.
+            `dict` of nested JSON values and tensors: `step`, `units` (names), `depth`, `apart` (indices of units), `config`,
+            `ledger`, `meter`, `policy`, `learning_rates`, `rate_factor`, `weight_history`, `probe_history` and `pilot` (or
+            `None`). Save it with [`~smartfrz_hf.checkpoint.save_state`], or beside the state of your own loop.
         """
         return {
             "step": self.steps_done,
             "units": self.stack.names,
             "depth": self.depth,
+            "apart": sorted(self.front.freezer.apart),
             "config": self.config.to_dict(),
             "ledger": self.ledger.state_dict(),
             "meter": self.front.meter.state_dict(),
@@ -266,8 +272,9 @@ class FreezingRun:
         self.front.rate.factor = state.get("rate_factor", 1.0)  # checkpoints of earlier versions have none
         self.observer.load_state_dict(state)
         self.front.update_ledger(self.ledger)
-        if state["depth"]:
-            self.front.freeze_to(state["depth"])
+        frozen = [*range(state["depth"]), *state.get("apart", ())]  # checkpoints of earlier versions have none apart
+        if frozen:
+            self.front.freeze(frozen)
 
     def _before_optimizer_step(self, *_) -> None:
         self.front.before_update()

@@ -6,6 +6,7 @@ from .config import SmartFRZConfig
 from .cost.ledger import Ledger
 from .cost.stages import Stage, StartStage
 from .distributed.consensus import Ranks
+from .freezing.boundary import front_of
 from .front import Front
 from .model.units import Unit
 from .policies import Decision, Observation, Policy
@@ -69,6 +70,8 @@ class StageRunner:
             max_steps=self._total_steps,
             depth=front.depth,
             trainable=self._trainable,
+            apart=front.freezer.apart,
+            order=self._config.order,
             rates=self._rates,
             history=observer.history,
             probe=observer.probe,
@@ -79,16 +82,18 @@ class StageRunner:
         if not isinstance(decision, Decision):
             raise TypeError(f"`decide` of {type(self._policy).__name__} gave {decision!r}; it must give a `Decision`.")
         self._ledger.record(step, decision.probabilities)
-        depth, unfreeze = self._agree(decision, step)
-        if unfreeze and front.depth:
+        wanted, unfreeze = self._agree(decision, step)
+        if unfreeze and front.freezer.frozen:
             self.unfreeze(step, decision.reason)
-        if depth > self._deepest:  # else nothing would be left to train
-            depth = self._deepest
+        wanted |= front.freezer.frozen
+        if front_of(wanted) > self._deepest:  # else nothing would be left to train
             self.should_stop = self._config.when_all_frozen == "stop"
+        wanted = {unit for unit in wanted if unit < self._deepest}
         front.check_consistency(step)
-        if depth > front.depth:
-            units, reason = front.freeze_to(depth, pilot), decision.reason
-            if pilot is not None:
+        if wanted - front.freezer.frozen:
+            before, reason = front.depth, decision.reason
+            units = front.freeze(wanted, pilot)
+            if pilot is not None and front.depth > before:
                 reason += f"; the rest trains at {front.rate.factor:.2f} times the learning rate"
             self._note(step, units, reason)
             self._note_attentions(decision, observation.depth)
@@ -105,20 +110,27 @@ class StageRunner:
     def _pilot_is_over(self, step: int) -> bool:
         return self._observer.pilot is not None and step >= self._observer.pilot_steps
 
-    def _agree(self, decision: Decision, step: int) -> tuple[int, bool]:
-        """The depth of process 0, and whether everything trains again first, in all processes."""
-        most = len(self._front.stack) if self._config.max_depth is None else self._config.max_depth
-        depth = max(0, min(int(decision.depth), most))
-        message = self._ranks.broadcast(2 * depth + decision.unfreeze, f"the freezing stage of step {step}")
-        return message // 2, bool(message % 2)
+    def _agree(self, decision: Decision, step: int) -> tuple[set[int], bool]:
+        """The units that process 0 freezes, and whether everything trains again first, in all processes."""
+        units = len(self._front.stack)
+        most = units if self._config.max_depth is None else min(units, self._config.max_depth)
+        wanted = {*range(int(decision.depth)), *(decision.apart if self._config.order == "independent" else ())}
+        mine = [unit for unit in sorted(wanted) if 0 <= unit < most], decision.unfreeze
+        frozen, unfreeze = self._ranks.gather(mine, f"the freezing stage of step {step}")[0]
+        return set(frozen), unfreeze
 
     def _note(self, step: int, units: list[Unit], reason: str) -> None:
-        """Enter a change of depth into the ledger and the log."""
-        names, depth, count = [unit.name for unit in units], self._front.depth, len(self._front.stack)
-        self._ledger.stages.append(Stage(step, depth, names, reason))
+        """Enter a change of what is frozen into the ledger and the log."""
+        stack, depth = self._front.stack, self._front.depth
+        names, apart = [unit.name for unit in units], [stack[unit].name for unit in sorted(self._front.freezer.apart)]
+        self._ledger.stages.append(Stage(step, depth, names, reason, apart))
         self._front.update_ledger(self._ledger)
+        frozen = depth + len(apart)
+        gap = f", {len(apart)} of them behind units that train" if apart else ""
         what = (
-            f"froze {', '.join(names)}; {depth} of {count} units are frozen now" if depth else "all units train again"
+            f"froze {', '.join(names)}; {frozen} of {len(stack)} units are frozen now{gap}"
+            if frozen
+            else "all units train again"
         )
         logger.info(f"Step {step}: {what} ({reason}).")
 

@@ -100,13 +100,18 @@ class SmartFRZMixin(TrainerHooks):
         state = load_state(checkpoint) if checkpoint and is_sharded(self.model_wrapped) else None
         parameters = []
         if state is not None:
-            # What trains again since this very step has no state yet.
-            before = [stage["depth"] for stage in state["ledger"]["stages"] if stage["step"] < state["step"]]
-            depth = max([state["depth"], *before[-1:]])
             config = self.smartfrz.config
             stack = find_blocks(self.model_wrapped, config.blocks, config.stem, self._first_rows)
+            # What trains again since this very step has no state yet.
+            before = [stage for stage in state["ledger"]["stages"] if stage["step"] < state["step"]]
+            depth = max([state["depth"], *(stage["depth"] for stage in before[-1:])])
+            apart = {name for stage in before[-1:] for name in stage.get("apart", ())}
+            apart |= {stack.names[index] for index in state.get("apart", ())}
             parameters = [
-                p for unit in stack.units[:depth] for p in unit.named_parameters().values() if p.requires_grad
+                p
+                for index, unit in enumerate(stack)
+                for p in unit.named_parameters().values()
+                if (index < depth or unit.name in apart) and p.requires_grad
             ]
         try:
             for parameter in parameters:

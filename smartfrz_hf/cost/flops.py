@@ -1,13 +1,13 @@
 """What a run costs and what it would cost with nothing frozen, in FLOPs by unit."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.utils import logging
@@ -18,7 +18,9 @@ from ..model.nested import main_input_elements
 from ..model.units import BlockStack
 from ..signals.probe import ROWS, FirstBatch
 from .ledger import HEAD, Flops
-from .trace import PassCosts, TrainableWeights, costs_by_parameters, count_pass
+from .passes import PassCosts, apart_of
+from .trace import TrainableWeights, costs_by_parameters, count_pass
+from .update import count_update
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +31,7 @@ class ComputeMeter:
 
     Forward and backward: one forward pass of a few training rows is counted, see
     [`~smartfrz_hf.cost.trace.count_pass`]. It shows what each unit costs per element (token, pixel) of the main input,
-    and how much of its backward pass is needed at each depth. A hook counts the elements of each training-mode pass.
+    and how much of its backward pass is needed, whatever is frozen. A hook counts the elements of each training-mode pass.
     A pass without gradients, as in gradient caching, costs its forward pass alone. Costs that do not grow with the
     batch, such as those of DeBERTa's relative positions, are scaled like all others. The counted pass is left out.
 
@@ -57,13 +59,15 @@ class ComputeMeter:
         model = model.module if isinstance(model, DistributedDataParallel) else model
         self._model, self._stack, self._optimizer = model, stack, optimizer
         self._weights = TrainableWeights(model, stack)
-        self._depth = self._latest = 0
+        self._frozen = self._latest = 0  # the frozen units are a bit mask
         self._set_costs(None)
         units = len(stack) + 1
         self._update = np.zeros(units)  # FLOPs of an optimizer step with nothing frozen, by unit
-        # What has run: elements and optimizer steps by depth, passes, elements of passes without gradients and of
-        # those beside training, and elements that a cache has left out, by unit.
-        self._elements, self._steps, self._skipped = np.zeros(units), np.zeros(units), np.zeros(units)
+        # What has run: elements and optimizer steps by what was frozen, passes, elements of passes without gradients and
+        # of those beside training, and elements that a cache has left out, by unit.
+        self._elements: Counter[int] = Counter()
+        self._steps: Counter[int] = Counter()
+        self._skipped = np.zeros(units)
         self._passes = self._forward_only = self._aside = 0
         self._new_elements = self._new_passes = self._new_forward_only = 0  # since `_collect`
         # Sums from a checkpoint of format 1.
@@ -100,20 +104,37 @@ class ComputeMeter:
         """The same with nothing frozen and no activation cache."""
         return self._average(self._full_by_unit())
 
+    @property
+    def gap(self) -> float:
+        """FLOPs of the backward passes so far through units that are frozen behind units that train."""
+        self._collect()
+        return sum(
+            elements * float(self._backward_with(frozen) @ self._among(apart_of(frozen)))
+            for frozen, elements in self._elements.items()
+        )
+
     def savings(self) -> list[float]:
         """
         For each depth from 0 to all units, the share of a training step's FLOPs that freezing so many units saves, without a
         cache. Zeros until a step has been counted.
         """
-        per_step = self._elements.sum() / max(1.0, self._steps.sum())
-        update = np.array([self._update[depth:].sum() for depth in range(len(self._update))])
-        cost = (self._forward.sum() + self._backward.sum(axis=0)) * per_step + update
+        per_step = self._elements.total() / max(1, self._steps.total())
+        depths = range(len(self._update))
+        backward = np.array([self._backward_with((1 << depth) - 1).sum() for depth in depths])
+        update = np.array([self._update[depth:].sum() for depth in depths])
+        cost = (self._forward.sum() + backward) * per_step + update
         return (1 - cost / cost[0]).tolist() if cost[0] else [0.0] * len(cost)
 
-    def freeze_to(self, depth: int) -> None:
-        """From now on, `depth` units of the front are frozen: more than before, or fewer."""
+    def freeze_to(self, depth: int, apart: Iterable[int] = ()) -> None:
+        """
+        From now on, other units are frozen: more than before, or fewer.
+
+        Args:
+            depth (`int`): units of the front.
+            apart (`Iterable[int]`, *optional*): indices of units behind it.
+        """
         self._collect()
-        self._depth = depth
+        self._frozen = (1 << depth) - 1 | sum(1 << unit for unit in set(apart) if unit >= depth)
 
     def count(self) -> None:
         """
@@ -142,8 +163,8 @@ class ComputeMeter:
         if self._optimizer is None:
             return
         if not self._update.any():
-            self._update[:] = self._count_update(self._optimizer)
-        self._steps[self._depth] += 1
+            self._update[:] = count_update(self._optimizer, self._weights, self._frozen)
+        self._steps[self._frozen] += 1
 
     def take(self) -> Flops:
         """FLOPs of the forward and backward passes since the last call. Nothing until the counted pass is done."""
@@ -174,7 +195,7 @@ class ComputeMeter:
     def state_dict(self) -> dict[str, Any]:
         """
         JSON values: `costs` (`forward` and `backward` of [`PassCosts`]; `None` until counted), `update` (FLOPs of an
-        optimizer step by unit), `elements` and `steps` (by depth), `passes`, `forward_elements` (of passes without
+        optimizer step by unit), `elements` and `steps` (by the frozen units, a hexadecimal bit mask), `passes`, `forward_elements` (of passes without
         gradients), `probe_elements`, `skipped_elements` (by unit), `earlier` (`spent` and `full` of a run whose
         checkpoint holds only these sums).
         """
@@ -182,8 +203,8 @@ class ComputeMeter:
         return {
             "costs": None if self._costs is None else self._costs.state_dict(),
             "update": self._update.tolist(),
-            "elements": self._elements.tolist(),
-            "steps": self._steps.tolist(),
+            "elements": {hex(frozen): elements for frozen, elements in self._elements.items()},
+            "steps": {hex(frozen): steps for frozen, steps in self._steps.items()},
             "passes": self._passes,
             "forward_elements": self._forward_only,
             "probe_elements": self._aside,
@@ -192,10 +213,11 @@ class ComputeMeter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned. The depth is not part of it, see `freeze_to`."""
-        self._set_costs(None if state["costs"] is None else PassCosts(**state["costs"]))
+        """Go on from what `state_dict` returned. What is frozen now is not part of it, see `freeze_to`."""
+        self._set_costs(None if state["costs"] is None else PassCosts.from_state(state["costs"]))
         self._update, self._skipped = np.array(state["update"]), np.array(state["skipped_elements"])
-        self._elements, self._steps = np.array(state["elements"]), np.array(state["steps"])
+        self._elements = Counter({int(frozen, 16): elements for frozen, elements in state["elements"].items()})
+        self._steps = Counter({int(frozen, 16): steps for frozen, steps in state["steps"].items()})
         self._passes, self._forward_only = state["passes"], state["forward_elements"]
         self._aside = state["probe_elements"]
         self._earlier = {name: Flops(**flops) for name, flops in state["earlier"].items()}
@@ -205,9 +227,20 @@ class ComputeMeter:
 
     def _set_costs(self, costs: PassCosts | None) -> None:
         self._costs = costs
-        units = len(self._stack) + 1
-        self._forward = np.zeros(units) if costs is None else np.array(costs.forward)
-        self._backward = np.zeros((units, units)) if costs is None else np.array(costs.backward)
+        self._forward = np.zeros(len(self._stack) + 1) if costs is None else np.array(costs.forward)
+        self._backward: dict[int, np.ndarray] = {}
+
+    def _backward_with(self, frozen: int) -> np.ndarray:
+        """FLOPs of each unit's backward pass while some units are frozen, per element; zeros until counted."""
+        if self._costs is None:
+            return np.zeros(len(self._stack) + 1)
+        if frozen not in self._backward:
+            self._backward[frozen] = np.array(self._costs.backward_with(frozen))
+        return self._backward[frozen]
+
+    def _among(self, units: int) -> np.ndarray:
+        """1 for each unit of a set, 0 for others."""
+        return np.array([float(units >> unit & 1) for unit in range(len(self._stack) + 1)])
 
     def _before_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         # `torch.compile` may trace this: only numbers are written, and they are the same again in the next step.
@@ -220,7 +253,7 @@ class ComputeMeter:
 
     def _collect(self) -> None:
         """Enter the passes since the last call into the account."""
-        self._elements[self._depth] += self._new_elements
+        self._elements[self._frozen] += self._new_elements
         self._passes += self._new_passes
         self._forward_only += self._new_forward_only
         self._new_elements = self._new_passes = self._new_forward_only = 0
@@ -228,15 +261,17 @@ class ComputeMeter:
     def _spent_by_unit(self) -> np.ndarray:
         """Forward, backward and optimizer FLOPs of the units and the head, of shape `(3, units + 1)`."""
         self._collect()
-        ran = self._elements.sum() + self._forward_only + self._aside - self._skipped
-        # A unit is updated in the steps at the depths up to its own index.
-        return np.stack([self._forward * ran, self._backward @ self._elements, self._update * self._steps.cumsum()])
+        ran = self._elements.total() + self._forward_only + self._aside - self._skipped
+        nothing = np.zeros(len(self._stack) + 1)
+        backward = sum((self._backward_with(f) * elements for f, elements in self._elements.items()), start=nothing)
+        updates = sum((self._among(~frozen) * steps for frozen, steps in self._steps.items()), start=nothing)
+        return np.stack([self._forward * ran, backward, self._update * updates])
 
     def _full_by_unit(self) -> np.ndarray:
         self._collect()
-        elements = self._elements.sum()
+        elements, backward = self._elements.total(), self._backward_with(0)
         ran = elements + self._forward_only
-        return np.stack([self._forward * ran, self._backward[:, 0] * elements, self._update * self._steps.sum()])
+        return np.stack([self._forward * ran, backward * elements, self._update * self._steps.total()])
 
     @property
     def _names(self) -> list[str]:
@@ -245,55 +280,6 @@ class ComputeMeter:
     def _average(self, by_unit: np.ndarray) -> dict[str, Flops]:
         rows = (by_unit / max(self._passes, 1)).T.tolist()
         return {name: Flops(*flops) for name, flops in zip(self._names, rows, strict=True)}
-
-    def _count_update(self, optimizer: Optimizer) -> list[float]:
-        """FLOPs of an optimizer step with nothing frozen, by unit."""
-        update, elements = [0.0] * (len(self._stack) + 1), 0.0
-        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-            state = optimizer.state.get(parameter, {}).values()
-            tensors = sum(isinstance(value, torch.Tensor) and value.shape == parameter.shape for value in state)
-            unit = self._weights.units.get(parameter, len(self._stack))
-            update[unit] += (2 + 5 * tensors) * _updated_here(parameter)
-            elements += _updated_here(parameter)
-        rate = sum(update) / elements if elements else 0.0
-        for parameter, unit in self._weights.units.items():
-            if unit < self._depth:
-                update[unit] += rate * _updated_here(parameter)
-        return update
-
-
-def upgrade_meter_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    The state of a meter from a checkpoint of format 1, for [`ComputeMeter.load_state_dict`].
-
-    Format 1 holds the sums so far and what each unit costs, but not how its backward pass depends on other units. What
-    the run has spent is kept; from there on a unit's backward pass is needed while that unit trains.
-    """
-    units = len(state["_step"])
-    full = state["_full_pass"]
-    return {
-        "costs": full
-        and {
-            "forward": [flops["forward"] for flops in full],
-            "backward": [
-                [flops["backward"] if depth <= unit else 0.0 for depth in range(units)]
-                for unit, flops in enumerate(full)
-            ],
-        },
-        "update": [flops["optimizer"] for flops in state["_full_step"] or []] or [0.0] * units,
-        "elements": [0.0] * units,
-        "steps": [0.0] * units,
-        "passes": 0,
-        "forward_elements": 0,
-        "probe_elements": 0,
-        "skipped_elements": [0.0] * units,
-        "earlier": {"spent": state["spent"], "full": state["full"]},
-    }
-
-
-def _updated_here(parameter: nn.Parameter) -> float:
-    """Elements that this process updates: all, or its share of them under FSDP2."""
-    return parameter.numel() / (parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1)
 
 
 def _total(by_unit: np.ndarray) -> Flops:

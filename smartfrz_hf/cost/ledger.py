@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .stages import Stage, StageRecord, StartStage
+from .stages import Stage, StageRecord, StartStage, frozen_spans
 
 HEAD = "head"
 CACHE_NOW = ("bytes_memory", "bytes_disk", "off")  # fields of a cache that are no sums
@@ -75,11 +75,13 @@ class Ledger:
         unit_parameters (`dict[str, int]`): how many parameters of each unit, and of `"head"` (everything else), were
             trainable at the start.
         max_steps (`int`): optimizer steps of the run.
-        stages (`list[Stage]`): the freezing stages that changed the depth.
+        stages (`list[Stage]`): the freezing stages that changed what is frozen.
         decisions (`int`): how often the policy was asked.
         records (`list[StageRecord]`): all freezing stages, with what the policy saw in each.
         start ([`StartStage`], *optional*): what was decided at the end of the pilot; `None` before, and without one.
         spent, full ([`Flops`]): of the training so far, and what it would have cost with nothing frozen and no cache.
+        gap (`float`): FLOPs among those spent, of backward passes through units that are frozen behind units that train.
+            Freezing these units does not save them until everything in front is frozen, too.
         unit_flops, full_unit_flops (`dict[str, Flops]`): the same by unit and `"head"`, for the average training pass
             so far.
         frozen_parameters, trainable_parameters (`int`): frozen now, and trainable at the start.
@@ -95,6 +97,7 @@ class Ledger:
     start: StartStage | None = None
     spent: Flops = field(default_factory=Flops)
     full: Flops = field(default_factory=Flops)
+    gap: float = 0.0
     unit_flops: dict[str, Flops] = field(default_factory=dict)
     full_unit_flops: dict[str, Flops] = field(default_factory=dict)
     frozen_parameters: int = 0
@@ -111,36 +114,35 @@ class Ledger:
 
     @property
     def depth(self) -> int:
-        """Frozen units now."""
+        """Frozen units of the front now."""
         return self.stages[-1].depth if self.stages else 0
+
+    @property
+    def apart(self) -> list[str]:
+        """Names of the units that are frozen now behind units that train."""
+        return self.stages[-1].apart if self.stages else []
+
+    @property
+    def frozen_units(self) -> int:
+        """Frozen units now, wherever they are."""
+        return self.depth + len(self.apart)
+
+    @property
+    def gap_share(self) -> float:
+        """`gap` as a share of what the run would have cost so far with nothing frozen and no cache."""
+        return self.gap / self.full.total if self.full.total else 0.0
 
     @property
     def freeze_steps(self) -> dict[str, int]:
         """The step at which each unit that is frozen now froze."""
-        steps: dict[str, int] = {}
-        depth = 0
-        for stage in self.stages:
-            for unit in stage.units:
-                if stage.depth > depth:
-                    steps[unit] = stage.step
-                else:
-                    steps.pop(unit, None)
-            depth = stage.depth
-        return steps
+        never = self.max_steps + 1
+        spans = frozen_spans(map(asdict, self.stages), never)
+        return {unit: last[0] for unit, (*_, last) in spans.items() if last[1] == never}
 
     @property
     def frozen_spans(self) -> dict[str, list[tuple[int, int]]]:
         """From which step to which each unit was, or is to be, frozen; units that never were are left out."""
-        spans: dict[str, list[tuple[int, int]]] = {}
-        depth = 0
-        for stage in self.stages:
-            for unit in stage.units:
-                if stage.depth > depth:
-                    spans.setdefault(unit, []).append((stage.step, self.max_steps))
-                else:
-                    spans[unit][-1] = (spans[unit][-1][0], stage.step)
-            depth = stage.depth
-        return spans
+        return frozen_spans(map(asdict, self.stages), self.max_steps)
 
     @property
     def frozen_fraction(self) -> float:
@@ -197,12 +199,18 @@ class Ledger:
         lines.insert(1, "-" * len(lines[0]))
         lines.append(lines[1])
         lines.append(
-            f"frozen now: {self.depth} of {len(self.units)} units, {self.frozen_parameters:,} of "
+            f"frozen now: {self.frozen_units} of {len(self.units)} units, {self.frozen_parameters:,} of "
             f"{self.trainable_parameters:,} trainable parameters ({self.frozen_fraction:.1%})"
         )
         lines.append(
             f"compute saved: {self.compute_saved:.1%} ({self.spent.total:.3g} of {self.full.total:.3g} FLOPs spent)"
         )
+        if self.gap:
+            apart = f"{', '.join(self.apart)} frozen" if self.apart else "units were frozen"
+            lines.append(
+                f"gap: {apart} behind units that train; {self.gap_share:.1%} ({self.gap:.3g} FLOPs) of the compute went "
+                "into backward passes through such units, which freezing them does not save"
+            )
         if self.start is not None:
             lines.append(f"start stage, after {self.start.step} steps: {self.start}")
         if self.cache is not None:
@@ -239,7 +247,8 @@ class Ledger:
     def state_dict(self) -> dict[str, Any]:
         """
         JSON values: `stages` and `records` (lists of dictionaries), `start` (or `None`), `decisions`, `seconds`,
-        `frozen_parameters` and `cache` (or `None`). For reports, not for resuming: `max_steps`, `unit_parameters`, `spent` and `full`.
+        `frozen_parameters` and `cache` (or `None`). For reports, not for resuming: `max_steps`, `unit_parameters`, `spent`, `full`
+        and `gap`.
         """
         return {
             "stages": [asdict(stage) for stage in self.stages],
@@ -253,6 +262,7 @@ class Ledger:
             "unit_parameters": self.unit_parameters,
             "spent": asdict(self.spent),
             "full": asdict(self.full),
+            "gap": self.gap,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

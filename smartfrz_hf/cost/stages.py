@@ -1,18 +1,21 @@
 """What a ledger keeps of each freezing stage."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
 class Stage:
     """
-    One freezing stage that changed the depth.
+    One freezing stage that changed what is frozen.
 
     Attributes:
         step (`int`): optimizer steps done.
-        depth (`int`): frozen units from then on.
-        units (`list[str]`): names of the units that froze; or, where the depth has fallen, that train again.
+        depth (`int`): frozen units of the front from then on.
+        units (`list[str]`): names of the units that froze; or, where fewer are frozen than before, that train again.
         reason (`str`): why, in the policy's words.
+        apart (`list[str]`): names of the units that are frozen behind units that train from then on.
         attentions (`list[list[float]]`, *optional*):
             For each unit that froze, the predictor's attention to each snapshot of the weight history, oldest first.
         snapshot_steps (`list[int]`, *optional*): the optimizer steps at which these snapshots were taken.
@@ -22,6 +25,7 @@ class Stage:
     depth: int
     units: list[str]
     reason: str
+    apart: list[str] = field(default_factory=list)
     attentions: list[list[float]] | None = None
     snapshot_steps: list[int] | None = None
 
@@ -34,8 +38,9 @@ class StageRecord:
     Attributes:
         step (`int`): optimizer steps done.
         seconds (`float`): wall-clock time of the run until then, without what was lost when it was interrupted.
-        depth (`int`): frozen units before it, so the first unit that was judged.
-        probabilities (`list[float]`, *optional*): of each unit from there on, from a policy that has them.
+        depth (`int`): frozen units of the front before it, so the first unit that was judged.
+        probabilities (`list[float]`, *optional*): of each unit from there on, from a policy that has them; 1 for units that
+            were frozen already.
     """
 
     step: int
@@ -72,3 +77,24 @@ class StartStage:
         if self.points_lost is not None and len(self.points_lost) > 1:
             return f"froze nothing (no front is within the limits; the first unit alone is predicted to cost {self.points_lost[1]:.1f} points)"
         return f"froze nothing ({self.reason})"
+
+
+def frozen_spans(stages: Iterable[Mapping[str, Any]], end: int) -> dict[str, list[tuple[int, int]]]:
+    """
+    From which step to which each unit was, or is to be, frozen. Units that never were are left out.
+
+    Args:
+        stages (`Iterable[Mapping]`): [`Stage`]s as dictionaries, in order.
+        end (`int`): the last step of the run.
+    """
+    spans: dict[str, list[tuple[int, int]]] = {}
+    before = 0
+    for stage in stages:
+        frozen = stage["depth"] + len(stage.get("apart", ()))  # earlier versions have none
+        for unit in stage["units"]:
+            if frozen > before:
+                spans.setdefault(unit, []).append((stage["step"], end))
+            else:
+                spans[unit][-1] = (spans[unit][-1][0], stage["step"])
+        before = frozen
+    return spans

@@ -1,11 +1,12 @@
 """What a model's passes cost: one counted forward pass, and what it shows of the backward pass."""
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, reduce
 from math import prod
+from operator import or_
 from typing import Any
 
 import torch
@@ -21,32 +22,14 @@ from ..distributed.fsdp import reshard
 from ..freezing.kept import kept_parameters
 from ..model.nested import named_tensors
 from ..model.units import BlockStack, evaluation_mode
+from .passes import PassCosts, backward_of_chain
 
-CONSTANT = -1  # the unit of a tensor that no trainable weight has gone into
+CONSTANT = 0  # the units of a tensor that no trainable weight has gone into
 # Functions that keep no tensor for their backward pass.
 KEEP_NOTHING = {
     *("__add__", "__iadd__", "__radd__", "add", "add_", "contiguous", "detach", "dropout", "flatten", "permute"),
     *("reshape", "squeeze", "to", "transpose", "unsqueeze", "view"),
 }
-
-
-@dataclass(frozen=True)
-class PassCosts:
-    """
-    FLOPs of a training pass, per element of the model's main input. The last unit is the head.
-
-    Attributes:
-        forward (`list[float]`): of each unit's forward pass.
-        backward (`list[list[float]]`): of each unit's backward pass; `backward[unit][depth]` is what it costs when
-            `depth` units of the front are frozen.
-    """
-
-    forward: list[float]
-    backward: list[list[float]]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Both attributes, as JSON values."""
-        return asdict(self)
 
 
 class TrainableWeights:
@@ -75,7 +58,10 @@ class TrainableWeights:
         self.units = {p: unit_of.get(p, self.head) for p in model.parameters() if p.requires_grad}
         # By name, because FSDP2 exchanges the parameters for a pass.
         self.names = {
-            module: {name: self.units.get(p, CONSTANT) for name, p in module.named_parameters(recurse=False)}
+            module: {
+                name: 1 << self.units[p] if p in self.units else CONSTANT
+                for name, p in module.named_parameters(recurse=False)
+            }
             for module in model.modules()
         }
 
@@ -90,22 +76,22 @@ class _Tracer(TorchFunctionMode):
     """
     Follows the trainable weights through a forward pass, and adds up FLOPs by unit.
 
-    Each tensor is marked with the last unit whose trainable weights went into it. When `depth` units are frozen, it
-    needs a gradient if that unit is not among them. A product of two tensors costs its own FLOPs once more in the
-    backward pass for each of the two that needs a gradient.
+    Each tensor is marked with the set of units whose trainable weights went into it. It needs a gradient unless all of them
+    are frozen. A product of two tensors costs its own FLOPs once more in the backward pass for each of the two that needs a
+    gradient.
     """
 
     def __init__(self, weights: TrainableWeights):
         super().__init__()
         units = weights.head + 1
         self.forward = [0.0] * units
-        # By unit, and by the last unit that has to be trainable: what is needed while the depth is at most that.
-        self.backward = [[0.0] * units for _ in range(units)]
+        # By unit, and by the set of units of which one has to train.
+        self.backward: list[defaultdict[int, float]] = [defaultdict(float) for _ in range(units)]
         self.counter = FlopCounterMode(display=False)
         self.counter.mod_tracker = _NoModules()  # type: ignore[assignment]
         self._weights = weights
         self._marks: dict[int, tuple[weakref.ref, int]] = {}
-        self._last = CONSTANT
+        self._seen = CONSTANT
         self._running: list[int] = []
         self._started: list[float] = []
         self._tail = 0.0  # FLOPs of the latest product, if nothing since has kept a tensor
@@ -121,22 +107,22 @@ class _Tracer(TorchFunctionMode):
             result = func(*args, **kwargs)
         flops: float = self.counter.get_total_flops() - before
         tensors = [t for _, t in named_tensors((args, kwargs)) if t.is_floating_point()]
-        last = max(map(self._mark_of, tensors), default=CONSTANT)
+        units = reduce(or_, map(self._mark_of, tensors), CONSTANT)
         operands = sorted(self._mark_of(t) for t in tensors if t.dim() > 1)[-2:]
         if attention:  # a fused kernel computes all gradients, whichever are needed
-            flops, operands = _attention_flops(*args, **kwargs), [last, last]
+            flops, operands = _attention_flops(*args, **kwargs), [units, units]
         if flops:
             self._tail = flops
             self._add(flops, operands)
-        elif last > CONSTANT and _keeps_tensors(func, *args, **kwargs):
+        elif units and _keeps_tensors(func, *args, **kwargs):
             self._tail = 0.0
-        self._mark_result(func, result, tensors, last)
+        self._mark_result(func, result, tensors, units)
         return result
 
-    def mark(self, value: Any, unit: int) -> None:
+    def mark(self, value: Any, units: int) -> None:
         """Mark nested tensors."""
         for _, tensor in named_tensors(value):
-            self._marks[id(tensor)] = weakref.ref(tensor), unit if tensor.is_floating_point() else CONSTANT
+            self._marks[id(tensor)] = weakref.ref(tensor), units if tensor.is_floating_point() else CONSTANT
 
     def mark_weights(self, module: nn.Module, *_: Any) -> None:
         """Mark the parameters and buffers that a module holds itself."""
@@ -152,10 +138,10 @@ class _Tracer(TorchFunctionMode):
         """After a module of a unit has run."""
         self._running.pop()
 
-    def begin_block(self, at_least: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before a block runs whose input needs a gradient at all depths up to `at_least`, whatever went into it."""
+    def begin_block(self, units: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before a block runs whose input needs a gradient if any of these units trains, whatever went into it."""
         for _, tensor in named_tensors((args, kwargs)):
-            self.mark(tensor, max(self._mark_of(tensor), at_least))
+            self.mark(tensor, self._mark_of(tensor) | units)
 
     def begin_checkpoint(self, *_: Any) -> None:
         """Before a module under activation checkpointing runs."""
@@ -169,35 +155,34 @@ class _Tracer(TorchFunctionMode):
         again = sum(self.forward) - self._started.pop()
         if not uses_reentrant_checkpointing(module):
             again -= self._tail
-        last = max((self._mark_of(t) for _, t in named_tensors(output) if t.is_floating_point()), default=CONSTANT)
-        if last > CONSTANT:
-            self.backward[self._unit][last] += again
+        marks = (self._mark_of(t) for _, t in named_tensors(output) if t.is_floating_point())
+        if units := reduce(or_, marks, CONSTANT):
+            self.backward[self._unit][units] += again
 
     @property
     def _unit(self) -> int:
         return self._running[-1] if self._running else self._weights.head
 
     def _mark_of(self, tensor: torch.Tensor) -> int:
-        reference, unit = self._marks.get(id(tensor), (None, self._last))
+        reference, units = self._marks.get(id(tensor), (None, self._seen))
         # A tensor from where this mode sees nothing, such as TorchScript, may depend on all that has run.
-        return unit if reference is not None and reference() is tensor else self._last
+        return units if reference is not None and reference() is tensor else self._seen
 
     def _add(self, flops: float, operands: list[int]) -> None:
         self.forward[self._unit] += flops
-        for last in operands:
-            if last > CONSTANT:
-                self.backward[self._unit][last] += flops
+        for units in filter(None, operands):
+            self.backward[self._unit][units] += flops
 
-    def _mark_result(self, func: Callable[..., Any], result: Any, operands: list[torch.Tensor], unit: int) -> None:
+    def _mark_result(self, func: Callable[..., Any], result: Any, operands: list[torch.Tensor], units: int) -> None:
         name = getattr(func, "__name__", "")
         if name in ("detach", "detach_"):
-            unit = CONSTANT
+            units = CONSTANT
         if name == "requires_grad_":
-            unit = max(unit, self._unit)
+            units |= 1 << self._unit
         if result is None and operands:  # such as `hidden[mask] = value`
             result = operands[0]
-        self.mark(result, unit)
-        self._last = max(self._last, unit)
+        self.mark(result, units)
+        self._seen |= units
 
 
 def _keeps_tensors(func: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
@@ -249,8 +234,8 @@ def count_pass(
                 context.enter_context(module.register_forward_hook(tracer.end_unit))
         for index, block in enumerate(stack.blocks, start=1):
             # The input of the block may need a gradient though no trainable weight went into it.
-            at_least = index if uses_reentrant_checkpointing(block) else 0 if weights.input_grads else CONSTANT
-            hook = partial(tracer.begin_block, at_least)
+            asking = index if uses_reentrant_checkpointing(block) else 0 if weights.input_grads else None
+            hook = partial(tracer.begin_block, CONSTANT if asking is None else 1 << asking)
             context.enter_context(block.register_forward_pre_hook(hook, with_kwargs=True))
         tracer.mark((args, kwargs), CONSTANT)
         context.callback(reshard, model)
@@ -262,7 +247,7 @@ def count_pass(
         model(*args, **kwargs)
     return PassCosts(
         [flops / elements for flops in tracer.forward],
-        [[sum(row[depth:]) / elements for depth in range(len(row))] for row in tracer.backward],
+        [{units: flops / elements for units, flops in parts.items()} for parts in tracer.backward],
     )
 
 
@@ -272,5 +257,4 @@ def costs_by_parameters(weights: TrainableWeights) -> PassCosts:
     forward = [0.0] * units
     for parameter, unit in weights.units.items():
         forward[unit] += 2.0 * parameter.numel()
-    backward = [[2 * flops if depth <= unit else 0.0 for depth in range(units)] for unit, flops in enumerate(forward)]
-    return PassCosts(forward, backward)
+    return PassCosts(forward, [backward_of_chain(unit, 2 * flops) for unit, flops in enumerate(forward)])

@@ -32,24 +32,6 @@ class Ranks:
         if self.count > 1:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
 
-    def broadcast(self, value: int, about: str) -> int:
-        """
-        The value of process 0, in all processes.
-
-        Args:
-            value (`int`): the value of this process.
-            about (`str`): what the value is for. Part of the error message.
-
-        Raises:
-            RuntimeError: a process has not answered in time, or has died. The message has its number where it is known.
-        """
-        if self.count == 1:
-            return value
-        message = torch.tensor([value], device="cpu")
-        with self._together(about):
-            dist.broadcast(message, src=0, group=self._group)
-        return int(message)
-
     def gather(self, value: Any, about: str) -> list[Any]:
         """
         The values of all processes, in all processes.
@@ -59,7 +41,7 @@ class Ranks:
             about (`str`): what the value is for. Part of the error message.
 
         Raises:
-            RuntimeError: as for `broadcast`.
+            RuntimeError: a process has not answered in time, or has died. The message has its number where it is known.
         """
         values = [value] * self.count
         if self.count > 1:
@@ -76,7 +58,7 @@ class Ranks:
             about (`str`): what the value is. Part of the error message.
 
         Raises:
-            RuntimeError: two processes have different values, or as for `broadcast`.
+            RuntimeError: two processes have different values, or as for `gather`.
         """
         values = self.gather(value, about)
         other = next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)

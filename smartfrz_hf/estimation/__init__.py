@@ -72,7 +72,7 @@ def estimate(
         config, policy = resolve(config, predictor)
     assert isinstance(config, SmartFRZConfig)
     asked = policy.predictor if isinstance(policy, SmartFRZPolicy) else load_predictor(None)
-    config = replace(config, policy="smartfrz")
+    config = replace(config, policy="smartfrz", order="front")  # what freezes from the start is a front in any case
     policies, chosen = _policies(config, asked)
     measured = profile(trainer, config, policies, seconds, rows)
     pilot = None if measured.observation is None else measured.observation.pilot

@@ -1,28 +1,24 @@
-"""Freezing a prefix of units so that it costs no backward work, and undoing it exactly."""
+"""Freezing units so that they cost no more backward work than they must, and undoing it exactly."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .._compat import disable_input_grads, has_input_grads, require_checkpoint_grads, uses_reentrant_checkpointing
 from ..distributed.consensus import checksum
-from ..distributed.fsdp import gather_for_backward, is_sharded
-from ..model.forward_patch import LeftBehind, MethodPatch
-from ..model.nested import float_tensors
-from ..model.tracing import leaves, set_modes
+from ..distributed.fsdp import is_sharded
+from ..model.forward_patch import MethodPatch
+from ..model.tracing import set_modes
 from ..model.units import BlockStack, Unit
+from .boundary import Boundary, front_of, modules_of
+from .explain import Explanations
 from .kept import adapter_parameters, idle_features, kept_parameters, tied_names
 from .weights import FrozenWeights
 
 logger = logging.get_logger(__name__)
-
-MAX_NAMES = 3
 
 
 @dataclass
@@ -37,12 +33,15 @@ class _Before:
 
 class Freezer:
     """
-    Freezes the front of a model, unit by unit, and undoes it.
+    Freezes units of a model, and undoes it.
 
     Parameters of a frozen unit require no gradient, hold none, and lose their optimizer state, but stay in the optimizer's
     groups, so that checkpoints load. Its dropout is off and its running statistics stand still, whatever `model.train()`
-    says. Nothing in front of the first active unit requires a gradient, so the backward pass ends there. Under FSDP2, frozen
-    weights are gathered for the forward pass only.
+    says. Nothing in front of the first active unit requires a gradient, so the backward pass ends there. Under FSDP2, the
+    weights of this front are gathered for the forward pass only.
+
+    A unit may also be frozen *apart*, behind one that trains. No gradient of its weights is computed, but the backward pass
+    runs through it to reach the units in front. Once all of these are frozen, it is a part of the front.
 
     Some parameters train on in a frozen unit: those that the user has picked to be trained (see
     [`~smartfrz_hf.freezing.kept.kept_parameters`]), and those that somebody makes trainable while they are frozen. The
@@ -64,39 +63,44 @@ class Freezer:
         self.stack, self.optimizer = stack, optimizer
         self.weights = FrozenWeights(stack.model, dtype)
         self.kept: dict[str, nn.Parameter] = {}
-        self._before: list[_Before] = []
+        self._before: dict[int, _Before] = {}  # by index of the frozen unit, in the order in which they froze
         self._frozen: dict[nn.Parameter, str] = {}
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
-        self._mode_hook: torch.utils.hooks.RemovableHandle | None = None
-        self._frozen_modules: list[nn.Module] = []
-        self._undo_checkpoint_grads: Callable[[], None] = lambda: None
-        self._pretrained = [module for module in stack.model.modules() if isinstance(module, PreTrainedModel)]
-        self._with_input_grads: list[PreTrainedModel] = []
-        self._explained: set[str] = set()
+        self._explanations = Explanations(stack)
+        self._boundary = Boundary(stack, self._explain)
+
+    @property
+    def frozen(self) -> frozenset[int]:
+        """Indices of all frozen units."""
+        return frozenset(self._before)
 
     @property
     def depth(self) -> int:
         """How many units of the front are frozen."""
-        return len(self._before)
+        return front_of(self._before)
+
+    @property
+    def apart(self) -> frozenset[int]:
+        """Indices of the units that are frozen behind units that train."""
+        return self.frozen.difference(range(self.depth))
 
     @property
     def frozen_parameters(self) -> int:
         """Number of elements of the parameters that required a gradient before they froze."""
-        flags = {p: flag for before in reversed(self._before) for p, flag in before.requires_grad.items()}
+        flags = {p: flag for before in reversed(self._before.values()) for p, flag in before.requires_grad.items()}
         return sum(parameter.numel() for parameter, flag in flags.items() if flag)
 
     @property
     def frozen_adapters(self) -> list[nn.Parameter]:
         """Parameters of PEFT's adapters that are frozen now and trained before."""
-        flags = {p: flag for before in self._before for p, flag in before.requires_grad.items()}
-        return [p for before in self._before for p in before.adapters if p in self._frozen and flags.get(p)]
+        flags = {p: flag for before in self._before.values() for p, flag in before.requires_grad.items()}
+        return [p for before in self._before.values() for p in before.adapters if p in self._frozen and flags.get(p)]
 
     def freeze_to(self, depth: int) -> list[Unit]:
         """
         Freeze all units in front of `depth`.
 
         Args:
-            depth (`int`): number of units to be frozen in all, not below the current one.
+            depth (`int`): number of units of the front to be frozen in all, not below the current one.
 
         Returns:
             `list[Unit]`: the units that froze now.
@@ -109,18 +113,35 @@ class Freezer:
                 f"Cannot freeze to depth {depth}: {self.depth} of {len(self.stack)} units are frozen. "
                 "Use `unfreeze_to` to go back."
             )
-        new = list(self.stack.units[self.depth : depth])
+        return self.freeze(range(depth))
+
+    def freeze(self, units: Iterable[int]) -> list[Unit]:
+        """
+        Freeze units wherever they are. Those that are frozen already stay so.
+
+        Args:
+            units (`Iterable[int]`): indices of units.
+
+        Returns:
+            `list[Unit]`: the units that froze now.
+
+        Raises:
+            ValueError: there is no unit with such an index.
+        """
+        indices = sorted(set(units) - self.frozen)
+        if outside := [index for index in indices if not 0 <= index < len(self.stack)]:
+            raise ValueError(f"There is no unit {outside[0]}; the units have the numbers 0 to {len(self.stack) - 1}.")
+        new = [self.stack.units[index] for index in indices]
         if new:
-            self._disable_input_grads()
             kept = {name: p for unit in new for name, p in kept_parameters(unit).items()}
             self.kept |= kept
-            for unit in new:
-                self._freeze(unit)
-            self._update_boundary()
+            for index in indices:
+                self._freeze(index)
+            self._boundary.update(self.frozen)
             if tied := tied_names(self.stack, new, self._frozen):
                 logger.warning(f"Freezing the front also freezes {', '.join(tied)}, which is the same parameter.")
             if kept:
-                self._warn_of_kept(kept, "stays trainable, as it was picked to be trained")
+                self._explanations.kept(list(kept), "stays trainable, as it was picked to be trained")
             for unit in new:
                 for idle in idle_features(unit):
                     logger.warning(f"{idle} has no effect any more, as {unit.name} is frozen and in evaluation mode.")
@@ -131,14 +152,14 @@ class Freezer:
         Undo freezing from `depth` on. Every flag is again what it was; the optimizer state starts anew.
 
         Args:
-            depth (`int`, *optional*, defaults to `0`): number of units that stay frozen.
+            depth (`int`, *optional*, defaults to `0`): number of units of the front that stay frozen.
 
         Returns:
             `list[Unit]`: the units that train again.
         """
-        units = list(self.stack.units[depth : self.depth])
-        while self.depth > depth:
-            before, unit = self._before[-1], self.stack.units[self.depth - 1]
+        indices = [index for index in self._before if index >= depth]
+        for index in reversed(indices):
+            before, unit = self._before.pop(index), self.stack.units[index]
             self.weights.restore(unit)
             for patch in before.patches:
                 patch.remove()
@@ -147,11 +168,8 @@ class Freezer:
                 parameter.requires_grad_(flag)
                 self._frozen.pop(parameter, None)
             self.kept = {name: p for name, p in self.kept.items() if name not in unit.named_parameters()}
-            self._before.pop()
-        self._update_boundary()
-        while not depth and self._with_input_grads:
-            self._with_input_grads.pop().enable_input_require_grads()
-        return units
+        self._boundary.update(self.frozen)
+        return [self.stack.units[index] for index in sorted(indices)]
 
     def check(self) -> list[str]:
         """
@@ -164,7 +182,7 @@ class Freezer:
             `list[str]`: dotted names of the parameters that train from now on. If there are any, DDP's reducer has to be
             rebuilt, and outputs of the frozen front are no longer constant.
         """
-        self._check_gradients()
+        self._explanations.no_gradients(self.depth)
         thawed = {name: parameter for parameter, name in self._frozen.items() if parameter.requires_grad}
         if not thawed:
             return []
@@ -176,39 +194,27 @@ class Freezer:
                 del thawed[name]
         for parameter in thawed.values():
             del self._frozen[parameter]
-            for before in self._before:
+            for before in self._before.values():
                 before.requires_grad.pop(parameter, None)
         if thawed:
             self.kept |= thawed
-            self._warn_of_kept(thawed, "was made trainable while it was frozen, and trains from now on")
+            why = "was made trainable while it was frozen, and trains from now on"
+            self._explanations.kept(list(thawed), why)
         return list(thawed)
-
-    def _check_gradients(self) -> None:
-        """Say once for each depth if no unit behind the frozen front has a gradient, as in Reformer's reversible blocks."""
-        place = f"gradients at depth {self.depth}"
-        known = not self.depth or place in self._explained
-        if not known and any(p.grad is not None for p in self.stack.model.parameters()):
-            self._explained.add(place)
-            active = [p for unit in self.stack.units[self.depth :] for p in unit.named_parameters().values()]
-            if any(p.requires_grad for p in active) and all(p.grad is None for p in active):
-                logger.warning(
-                    f"No unit behind the frozen front of {type(self.stack.model).__name__} gets a gradient, so only its head "
-                    'trains now: its blocks need an input that requires one. Train it with `SmartFRZConfig(policy="never")`.'
-                )
 
     def checksum(self) -> int:
         """A number that is the same in all processes as long as the frozen parameters are. Zero under FSDP2."""
         return 0 if is_sharded(self.stack.model) else checksum(self.weights.original(p) for p in self._frozen)
 
-    def _freeze(self, unit: Unit) -> None:
+    def _freeze(self, index: int) -> None:
+        unit = self.stack.units[index]
         parameters = {name: p for name, p in unit.named_parameters().items() if name not in self.kept}
-        modules = [child for module in unit.modules.values() for child in module.modules()]
         before = _Before(
             {parameter: parameter.requires_grad for parameter in parameters.values()},
-            {module: module.training for module in modules},
+            {module: module.training for module in modules_of(unit)},
             set(adapter_parameters(unit)),
         )
-        self._before.append(before)  # first, so that an exception below leaves nothing that cannot be undone
+        self._before[index] = before  # first, so that an exception below leaves nothing that cannot be undone
         for name, parameter in parameters.items():
             self._frozen[parameter] = name
             parameter.requires_grad_(False)
@@ -222,95 +228,6 @@ class Freezer:
         if unit is not self.stack.stem:  # some models read the type of their inputs from the stem's weights
             self.weights.cast(unit)
 
-    def _disable_input_grads(self) -> None:
-        # `activation_checkpointing_enable` makes the embeddings' output require a gradient, for the sake of adapters. The
-        # backward pass would then recompute every frozen block on its way down to it.
-        for model in self._pretrained:
-            if has_input_grads(model):
-                if model not in self._with_input_grads:
-                    self._with_input_grads.append(model)
-                disable_input_grads(model)
-
-    def _update_boundary(self) -> None:
-        tops = [module for unit in self.stack.units[: self.depth] for module in unit.modules.values()]
-        frozen = self._frozen_modules = [child for module in tops for child in module.modules()]
-        gather_for_backward(self.stack.model, set(frozen))
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        if self._mode_hook is None and frozen:
-            hook = LeftBehind(self._before_backbone)
-            self._mode_hook = self.stack.backbone.register_forward_pre_hook(hook)
-        elif self._mode_hook is not None and not frozen:
-            self._mode_hook.remove()
-            self._mode_hook = None
-        self._undo_checkpoint_grads()
-        self._undo_checkpoint_grads = lambda: None
-        block = self._first_active_block
-        if block is not None:
-            self._hook = block.register_forward_pre_hook(LeftBehind(self._enter_active), with_kwargs=True)
-        self._require_checkpoint_grads()
-
-    @property
-    def _first_active_block(self) -> nn.Module | None:
-        """`None` where the block reads its own output, which requires a gradient of course."""
-        if not 0 < self.depth < len(self.stack):
-            return None
-        unit = self.stack.units[self.depth]
-        return unit.modules[unit.name] if unit.runs_once else None
-
-    def _require_checkpoint_grads(self) -> None:
-        block = self._first_active_block
-        undo = None if block is None else require_checkpoint_grads(block)
-        self._undo_checkpoint_grads = undo or self._undo_checkpoint_grads
-
-    def _before_backbone(self, *_: Any) -> None:
-        """
-        Models may have a `train` of their own, which sets the modes of all modules by itself. TRL turns activation checkpointing
-        off and on again around each pass of a reference model and each generation.
-        """
-        if not torch.compiler.is_compiling():
-            for module in self._frozen_modules:
-                module.training = False
-            self._disable_input_grads()
-            self._require_checkpoint_grads()
-
-    def _enter_active(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Runs before the first active block."""
-        # Reentrant checkpointing gives the block inputs of its own, and before Transformers 5.23 this sees those.
-        if not torch.is_grad_enabled() or uses_reentrant_checkpointing(module):
-            return
-        asking = [tensor for tensor in float_tensors((args, kwargs)) if tensor.requires_grad]
-        if asking and module.training:
-            self._explain(asking)
-
     def _explain(self, asking: list[torch.Tensor]) -> None:
-        """Say once for each depth why the backward pass does not end at the frozen front."""
-        unit = self.stack.units[self.depth].name
-        if self.kept or unit in self._explained or torch.compiler.is_compiling():
-            return
-        names: dict[torch.Tensor, str] = {p: name for name, p in self.stack.model.named_parameters()}
-        # Of frozen parameters, `check` tells. A unit may hold what feeds its block, such as the embeddings of a decoder.
-        known = {*self._frozen, *self.stack.units[self.depth].named_parameters().values()}
-        unnamed = "a tensor that is no parameter of the model"
-        sources = [names.get(leaf, unnamed) for leaf in leaves(asking) if leaf not in known]
-        if sources:
-            self._explained.add(unit)
-            logger.warning(
-                f"The input of {unit}, the first unit that trains, requires a gradient because of {_listed(sources)}. It gets "
-                "one, so the backward pass goes on through the frozen units, and freezing saves less. What should freeze with "
-                "the stem can be named with `SmartFRZConfig(stem=[...])`."
-            )
-
-    def _warn_of_kept(self, kept: dict[str, nn.Parameter], why: str) -> None:
-        logger.warning(
-            f"{_listed(list(kept))} in the frozen front {why}. The backward pass goes on through the frozen units to reach "
-            "it, so freezing saves less, and no activations are cached."
-        )
-
-
-def _listed(names: list[str]) -> str:
-    """A few names, and how many more there are."""
-    names = list(dict.fromkeys(names))
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more
+        if not self.kept:
+            self._explanations.input_requires_grad(self.stack.units[self.depth], asking, set(self._frozen))

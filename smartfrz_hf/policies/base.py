@@ -1,6 +1,7 @@
 """What a policy is given, and what it answers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ class Observation:
     Attributes:
         step (`int`): optimizer steps done.
         max_steps (`int`): optimizer steps of the run.
-        depth (`int`): frozen units, counted from the front.
+        depth (`int`): frozen units of the front.
         trainable (`list[bool]`): per unit, whether it had anything to train at the start of the run.
         rates ([`LearningRates`]): learning rate before each step of the run.
         history ([`WeightHistory`], *optional*): given to a policy that sets `history_size`.
@@ -28,6 +29,8 @@ class Observation:
         savings (`list[float]`, *optional*):
             With `pilot`: for each depth from 0 to all units, the share of a training step's FLOPs that freezing so many
             units saves, without an activation cache.
+        order (`str`): `"front"`, or `"independent"` where units may freeze behind units that train.
+        apart (`frozenset[int]`): indices of the units that are frozen behind units that train.
     """
 
     step: int
@@ -39,6 +42,8 @@ class Observation:
     probe: ProbeHistory | None = None
     pilot: PilotSignals | None = None
     savings: list[float] | None = None
+    order: str = "front"
+    apart: frozenset[int] = frozenset()
 
     @property
     def units(self) -> int:
@@ -57,7 +62,7 @@ class Decision:
     What a policy answers.
 
     Attributes:
-        depth (`int`): units to freeze, counted from the front. A depth below the current one changes nothing.
+        depth (`int`): units of the front to freeze. A depth below the current one changes nothing.
         reason (`str`): why, for the ledger and the log.
         unfreeze (`bool`): whether all units train again first.
         probabilities (`list[float]`, *optional*): that each active unit has converged, front first, for the report.
@@ -67,6 +72,9 @@ class Decision:
             For each active unit, front first, the predictor's attention to each snapshot of the weight history, oldest first. Each
             list sums to 1. The report shows those of the units that freeze.
         snapshot_steps (`list[int]`, *optional*): the optimizer steps at which these snapshots were taken.
+        apart (`Collection[int]`):
+            Indices of units to freeze behind units that train, with `order="independent"`. Units that are frozen already
+            stay frozen; once all units in front of one are frozen, it belongs to the front.
     """
 
     depth: int
@@ -76,6 +84,7 @@ class Decision:
     points_lost: list[float] | None = None
     attentions: list[list[float]] | None = None
     snapshot_steps: list[int] | None = None
+    apart: Collection[int] = ()
 
 
 class Policy(ABC):
@@ -91,7 +100,8 @@ class Policy(ABC):
             Examples that the probe has at least. By default there is no probe where it would take more than 1 % of a run.
         pilot (`float`):
             Length of the pilot, as a fraction of the run; 0 for none. When it ends, the policy is asked with
-            `observation.pilot`, and units that it freezes then go back to the weights that they had at the start.
+            `observation.pilot`, and units of the front that it freezes then go back to the weights that they had at the start.
+        by_unit (`bool`): whether it can freeze units behind units that train, as `order="independent"` asks for.
 
     Example:
 
@@ -110,6 +120,7 @@ class Policy(ABC):
     front_probe: bool = False
     min_probe_examples: int = 0
     pilot: float = 0.0
+    by_unit: bool = False
 
     @abstractmethod
     def decide(self, observation: Observation) -> Decision:

@@ -14,7 +14,8 @@ class GradESPolicy(Policy):
     $\|W_t - W_{t-1}\|_1 < \tau$. (The paper writes gradients, but its package `grades`, for which the thresholds are
     published, compares weights.) A frozen matrix behind one that trains saves only its own weight gradient. Here a block
     freezes once all its matrices fulfil the rule and all blocks in front of it are frozen, so that the backward pass ends
-    there. The stem freezes together with the first block; the paper's code does not look at embeddings.
+    there. The stem freezes together with the first block; the paper's code does not look at embeddings. With
+    `order="independent"`, a block freezes wherever it is.
 
     The paper's code applies the rule after every step: `SmartFRZConfig(first_decision=1, decide_every=1)`. With a longer
     time between freezing stages, the last step before each stage counts.
@@ -26,6 +27,8 @@ class GradESPolicy(Policy):
             matrix, so it depends on the size of the model.
         alpha (`float`, *optional*, defaults to `0.55`): fraction of the run in which nothing freezes; the README's value.
     """
+
+    by_unit = True
 
     def __init__(self, tau: float = 2.404167, alpha: float = 0.55):
         self.tau, self.alpha = tau, alpha
@@ -40,16 +43,21 @@ class GradESPolicy(Policy):
                 self._before[unit] = [(p, p.detach().clone()) for p in matrices]
 
     def decide(self, observation: Observation) -> Decision:
-        """Freeze the front up to the first block with a matrix that changes more than the threshold allows."""
-        reached, largest = max(1, observation.depth), 0.0
-        while reached < observation.units and reached in self._before:
-            changes = [l1_norm(p.detach() - before) for p, before in self._before[reached]]
-            largest = max(changes, default=0.0)
-            if not largest < self.tau:
+        """
+        Freeze the front up to the first block with a matrix that changes more than the threshold allows, or all blocks without
+        such a matrix.
+        """
+        reached, largest, apart = max(1, observation.depth), 0.0, set()
+        for unit, matrices in self._before.items():
+            change = max((l1_norm(p.detach() - before) for p, before in matrices), default=0.0)
+            if reached == unit:
+                largest = change
+            if change < self.tau:
+                apart.add(unit)
+                reached += reached == unit
+            elif observation.order == "front":
                 break
-            reached += 1
         self._before = {}
         depth = reached if reached > 1 else 0
-        return Decision(
-            max(depth, observation.depth), f"largest change of a matrix {largest:.3g}, threshold {self.tau:g}"
-        )
+        reason = f"largest change of a matrix {largest:.3g}, threshold {self.tau:g}"
+        return Decision(max(depth, observation.depth), reason, apart=apart)

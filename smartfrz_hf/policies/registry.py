@@ -146,4 +146,10 @@ def resolve(
             hint = f"did you mean `{close[0]}`?" if close else f"the options are {', '.join(known)}."
             raise TypeError(f"There is no option `{name}`; {hint}")
     config = replace(config or SmartFRZConfig(), **options)
-    return config, policy or make_policy(config, predictor)
+    policy = policy or make_policy(config, predictor)
+    if config.order == "independent" and not policy.by_unit:
+        raise ValueError(
+            f'`order` is "independent", but {type(policy).__name__} freezes the front only. Use the policy "smartfrz" or '
+            '"grades", one of your own with `by_unit = True`, or `order="front"`.'
+        )
+    return config, policy

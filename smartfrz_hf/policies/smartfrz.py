@@ -20,7 +20,12 @@ EARLY, PEAK = 0.2, 0.8
 
 class SmartFRZPolicy(Policy):
     """
-    Freezes the front up to the first unit whose probability of having converged is below a threshold.
+    Freezes the front up to the first unit whose probability of having converged is below a threshold. With
+    `order="independent"` it freezes every unit whose own probability reaches the threshold, wherever it is, as in the paper.
+
+    The predictor was trained on fronts: the odds against freezing a front are the sum of those of its units. The probability of a
+    unit on its own leaves out the units in front of it, so it is at least as high, and no run with such a unit frozen behind
+    others that train was among those that it was trained on.
 
     In the first fifth of a run, nothing freezes while the learning rate is near its peak: the weights change most there, so
     a front that froze then would cost more accuracy than one frozen before or after. Few of the runs that the predictor was
@@ -37,6 +42,8 @@ class SmartFRZPolicy(Policy):
             The threshold once a front has frozen from the start, if it is higher. The predictor was trained on runs in which
             everything trains, and is too sure where the rest trains at a higher rate.
     """
+
+    by_unit = True
 
     def __init__(
         self,
@@ -57,7 +64,8 @@ class SmartFRZPolicy(Policy):
 
     def decide(self, observation: Observation) -> Decision:
         """
-        Freeze the converged units at the front of the active ones. Units that have nothing to train freeze with them.
+        Freeze the converged units at the front of the active ones, or all converged units. Units that have nothing to train
+        freeze with the front.
 
         Nothing freezes if the weight history holds NaN or infinite values, since training has diverged then. This is
         logged once.
@@ -89,18 +97,22 @@ class SmartFRZPolicy(Policy):
             return Decision(depth, "weights are not finite")
         probabilities, attentions = self.score(observation, history, snapshots)
         threshold = max(self.threshold, self.threshold_after_start) if self._started else self.threshold
-        reached = depth
-        while reached < observation.units and (
-            probabilities[reached - depth] >= threshold or not observation.trainable[reached]
-        ):
-            reached += 1
-        listed = ", ".join(f"{p:.3f}" for p in probabilities[: max(1, reached - depth)])
+        score = dict(enumerate(probabilities, depth))
+        freezes = {unit for unit, p in score.items() if p >= threshold or not observation.trainable[unit]}
+        reached = next(unit for unit in range(depth, observation.units + 1) if unit not in freezes)
+        apart: set[int] = set()
+        if observation.order == "independent":
+            apart = {unit for unit in freezes if unit > reached and observation.trainable[unit]}
+        named = {*range(depth, reached), *(apart - observation.apart)} or {depth}
+        listed = ", ".join(f"{score[unit]:.3f}" for unit in sorted(named))
+        reason = f"probability {listed} against {threshold:g}"
         return Decision(
             reached,
-            f"probability {listed} against {threshold:g}",
+            reason,
             probabilities=probabilities,
             attentions=attentions.tolist(),  # of the same forward pass
             snapshot_steps=history.steps[-history.filled :],
+            apart=apart,
         )
 
     @torch.no_grad()
@@ -155,16 +167,17 @@ class SmartFRZPolicy(Policy):
         self, observation: Observation, history: WeightHistory, snapshots: torch.Tensor
     ) -> tuple[list[float], torch.Tensor]:
         """
-        The probability that each active unit and all units in front of it have converged, and what the predictor attended to.
+        The probability that each active unit and all units in front of it have converged, or with `order="independent"` that the
+        unit has; and what the predictor attended to.
 
         Args:
             observation ([`Observation`]): of this freezing stage.
             history ([`WeightHistory`]): of all units.
-            snapshots (`torch.Tensor` of shape `(active units, window, weights_per_unit)`): those of the active units.
+            snapshots (`torch.Tensor` of shape `(units, window, weights_per_unit)`): those of the units behind the frozen front.
 
         Returns:
-            `tuple`: one probability per active unit, front first, and the attention of each active unit to each recorded snapshot,
-            a `torch.Tensor` of shape `(active units, snapshots)`.
+            `tuple`: one probability per unit behind the frozen front, 1 for those that are frozen already, and the attention of
+            each of these units to each recorded snapshot, a `torch.Tensor` of shape `(units, snapshots)`.
         """
         device, rates, front = self.predictor.device, observation.rates, observation.probe
         inputs = build_inputs(
@@ -177,8 +190,14 @@ class SmartFRZPolicy(Policy):
             None if front is None else front.changes,
             observation.depth,
         )
-        output = self.predictor(*inputs)
-        return output.probabilities.tolist(), output.attentions[:, -history.filled :]
+        active = [unit not in observation.apart for unit in range(observation.depth, observation.units)]
+        output = self.predictor(
+            *inputs,
+            active=torch.tensor(active, device=device),
+            by_unit=observation.order == "independent",
+        )
+        probabilities = [p if trains else 1.0 for p, trains in zip(output.probabilities.tolist(), active, strict=True)]
+        return probabilities, output.attentions[:, -history.filled :]
 
     def state_dict(self) -> dict[str, Any]:
         """`started`: whether a front froze from the start of the run."""

@@ -138,6 +138,7 @@ class SmartFRZPredictor(PreTrainedModel):
         context: torch.Tensor,
         active: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        by_unit: bool = False,
     ) -> SmartFRZPredictorOutput:
         """
         Score the units of one freezing stage, or of a batch of stages with one more leading dimension.
@@ -151,6 +152,8 @@ class SmartFRZPredictor(PreTrainedModel):
             active (`torch.Tensor` of shape `(units,)`, `bool`, *optional*):
                 Units that exist and are not frozen. Defaults to all.
             labels (`torch.Tensor` of shape `(units,)`, *optional*): target probabilities, from 0 to 1.
+            by_unit (`bool`, *optional*, defaults to `False`):
+                Whether to score each unit on its own, without the odds of the units in front of it.
 
         Returns:
             [`SmartFRZPredictorOutput`]
@@ -170,7 +173,7 @@ class SmartFRZPredictor(PreTrainedModel):
                 )
                 units = units + attended
         logits = self.head(units).squeeze(-1)
-        if self.config.form == "dynamics" and self.config.front_sum:
+        if self.config.form == "dynamics" and self.config.front_sum and not by_unit:
             logits = -(-logits).masked_fill(~active, MIN_LOG_ODDS).logcumsumexp(-1)
         logits = (logits - self.offset) / self.temperature
         loss = None

@@ -111,6 +111,11 @@ def _charts(key: str, run: SavedRun, plain: SavedRun | None) -> list[str]:
     return drawn
 
 
+def _frozen(stage: dict[str, Any]) -> int:
+    """Units that are frozen from a stage on, also those behind units that train."""
+    return stage["depth"] + len(stage.get("apart", ()))
+
+
 def _headline(run: SavedRun) -> str:
     if run.state is None:
         return f"{run.steps:,} optimizer steps, without SmartFRZ."
@@ -118,7 +123,7 @@ def _headline(run: SavedRun) -> str:
         return f"Nothing froze in {run.steps:,} optimizer steps."
     first, units = run.ledger["stages"][0], len(run.state["units"])
     return (
-        f"{run.ledger['stages'][-1]['depth']} of {units} units are frozen after {run.steps:,} optimizer steps; the first "
+        f"{_frozen(run.ledger['stages'][-1])} of {units} units are frozen after {run.steps:,} optimizer steps; the first "
         f"froze at step {first['step']:,}."
     )
 
@@ -127,11 +132,18 @@ def _tiles(run: SavedRun, plain: SavedRun | None) -> str:
     tiles = []
     if run.state is not None:
         stages = run.ledger["stages"]
-        tiles.append((f"{stages[-1]['depth'] if stages else 0} of {len(run.state['units'])}", "units frozen"))
+        tiles.append((f"{_frozen(stages[-1]) if stages else 0} of {len(run.state['units'])}", "units frozen"))
     spent, full = run.ledger.get("spent"), run.ledger.get("full")
     if spent and full and sum(full.values()):
         tiles.append((f"{1 - sum(spent.values()) / sum(full.values()):.1%}", "compute saved"))
         tiles.append((f"{sum(spent.values()):.3g}", f"FLOPs, of {sum(full.values()):.3g} in full"))
+        if gap := run.ledger.get("gap"):
+            tiles.append(
+                (
+                    f"{gap / sum(full.values()):.1%}",
+                    "of the compute ran back through units frozen behind units that train",
+                )
+            )
     if run.seconds is not None:
         share = ""
         if plain is not None and plain.seconds:
@@ -170,12 +182,13 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]], numbers: Iterable
 
 
 def _stages(run: SavedRun) -> str:
-    rows, depth = [], 0
+    rows, before = [], 0
     for stage in run.ledger["stages"]:
-        what, units = "froze" if stage["depth"] > depth else "train again", stage["units"]
+        frozen, units = _frozen(stage), stage["units"]
+        what = "froze" if frozen > before else "train again"
         names = ", ".join(units) if len(units) < 4 else f"{units[0]} to {units[-1]} ({len(units)} units)"
-        rows.append((f"{stage['step']:,}", f"{names} {what}", stage["depth"], stage["reason"]))
-        depth = stage["depth"]
+        rows.append((f"{stage['step']:,}", f"{names} {what}", frozen, stage["reason"]))
+        before = frozen
     return _table(("step", "what", "frozen", "why"), rows, (0, 2)) if rows else ""
 
 

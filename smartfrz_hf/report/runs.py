@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..cost.stages import frozen_spans
+
 STATE_FILE = "smartfrz_state.json"
 TRAINER_FILE = "trainer_state.json"
 # What the Trainer logs beside losses and metrics.
@@ -106,16 +108,7 @@ class SavedRun:
     @property
     def frozen_spans(self) -> dict[str, list[tuple[int, int]]]:
         """From which step to which each unit was frozen."""
-        spans: dict[str, list[tuple[int, int]]] = {}
-        depth = 0
-        for stage in self.ledger.get("stages", ()):
-            for unit in stage["units"]:
-                if stage["depth"] > depth:
-                    spans.setdefault(unit, []).append((stage["step"], self.steps))
-                else:
-                    spans[unit][-1] = (spans[unit][-1][0], stage["step"])
-            depth = stage["depth"]
-        return spans
+        return frozen_spans(self.ledger.get("stages", ()), self.steps)
 
 
 def read_run(folder: Path) -> SavedRun:

@@ -1,6 +1,6 @@
 """What a run observes of the model that it trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -88,9 +88,9 @@ class Observer:
         if self.probe is not None and not self.probe.steps:
             self._probe(step)
 
-    def end_of_step(self, step: int, depth: int) -> None:
-        """Take a snapshot of the active units' weights when one is due."""
-        active = range(depth, len(self._stack))
+    def end_of_step(self, step: int, frozen: Collection[int] = ()) -> None:
+        """Take a snapshot of the weights when one is due, but not of the frozen units."""
+        active = [unit for unit in range(len(self._stack)) if unit not in frozen]
         if self.history is not None and active and step % self._record_every == 0:
             self.history.record(self.sampler, step, active)
 

@@ -3,79 +3,24 @@
 import json
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import transformers as t
 from architectures import ARCHITECTURES, TEXT, build
 from counting import counted
+from metered import BERT_LAYER, HIDDEN, LENGTH, ROWS, Bench, assert_as_torch_counts, with_adapters
 from torch import nn
 from training import assert_same_run, smartfrz, train
 from versions import checkpoint_activations
 
-from smartfrz_hf import Freezer, SmartFRZCallback, SmartFRZConfig, find_blocks
+from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks
 from smartfrz_hf._compat import has_input_grads
-from smartfrz_hf.cost.flops import ComputeMeter, upgrade_meter_state
+from smartfrz_hf.cost.flops import ComputeMeter
+from smartfrz_hf.cost.format_1 import upgrade_meter_state
 from smartfrz_hf.cost.ledger import Flops
 
-ROWS, LENGTH, HIDDEN, INSIDE = 4, 16, 32, 37
-# Four projections, attention scores and weighted values, and the two layers behind them; 2 FLOPs a multiply-add.
-BERT_LAYER = 2 * ROWS * LENGTH * (4 * HIDDEN**2 + 2 * LENGTH * HIDDEN + 2 * HIDDEN * INSIDE)
 BERT_HEAD = 2 * ROWS * (HIDDEN**2 + 2 * HIDDEN)
 FORMAT_1 = Path(__file__).parents[1] / "data" / "checkpoint_format_1" / "smartfrz_state.json"
-
-
-class Bench:
-    """A model with its meter, and one batch to train it on."""
-
-    def __init__(self, model, batch, optimizer=None):
-        self.model, self.batch = model.train(), batch
-        self.stack = find_blocks(model)
-        self.optimizer = optimizer(model.parameters()) if optimizer else None
-        self.freezer = Freezer(self.stack, self.optimizer)
-        self.meter = ComputeMeter(model, self.stack, self.optimizer)
-
-    @classmethod
-    def of(cls, name, optimizer=None, checkpointing=None):
-        model = build(name)
-        if checkpointing is not None:
-            checkpoint_activations(model, checkpointing == "reentrant")
-        return cls(model, ARCHITECTURES[name].batch(model), optimizer)
-
-    def freeze_to(self, depth):
-        self.freezer.unfreeze_to(min(depth, self.freezer.depth))
-        self.freezer.freeze_to(depth)
-        self.meter.freeze_to(depth)
-
-    def loss(self):
-        return self.model(**self.batch)["loss"]
-
-    def step(self, skip=None):
-        """One step on one micro-batch; returns its forward and backward FLOPs."""
-        loss = self.loss()
-        if skip is not None:
-            self.meter.skip(skip)
-        if loss.requires_grad:
-            loss.backward()
-        self.meter.count()
-        if self.optimizer:
-            self.optimizer.step()
-            self.meter.end_of_step()
-        self.model.zero_grad()
-        return self.meter.take()
-
-
-def assert_as_torch_counts(bench, depth, tolerance=1e-6):
-    bench.freeze_to(depth)
-    backward = counted(bench.loss().backward) if bench.loss().requires_grad else 0
-    assert backward > 0 or depth == len(bench.stack)
-    forward = counted(bench.loss)
-    # The passes above have gone into the meter as well.
-    bench.meter.count()
-    bench.meter.take()
-    cost = bench.step()
-    assert cost.forward == pytest.approx(forward, rel=1e-6)
-    assert cost.total == pytest.approx(forward + backward, rel=tolerance)
 
 
 @pytest.mark.parametrize("depth", ["none", "one", "half", "all"])
@@ -125,11 +70,6 @@ def test_bert_costs_what_its_matrices_say(checkpointing):
     assert stem == Flops()
     assert list(bench.meter.unit_flops) == [*bench.stack.names, "head"] == list(bench.meter.unit_parameters)
     assert sum(bench.meter.unit_parameters.values()) == bench.model.num_parameters()
-
-
-def with_adapters(name, **options):
-    config = peft.LoraConfig(r=8, **options)
-    return Bench(peft.get_peft_model(build(name), config), ARCHITECTURES[name].batch(build(name)), torch.optim.AdamW)
 
 
 ADAPTERS = {

@@ -114,6 +114,7 @@ def main():
     parser.add_argument("--fsdp", choices=["launcher", "arguments"], help="FSDP2, and who asks for it")
     parser.add_argument("--arguments", type=json.loads, default={}, help="of training, more of them")
     parser.add_argument("--stages", type=json.loads, default=STAGES, help="which depth from which step on")
+    parser.add_argument("--apart", type=json.loads, default={}, help="which units freeze apart from which step on")
     parser.add_argument("--front", action="store_true", help="look at the front probe, too")
     parser.add_argument("--lora", action="store_true", help="train LoRA")
     parser.add_argument("--pilot", type=float, default=0.0, help="fraction of the run that is the pilot")
@@ -144,7 +145,8 @@ def main():
         shard_on_the_cpu()
     assert args.world_size == options.world_size, f"{args.world_size} processes, not {options.world_size}"
     rank = args.process_index
-    config = SmartFRZConfig(first_decision=1, decide_every=1, record_every=1)
+    order = "independent" if options.apart else "front"
+    config = SmartFRZConfig(order=order, first_decision=1, decide_every=1, record_every=1)
     predictor = predictor_that_says(0.9, front_probe=options.front)
     watching = Watching(options.fsdp, copy.deepcopy(model))
     if options.alone:
@@ -177,10 +179,10 @@ def main():
             pilots.append({key: torch.as_tensor(value).tolist() for key, value in vars(seen.pilot).items()})
         if options.dies_at == seen.step and rank == 1:
             raise SystemExit(3)
-        ahead = 2 if options.unlike and rank else 0
-        return Decision(
-            max((step, depth) for step, depth in {0: 0, **stages}.items() if step <= seen.step + ahead)[1], "told"
-        )
+        now = seen.step + (2 if options.unlike and rank else 0)
+        depth = max((step, depth) for step, depth in {0: 0, **stages}.items() if step <= now)[1]
+        apart = {unit for step, units in options.apart.items() if int(step) <= now for unit in units}
+        return Decision(depth, "told", apart=apart)
 
     callback.policy.decide, callback.policy.pilot = decide, options.pilot
     callback.policy.min_probe_examples = 4
@@ -194,6 +196,7 @@ def main():
         weights,
         world_size=args.world_size,
         stages=[[stage.step, stage.depth] for stage in callback.ledger.stages],
+        apart=[[stage.step, stage.depth, len(stage.apart)] for stage in callback.ledger.stages],
         losses=[log["loss"] for log in trainer.state.log_history if "loss" in log],
         sent=watching.sent,
         active=watching.active,

@@ -1,19 +1,29 @@
 """Each policy answers as its rule says."""
 
+from functools import partial
+
 import pytest
 import torch
 from training import predictor_that_says
 
-from smartfrz_hf import SmartFRZConfig
-from smartfrz_hf.policies import LinearPolicy, NeverPolicy, Observation, SmartFRZPolicy, StaticPolicy, make_policy
+from smartfrz_hf import SmartFRZConfig, SmartFRZPredictor, SmartFRZPredictorConfig
+from smartfrz_hf.policies import (
+    GradESPolicy,
+    LinearPolicy,
+    NeverPolicy,
+    Observation,
+    SmartFRZPolicy,
+    StaticPolicy,
+    make_policy,
+)
 from smartfrz_hf.signals.schedule import LearningRates
 from smartfrz_hf.signals.weights import WeightHistory
 
 
-def seen(step=50, depth=0, units=5, history=None, trainable=None, learning_rate=1.0):
+def seen(step=50, depth=0, units=5, history=None, trainable=None, learning_rate=1.0, **more):
     rates = LearningRates([*([1.0] * 100), learning_rate])
     rates.relative[step] = learning_rate
-    return Observation(step, 100, depth, trainable or [True] * units, rates, history)
+    return Observation(step, 100, depth, trainable or [True] * units, rates, history, **more)
 
 
 def filled_history(units=5, records=4):
@@ -60,6 +70,52 @@ def test_units_with_nothing_to_train_stand_in_no_way():
     assert policy.decide(seen(history=filled_history(), trainable=trainable)).depth == 5
     trainable = [False, True, True, True, True]
     assert policy.decide(seen(history=filled_history(), trainable=trainable)).depth == 2
+
+
+def test_smartfrz_freezes_converged_units_wherever_they_are():
+    policy = SmartFRZPolicy(predictor_that_says(0.5), 0.6)
+    independent = partial(seen, order="independent", history=filled_history())
+    for probabilities, depth, before, wanted in (
+        ([0.5, 0.9, 0.9, 0.1, 0.9], 0, set(), (0, {1, 2, 4})),
+        ([0.9, 0.5, 0.9, 0.1, 1.0], 0, {4}, (1, {2, 4})),
+        ([0.9, 1.0, 0.1], 2, {3}, (4, set())),
+    ):
+        policy.score = lambda *_, p=probabilities: p
+        decision = policy.decide(independent(depth=depth, apart=frozenset(before)))
+        assert (decision.depth, set(decision.apart)) == wanted
+    trainable = [False, True, False, False, True]
+    policy.score = lambda *_: [0.1, 0.1, 0.1, 0.9, 0.9]
+    decision = policy.decide(independent(trainable=trainable))
+    assert (decision.depth, decision.apart) == (1, {4}), "what has nothing to train freezes with the front only"
+
+
+def test_each_unit_is_scored_by_itself():
+    """Without the odds of the units in front of it, and of those that are frozen."""
+    torch.manual_seed(0)
+    predictor = SmartFRZPredictor(SmartFRZPredictorConfig(window=4, weights_per_unit=32))
+    alone = SmartFRZPredictor(SmartFRZPredictorConfig(window=4, weights_per_unit=32, front_sum=False))
+    alone.load_state_dict(predictor.state_dict())
+    history = filled_history()
+    snapshots = history.snapshots()
+    front, independent, other = (
+        SmartFRZPolicy(each, 0.5).score(seen(history=history, order=order), history, snapshots)
+        for each, order in ((predictor, "front"), (predictor, "independent"), (alone, "front"))
+    )
+    assert independent == other and independent[0] == front[0]
+    assert all(own > summed for own, summed in zip(independent[1:], front[1:], strict=True))
+    apart = seen(history=history, order="independent", apart=frozenset({3}))
+    assert SmartFRZPolicy(predictor, 0.5).score(apart, history, snapshots)[3] == 1.0
+
+
+def test_grades_freezes_blocks_wherever_they_are():
+    policy, weight = GradESPolicy(tau=1.0), torch.nn.Parameter(torch.zeros(2, 2))
+    changed = [0.0, 9.0, 0.0, 9.0]  # of the blocks
+    for order, wanted in (("front", (2, set())), ("independent", (2, {3}))):
+        policy._before = {unit: [(weight, torch.full((2, 2), change))] for unit, change in enumerate(changed, 1)}
+        decision = policy.decide(seen(order=order))
+        assert (decision.depth, {unit for unit in decision.apart if unit >= decision.depth}) == wanted
+    policy._before = {}
+    assert policy.decide(seen(order="independent")).depth == 0
 
 
 def test_smartfrz_waits_for_history():

@@ -147,6 +147,7 @@ def run(experiment: Experiment, arm: Arm, plan: Plan, model_dir: Path, data_dirs
         result["freezing"] = {
             "units": len(ledger.units),
             "share": round(frozen_share(ledger), 4),
+            "gap": round(ledger.gap_share, 4),
             "stages": [[stage.step, stage.depth, stage.reason] for stage in ledger.stages],
         }
         cache = ledger.cache
