@@ -159,7 +159,7 @@ class Freezer:
         """
         indices = [index for index in self._before if index >= depth]
         for index in reversed(indices):
-            before, unit = self._before.pop(index), self.stack.units[index]
+            before, unit = self._before[index], self.stack.units[index]
             self.weights.restore(unit)
             for patch in before.patches:
                 patch.remove()
@@ -168,6 +168,7 @@ class Freezer:
                 parameter.requires_grad_(flag)
                 self._frozen.pop(parameter, None)
             self.kept = {name: p for name, p in self.kept.items() if name not in unit.named_parameters()}
+            del self._before[index]
         self._boundary.update(self.frozen)
         return [self.stack.units[index] for index in sorted(indices)]
 

@@ -96,7 +96,7 @@ def test_an_interrupt_while_freezing_can_be_undone(where, monkeypatch):
         real_disable = model.disable_input_require_grads
         monkeypatch.setattr(type(model), "disable_input_require_grads", lambda self: (real_disable(), interrupt()))
     else:
-        monkeypatch.setattr(freezer, "_update_boundary", interrupt)
+        monkeypatch.setattr(freezer._boundary, "update", interrupt)
     with pytest.raises(KeyboardInterrupt):
         freezer.freeze_to(3)
     monkeypatch.undo()

@@ -80,11 +80,11 @@ def test_smartfrz_freezes_converged_units_wherever_they_are():
         ([0.9, 0.5, 0.9, 0.1, 1.0], 0, {4}, (1, {2, 4})),
         ([0.9, 1.0, 0.1], 2, {3}, (4, set())),
     ):
-        policy.score = lambda *_, p=probabilities: p
+        policy.score = lambda *_, p=probabilities: (p, torch.ones(len(p), 1))
         decision = policy.decide(independent(depth=depth, apart=frozenset(before)))
         assert (decision.depth, set(decision.apart)) == wanted
     trainable = [False, True, False, False, True]
-    policy.score = lambda *_: [0.1, 0.1, 0.1, 0.9, 0.9]
+    policy.score = lambda *_: ([0.1, 0.1, 0.1, 0.9, 0.9], torch.ones(5, 1))
     decision = policy.decide(independent(trainable=trainable))
     assert (decision.depth, decision.apart) == (1, {4}), "what has nothing to train freezes with the front only"
 
@@ -98,13 +98,13 @@ def test_each_unit_is_scored_by_itself():
     history = filled_history()
     snapshots = history.snapshots()
     front, independent, other = (
-        SmartFRZPolicy(each, 0.5).score(seen(history=history, order=order), history, snapshots)
+        SmartFRZPolicy(each, 0.5).score(seen(history=history, order=order), history, snapshots)[0]
         for each, order in ((predictor, "front"), (predictor, "independent"), (alone, "front"))
     )
     assert independent == other and independent[0] == front[0]
     assert all(own > summed for own, summed in zip(independent[1:], front[1:], strict=True))
     apart = seen(history=history, order="independent", apart=frozenset({3}))
-    assert SmartFRZPolicy(predictor, 0.5).score(apart, history, snapshots)[3] == 1.0
+    assert SmartFRZPolicy(predictor, 0.5).score(apart, history, snapshots)[0][3] == 1.0
 
 
 def test_grades_freezes_blocks_wherever_they_are():

@@ -55,7 +55,11 @@ class Try(Policy):
             return Decision(depth, "from the start")
         if self.head and observation.step == 0:
             return Decision(observation.units, "all but the head")
-        if self.averaged and not self.changed and observation.step % max(1, round(BETWEEN * observation.max_steps)) == 0:
+        if (
+            self.averaged
+            and not self.changed
+            and observation.step % max(1, round(BETWEEN * observation.max_steps)) == 0
+        ):
             self.sets = [*self.sets, [p.detach().clone() for p in self.front(depth)]][-self.averaged :]
         moment = max(self.head, self.since) or self.until
         if self.changed or now < moment:
