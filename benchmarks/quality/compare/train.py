@@ -68,7 +68,7 @@ def training_arguments(pair: Pair, seed: int, steps: int, output: str, rate_fact
         weight_decay=pair.weight_decay,
         lr_scheduler_type=pair.schedule,
         seed=seed,
-        bf16=True,
+        bf16=experiment.task.bf16,
         use_cpu=DEVICE == "cpu",
         save_strategy="no",
         logging_steps=max(1, steps // 12),
