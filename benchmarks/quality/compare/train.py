@@ -57,7 +57,9 @@ def measure_callbacks(method: Method, watch: Stopwatch) -> None:
         policy.before_update = watch.timed(policy.before_update, "overhead")
 
 
-def training_arguments(pair: Pair, seed: int, steps: int, output: str, rate_factor: float = 1.0) -> TrainingArguments:
+def training_arguments(
+    pair: Pair, seed: int, steps: int, output: str, rate_factor: float = 1.0, bf16: bool = True
+) -> TrainingArguments:
     """Arguments of a run on a task."""
     return TrainingArguments(
         output,
@@ -68,7 +70,7 @@ def training_arguments(pair: Pair, seed: int, steps: int, output: str, rate_fact
         weight_decay=pair.weight_decay,
         lr_scheduler_type=pair.schedule,
         seed=seed,
-        bf16=experiment.task.bf16,
+        bf16=bf16,
         use_cpu=DEVICE == "cpu",
         save_strategy="no",
         logging_steps=max(1, steps // 12),
@@ -111,7 +113,9 @@ def run(experiment: Experiment, arm: Arm, plan: Plan, model_dir: Path, data_dirs
     meter = None if method.freezing else FlopMeter(task.model, watch)
     measure_callbacks(method, watch)
     with TemporaryDirectory() as output:
-        args = training_arguments(pair, experiment.seed, steps, output, arm.options.get(LEARNING_RATE, 1.0))
+        args = training_arguments(
+            pair, experiment.seed, steps, output, arm.options.get(LEARNING_RATE, 1.0), experiment.task.bf16
+        )
         trainer = Trainer(
             task.model,
             args,
