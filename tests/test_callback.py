@@ -71,7 +71,7 @@ def test_decisions_come_early_and_go_on(tmp_path):
 def test_several_units_freeze_in_one_stage_and_later_ones_follow(tmp_path):
     answers = iter([[0.9, 0.8, 0.2, 0.9, 0.9], [0.9, 0.1, 0.9], [0.9, 0.9], [0.7]])
     callback = smartfrz(0.5, first_decision=5, decide_every=5)
-    callback.policy.score = lambda *_: next(answers)
+    callback.policy.score = lambda *_: (next(answers), torch.ones(5, 1))
     train(tmp_path, [callback])
     assert [(s.step, s.depth) for s in callback.ledger.stages] == [(5, 2), (10, 3), (15, 5)]
     assert "0.900, 0.800 against 0.7" in callback.ledger.stages[0].reason

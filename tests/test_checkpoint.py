@@ -199,6 +199,11 @@ def test_last_complete_checkpoint(tmp_path):
 OLD = Path(__file__).parent / "data" / "checkpoint_format_1"
 
 
+def decided(stage):
+    """What a checkpoint of the first format says of a stage."""
+    return stage.step, stage.depth, stage.units, stage.reason
+
+
 def test_checkpoints_of_the_first_format_resume(tmp_path):
     """The files were written by smartfrz_hf 0.1, with a weight history and a front probe."""
     options = {"max_depth": 2, "first_decision": 4, "decide_every": 4, "record_every": 1}
@@ -218,7 +223,7 @@ def test_checkpoints_of_the_first_format_resume(tmp_path):
     assert losses(whole[0]) | losses(again[0]) == losses(whole[0])
     for key, value in whole[0].model.state_dict().items():
         assert torch.equal(value, again[0].model.state_dict()[key]), key
-    assert whole[1].ledger.stages == again[1].ledger.stages
+    assert [*map(decided, whole[1].ledger.stages)] == [*map(decided, again[1].ledger.stages)]
     assert whole[1].ledger.decisions == again[1].ledger.decisions
     probes = [callback.run.observer for _, callback in (whole, again)]
     difference = (probes[0].history.snapshots() - probes[1].history.snapshots()).abs().max()

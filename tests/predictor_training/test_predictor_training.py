@@ -279,7 +279,7 @@ def test_rows_equal_the_inputs_in_use(harvested, tmp_path, front_probe):
             score(self, observation, history, snapshots)
         finally:
             handle.remove()
-        return [0.0] * observation.units
+        return [0.0] * observation.units, torch.ones(observation.units, 1)
 
     callback.policy.score = spy.__get__(callback.policy)
     train(tmp_path, [recorder, callback], max_steps=40)

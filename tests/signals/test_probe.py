@@ -90,8 +90,9 @@ class Scores(TrainerCallback):
 
         def noted(observation, *args):
             changes = None if observation.probe is None else observation.probe.changes
-            self.stages.append((observation.step, score(observation, *args), changes))
-            return self.stages[-1][1]
+            result = score(observation, *args)
+            self.stages.append((observation.step, result[0], changes))
+            return result
 
         policy.score = noted
 
