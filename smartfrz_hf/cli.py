@@ -68,7 +68,7 @@ def estimate(
     task: Annotated[
         str,
         typer.Option(
-            help="GLUE task, data set on the Hub, or a local file or folder (parquet, csv, json, txt). Texts or images with "
+            help="GLUE task, data set on the Hub, or a local file or folder (parquet, csv, json, jsonl, txt). Texts or images with "
             "labels are classified; texts without labels train a language model."
         ),
     ],
@@ -103,7 +103,7 @@ def estimate(
     ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="About how long to measure.")] = 30.0,
 ) -> None:
-    """Tell what freezing would save in a training on this machine, and whether it pays. Takes less than a minute."""
+    """Tell what freezing would save in a training on this machine, and whether it pays. Takes about a minute."""
     import tempfile
 
     from transformers.utils import logging

@@ -313,14 +313,14 @@ def table(results: dict, every: int = 1) -> str:
 def plot(models: dict, file: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.5), squeeze=False)
+    figure, axes = plt.subplots(len(models), 1, figsize=(6, 3.2 * len(models)), squeeze=False)
     looks = {
         "hand_frozen": ("frozen by hand", "o-"),
         "ours": ("ours", "x--"),
         "ours_cached": ("ours, cached", "o-"),
         "limit": ("limit", "k:"),
     }
-    for axis, (name, results) in zip(axes[0], models.items(), strict=True):
+    for axis, (name, results) in zip(axes[:, 0], models.items(), strict=True):
         depths = [entry["depth"] for entry in results["depths"]]
         for key, (label, style) in looks.items():
             axis.plot(depths, [entry[key] / entry["full"] for entry in results["depths"]], style, label=label)

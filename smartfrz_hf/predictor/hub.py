@@ -92,8 +92,8 @@ def load_predictor(
     missing = [file for file in FILES if not (folder / file).is_file()]
     if missing:
         raise OSError(
-            f"The predictor {source} lacks {' and '.join(missing)}; it needs {' and '.join(FILES)}, as "
-            "`save_pretrained` writes them."
+            f"The predictor {source} lacks {' and '.join(missing)}; give a folder that `save_pretrained` or "
+            "`smartfrz fit` has written."
         )
     try:
         config = SmartFRZPredictorConfig.from_pretrained(folder)
@@ -161,14 +161,22 @@ def push_predictor(
         raise OSError(f"{folder} is not a folder; give one that holds {' and '.join(FILES)}.")
     load_predictor(folder.resolve())
     api = HfApi(token=token)
-    repo = api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo.repo_id,
-        folder_path=folder,
-        revision=revision,
-        commit_message=message,
-        allow_patterns=[*FILES, "README.md", "*.png"],
-    )
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            allow_patterns=[*FILES, "README.md", "*.png"],
+        )
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise OSError(
+            f"The Hub denies the upload to {repo_id}: log in with `hf auth login`, or set `HF_TOKEN` to a token that may "
+            f"write there. ({error})"
+        ) from error
     return commit.commit_url

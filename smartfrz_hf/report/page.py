@@ -262,6 +262,8 @@ def _details(run: SavedRun, plain: SavedRun | None) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     return number(value) if isinstance(value, float) else "–" if value is None else value
 
 

@@ -135,7 +135,7 @@ def test_push_without_a_right_token(hub, run, folder, token):
     done = run("-m", "smartfrz_hf.cli", "push", str(folder), REPO, token=token)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "token" in done.stderr.lower() or "401" in done.stderr
+    assert "denies the upload to me/mine: log in with `hf auth login`" in done.stderr and "401" in done.stderr
     assert not hub.repos
 
 

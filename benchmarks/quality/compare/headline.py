@@ -84,7 +84,7 @@ def chart(known: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     runs = compared(known)
-    figure = Figure(figsize=(8, 1.2 + 0.5 * len(runs)), layout="constrained")
+    figure = Figure(figsize=(6, 1.4 + 0.6 * len(runs)), layout="constrained")
     axes = figure.subplots()
     for offset, key, label, color in (
         (-0.2, "compute", "compute", "#e07a3f"),
@@ -93,11 +93,11 @@ def chart(known: dict, path: Path) -> None:
         saved = [100 * (1 - run[key]) for run in runs.values()]
         axes.barh([place + offset for place in range(len(runs))], saved, height=0.38, label=label, color=color)
     names = [f"{task}\n{run['points_lost']['mean']:+.1f} points lost" for task, run in runs.items()]
-    axes.set_yticks(range(len(runs)), names, fontsize=8)
+    axes.set_yticks(range(len(runs)), names)
     axes.invert_yaxis()
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set_xlabel("saved against full training, %")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
