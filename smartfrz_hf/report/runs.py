@@ -142,8 +142,9 @@ def read_run(folder: Path) -> SavedRun:
                 raise ValueError(
                     f"{folder} was written in format 1, by an early version of smartfrz_hf; reports need format 2."
                 )
-            run.state, run.versions = content["state"], {"smartfrz_hf": content["version"], **content["libraries"]}
-            for part in (run.state["units"], run.state["config"].items(), run.ledger["stages"]):
+            run.versions = {"smartfrz_hf": content["version"], **content["libraries"]}
+            run.state = state = content["state"]
+            for part in (state["units"], state["config"].items(), state["ledger"]["stages"]):
                 iter(part)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
