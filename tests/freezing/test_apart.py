@@ -243,6 +243,7 @@ def test_everything_trains_again_when_the_learning_rate_rises(tmp_path):
     assert len(callback.ledger.stages) == 3 and callback.ledger.stages[1].apart == []
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # by peft
 def test_units_with_nothing_to_train_leave_no_gap(tmp_path):
     """The stem under LoRA."""
     model = peft.get_peft_model(build("bert"), peft.LoraConfig(target_modules=["query", "value"]))
