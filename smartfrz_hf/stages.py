@@ -1,5 +1,7 @@
 """Freezing stages: the policy decides, the processes agree, units freeze or train again, and the ledger keeps the reason."""
 
+from operator import index
+
 from transformers.utils import logging
 
 from .config import SmartFRZConfig
@@ -54,10 +56,11 @@ class StageRunner:
         self.should_stop = False
 
     def is_due(self, step: int) -> bool:
-        """Whether there is a stage after this step."""
+        """Whether there is a stage after this step. There is none in the pilot, in which everything trains."""
+        if self._observer.pilot is not None:
+            return self._pilot_is_over(step)
         since_first = step - self._first
-        regular = since_first >= 0 and since_first % self._every == 0 and step < self._total_steps
-        return regular or self._pilot_is_over(step)
+        return since_first >= 0 and since_first % self._every == 0 and step < self._total_steps
 
     def hold(self, step: int) -> None:
         """Hold a stage. One at the end of the pilot freezes units with the weights of the start of the run."""
@@ -85,7 +88,7 @@ class StageRunner:
         wanted, unfreeze = self._agree(decision, step)
         if unfreeze and front.freezer.frozen:
             self.unfreeze(step, decision.reason)
-        wanted |= front.freezer.frozen
+        wanted = self._with_idle_units(wanted | front.freezer.frozen)
         if front_of(wanted) > self._deepest:  # else nothing would be left to train
             self.should_stop = self._config.when_all_frozen == "stop"
         wanted = {unit for unit in wanted if unit < self._deepest}
@@ -98,8 +101,9 @@ class StageRunner:
             self._note(step, units, reason)
             self._note_attentions(decision, observation.depth)
         if observation.savings is not None:
+            lost = None if decision.points_lost is None else [float(points) for points in decision.points_lost]
             self._ledger.start = StartStage(
-                step, front.depth, decision.reason, front.rate.factor, observation.savings, decision.points_lost
+                step, front.depth, decision.reason, front.rate.factor, observation.savings, lost
             )
             observer.pilot = None
 
@@ -113,11 +117,29 @@ class StageRunner:
     def _agree(self, decision: Decision, step: int) -> tuple[set[int], bool]:
         """The units that process 0 freezes, and whether everything trains again first, in all processes."""
         units = len(self._front.stack)
-        most = units if self._config.max_depth is None else min(units, self._config.max_depth)
-        wanted = {*range(int(decision.depth)), *(decision.apart if self._config.order == "independent" else ())}
-        mine = [unit for unit in sorted(wanted) if 0 <= unit < most], decision.unfreeze
+        try:
+            depth, apart = min(int(decision.depth), units), {index(unit) for unit in decision.apart}
+        except (TypeError, ValueError, OverflowError):
+            depth, apart = 0, {-1}
+        if not apart <= set(range(units)):
+            raise ValueError(
+                f"`decide` of {type(self._policy).__name__} gave depth={decision.depth!r} and apart={decision.apart!r}; `depth` "
+                f"must be a number of units, and `apart` a set of indices of units, from 0 to {units - 1}."
+            )
+        most = units if self._config.max_depth is None else self._config.max_depth
+        wanted = {*range(depth), *(apart if self._config.order == "independent" else ())}
+        mine = [unit for unit in sorted(wanted) if unit < most], bool(decision.unfreeze)
         frozen, unfreeze = self._ranks.gather(mine, f"the freezing stage of step {step}")[0]
         return set(frozen), unfreeze
+
+    def _with_idle_units(self, wanted: set[int]) -> set[int]:
+        """
+        With the units that have nothing to train and no unit that trains in front of them, such as the stem under LoRA, if a unit
+        behind them freezes: they would keep it out of the front, although the backward pass does not reach it.
+        """
+        trains = (unit for unit, trainable in enumerate(self._trainable) if trainable and unit not in wanted)
+        front = next(trains, len(self._trainable))
+        return wanted.union(range(max((unit for unit in wanted if unit < front), default=0)))
 
     def _note(self, step: int, units: list[Unit], reason: str) -> None:
         """Enter a change of what is frozen into the ledger and the log."""
@@ -137,7 +159,7 @@ class StageRunner:
     def _note_attentions(self, decision: Decision, depth: int) -> None:
         """Enter what the predictor attended to when it froze the units of the last stage: units times window numbers in a run."""
         stage, active = self._ledger.stages[-1], self._front.stack.names[depth:]
-        by_unit = dict(zip(active, decision.attentions or (), strict=False))
-        if by_unit.keys() >= set(stage.units):
-            stage.attentions = [[round(weight, 3) for weight in by_unit[unit]] for unit in stage.units]
-            stage.snapshot_steps = decision.snapshot_steps
+        by_unit, steps = dict(zip(active, decision.attentions or (), strict=False)), decision.snapshot_steps
+        if steps and all(len(by_unit.get(unit, ())) == len(steps) for unit in stage.units):
+            stage.attentions = [[round(float(weight), 3) for weight in by_unit[unit]] for unit in stage.units]
+            stage.snapshot_steps = [int(step) for step in steps]

@@ -1,16 +1,18 @@
 """The report of a run: a page that parses, loads nothing, and says what the run did."""
 
+import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 from training import Rows, predictor_that_loses, smartfrz, train
 from typer.testing import CliRunner
 
-from smartfrz_hf import SmartFRZCallback
+from smartfrz_hf import Decision, Policy, SmartFRZCallback
 from smartfrz_hf.cli import app
 from smartfrz_hf.report import read_run, write_report
 from smartfrz_hf.report.charts import ticks
@@ -139,9 +141,44 @@ def test_time_runs_forward_with_the_steps(runs):
 def test_folders_without_a_run_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         read_run(tmp_path)
-    (tmp_path / "trainer_state.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_run(tmp_path)
+    for content in ("{", "[]", "null"):
+        (tmp_path / "trainer_state.json").write_text(content)
+        with pytest.raises(ValueError, match="trainer_state.json cannot be read"):
+            read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "missing", ["state", "format", "version", "state.ledger", "state.units", "state.ledger.stages"]
+)
+def test_a_damaged_state_is_refused(runs, tmp_path, missing):
+    shutil.copytree(runs / "frozen", tmp_path / "run")
+    file = max((tmp_path / "run").glob("**/smartfrz_state.json"))
+    content = part = json.loads(file.read_text())
+    *path, key = missing.split(".")
+    for name in path:
+        part = part[name]
+    del part[key]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"smartfrz_state.json is damaged \(KeyError: '{key}'\)"):
+        read_run(file.parent)
+
+
+class Odd(Policy):
+    """Freezes units that are not next to each other, with numbers of NumPy and half of what a report would show."""
+
+    by_unit = True
+
+    def decide(self, observation):
+        odd = {"probabilities": list(np.full(5, 0.5, np.float32)), "attentions": [[0.5, 0.5]] * 5}
+        return Decision(0, "odd", apart={0, 1, 2, 4} if observation.step else (), **odd)
+
+
+def test_a_policy_of_ones_own(tmp_path):
+    callback = SmartFRZCallback(order="independent", first_decision=5, policy=Odd())
+    train(tmp_path, [callback], save_strategy="steps", save_steps=10)
+    _, page = check(write_report(tmp_path, tmp_path / "report.html"))
+    names = [callback.ledger.units[unit] for unit in (0, 1, 2, 4)]
+    assert f"{', '.join(names)} froze" in page and "What the predictor looked at" not in page
 
 
 def test_command(runs, tmp_path):

@@ -162,7 +162,8 @@ class Ledger:
     def record(self, step: int, probabilities: list[float] | None) -> None:
         """Note that the policy was asked."""
         self.decisions += 1
-        self.records.append(StageRecord(step, self.seconds, self.depth, probabilities))
+        numbers = None if probabilities is None else [float(p) for p in probabilities]  # those of numpy are no JSON
+        self.records.append(StageRecord(step, self.seconds, self.depth, numbers))
 
     def logs(self) -> dict[str, float]:
         """What goes to `log_history` and the trackers: three values, and three more if there is a cache."""

@@ -76,7 +76,9 @@ def estimate(
     policies, chosen = _policies(config, asked)
     measured = profile(trainer, config, policies, seconds, rows)
     pilot = None if measured.observation is None else measured.observation.pilot
-    lost = None if pilot is None or asked.start is None else asked.start.predict(pilot).tolist()
+    lost = None
+    if asked.start is not None and pilot is not None and pilot.finite:
+        lost = asked.start.predict(pilot).tolist()
     cap = measured.deepest if config.max_depth is None else config.max_depth
     return forecast(measured, lost, _room(config), chosen, cap, config.compensate_rate)
 

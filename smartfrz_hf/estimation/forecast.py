@@ -214,7 +214,7 @@ def _verdict(profile: Profile, point: PointForecast | None, depths: list[DepthFo
             "run, so nothing freezes from the start." + later
         )
     if not point.depth and pilot.objection and not pilot.regression:
-        return False, f"No: {pilot.objection}, the first {pilot.steps} steps. Check the learning rate." + later
+        return False, f"No: {pilot.objection}, the first {profile.steps_taken} steps. Check the learning rate." + later
     lora = profile.trainable < FEW_TRAINED * profile.parameters
     few = f" Only {profile.trainable / profile.parameters:.1%} of the parameters train, as with LoRA." if lora else ""
     if not point.depth:

@@ -101,6 +101,7 @@ class Policy(ABC):
         pilot (`float`):
             Length of the pilot, as a fraction of the run; 0 for none. When it ends, the policy is asked with
             `observation.pilot`, and units of the front that it freezes then go back to the weights that they had at the start.
+            There is no other freezing stage in the pilot.
         by_unit (`bool`): whether it can freeze units behind units that train, as `order="independent"` asks for.
 
     Example:

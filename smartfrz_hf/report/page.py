@@ -182,11 +182,15 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]], numbers: Iterable
 
 
 def _stages(run: SavedRun) -> str:
+    assert run.state is not None
+    order = {unit: place for place, unit in enumerate(run.state["units"])}
     rows, before = [], 0
     for stage in run.ledger["stages"]:
         frozen, units = _frozen(stage), stage["units"]
         what = "froze" if frozen > before else "train again"
-        names = ", ".join(units) if len(units) < 4 else f"{units[0]} to {units[-1]} ({len(units)} units)"
+        in_a_row = order[units[-1]] - order[units[0]] == len(units) - 1  # not always with `order="independent"`
+        long = len(units) > 3 and in_a_row
+        names = f"{units[0]} to {units[-1]} ({len(units)} units)" if long else ", ".join(units)
         rows.append((f"{stage['step']:,}", f"{names} {what}", frozen, stage["reason"]))
         before = frozen
     return _table(("step", "what", "frozen", "why"), rows, (0, 2)) if rows else ""

@@ -126,7 +126,7 @@ def read_run(folder: Path) -> SavedRun:
         key=lambda path: int(path.name.rpartition("-")[2]),
     )
     trainer = [_read(path / TRAINER_FILE) for path in (*checkpoints, folder) if (path / TRAINER_FILE).is_file()]
-    states = [_read(path / STATE_FILE) for path in (*checkpoints, folder) if (path / STATE_FILE).is_file()]
+    states = [path / STATE_FILE for path in (*checkpoints, folder) if (path / STATE_FILE).is_file()]
     if not trainer and not states:
         raise ValueError(
             f"{folder} holds no run: there is no {TRAINER_FILE} and no {STATE_FILE} in it or in a checkpoint below it. Give "
@@ -134,17 +134,30 @@ def read_run(folder: Path) -> SavedRun:
         )
     # Of two with the same step, the one in the output folder, which `save_state` wrote when the run had ended.
     latest: dict[str, Any] = max(reversed(trainer), key=lambda state: state.get("global_step", 0), default={})
-    content = states[-1] if states else {}
-    if states and content.get("format", 0) < 2:
-        raise ValueError(
-            f"{folder} was written in format 1, by an early version of smartfrz_hf; reports need format 2."
-        )
-    versions = {"smartfrz_hf": content["version"], **content.get("libraries", {})} if content else {}
-    return SavedRun(folder, latest.get("log_history", []), latest, content.get("state"), versions)
+    run = SavedRun(folder, latest.get("log_history", []), latest)
+    if states:
+        content = _read(states[-1])
+        try:
+            if content["format"] < 2:
+                raise ValueError(
+                    f"{folder} was written in format 1, by an early version of smartfrz_hf; reports need format 2."
+                )
+            run.versions = {"smartfrz_hf": content["version"], **content["libraries"]}
+            run.state = state = content["state"]
+            for part in (state["units"], state["config"].items(), state["ledger"]["stages"]):
+                iter(part)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{states[-1]} is damaged ({type(error).__name__}: {error}). Give another checkpoint."
+            ) from error
+    return run
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {str(content)[:40]!r}, not an object")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}). Give another checkpoint.") from error
+    return content

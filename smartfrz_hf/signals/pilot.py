@@ -82,10 +82,17 @@ class PilotSignals:
         return lowered / max(float(self.reach.sum()), EPSILON)
 
     @property
+    def finite(self) -> bool:
+        """Whether a step with finite gradients was recorded, and all weights were finite after the last step."""
+        return self.steps > 0 and bool(self.displacement.isfinite().all())
+
+    @property
     def objection(self) -> str | None:
         """Why nothing should freeze from the start, if there is a reason."""
         if not self.pretrained:
             return "the blocks are as a library initializes them"
+        if not self.finite:
+            return "the weights or gradients are not finite in the pilot"
         if not self.reach.sum() > 0:
             return "no weight moves in the pilot"
         if not self.agreement > LEAST_AGREEMENT:  # also where it is not a number

@@ -179,6 +179,15 @@ def test_a_plain_no(tmp_path, changes, answer, monkeypatch):
     assert not result.pays and result.verdict.startswith(answer)
 
 
+def test_losses_that_are_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(pilot, "is_fresh", lambda block: False)
+    trainer = trainer_of(tmp_path)
+    trainer.model.classifier.register_forward_hook(lambda module, args, output: output * float("nan"))
+    result = estimate(trainer, seconds=0.5)
+    answer = "No: the weights or gradients are not finite in the pilot, the first 4 steps."
+    assert not result.pays and result.verdict.startswith(answer) and "nan" not in str(result)
+
+
 def test_no_where_the_predictor_freezes_nothing(tmp_path, pretrained):
     result = estimate(trainer_of(tmp_path), predictor=predictor_that_loses(50.0), seconds=0.5)
     assert not result.pays and "`balanced` freezes nothing from the start" in result.verdict

@@ -4,6 +4,8 @@ import copy
 import json
 from functools import partial
 
+import numpy as np
+import peft
 import pytest
 import torch
 from apart import PLAN, Told, freeze_by_hand
@@ -15,6 +17,7 @@ from training import assert_left_alone, smartfrz, train
 from versions import checkpoint_activations, resume_on_two_cpu_ranks
 
 from smartfrz_hf import (
+    Decision,
     Freezer,
     FreezingRun,
     SmartFRZCallback,
@@ -25,6 +28,7 @@ from smartfrz_hf import (
     find_blocks,
 )
 from smartfrz_hf._compat import CHECKPOINT_FUNCTION
+from smartfrz_hf.checkpoint import load_state, save_state
 from smartfrz_hf.report import write_report
 
 STEPS = 18
@@ -202,8 +206,8 @@ def test_the_cache_serves_a_gap_once_it_is_closed(tmp_path, monkeypatch):
 
 
 def test_a_limit_holds_for_all_units_and_a_front_has_none_apart():
-    _, freezing = in_a_loop("resnet", False, plan={2: {1, 2, 3, 4}}, max_depth=4)
-    assert list(freezing.ledger.freeze_steps) == freezing.stack.names[1:4]
+    _, freezing = in_a_loop("resnet", False, plan={2: {1, 2, 3}}, max_depth=3)
+    assert list(freezing.ledger.freeze_steps) == freezing.stack.names[1:3]
     model = build("bert")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with FreezingRun(model, optimizer, 4, {**EACH_STEP, "order": "front"}, policy=Told({0: {1, 3}})) as freezing:
@@ -237,6 +241,49 @@ def test_everything_trains_again_when_the_learning_rate_rises(tmp_path):
     name = callback.ledger.units[2]
     assert [(begin < end) for begin, end in callback.ledger.frozen_spans[name]] == [True, True]
     assert len(callback.ledger.stages) == 3 and callback.ledger.stages[1].apart == []
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # by peft
+def test_units_with_nothing_to_train_leave_no_gap(tmp_path):
+    """The stem under LoRA."""
+    model = peft.get_peft_model(build("bert"), peft.LoraConfig(target_modules=["query", "value"]))
+    config = EACH_STEP | {"when_all_frozen": "stop"}
+    callback = SmartFRZCallback(config, policy=Told({2: {3}, 4: {1, 3}, 6: {1, 2, 3, 4}}))
+    trainer = train(tmp_path, [callback], model)
+    opened, grown, closed = callback.ledger.stages
+    assert [(stage.depth, len(stage.apart)) for stage in (opened, grown, closed)] == [(0, 1), (2, 1), (4, 0)]
+    assert trainer.state.global_step == 6, "nothing is left to train"
+
+
+@pytest.mark.parametrize(
+    ("depth", "apart"),
+    [
+        (0, {-1}),
+        (0, {5}),
+        (0, {2.5}),
+        (0, {"2"}),
+        (0, 3),
+        (0, None),
+        (float("nan"), ()),
+        (float("inf"), ()),
+        (None, ()),
+    ],
+)
+def test_a_decision_that_makes_no_sense_is_refused(depth, apart):
+    model, policy = build("bert"), Told()
+    policy.decide = lambda observation: Decision(depth, "told", apart=apart)
+    with pytest.raises(ValueError, match=r"`decide` of Told gave depth=.* from 0 to 4"):
+        FreezingRun(model, torch.optim.SGD(model.parameters()), 4, EACH_STEP, policy=policy).begin()
+
+
+def test_numbers_of_numpy_and_torch_are_good_indices(tmp_path):
+    model, policy = build("bert"), Told()
+    policy.decide = lambda observation: Decision(
+        np.int64(1), "told", apart=[torch.tensor(2), *np.array([2, 3]), *torch.tensor([3])]
+    )
+    with FreezingRun(model, torch.optim.SGD(model.parameters()), 4, EACH_STEP, policy=policy) as freezing:
+        save_state(freezing.state_dict(), tmp_path)
+    assert load_state(tmp_path)["apart"] == [2, 3]
 
 
 def test_a_policy_that_freezes_the_front_only_is_refused():

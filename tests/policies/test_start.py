@@ -92,13 +92,25 @@ def test_a_target_needs_our_policy():
         SmartFRZConfig(policy="static", target_saving=0.3)
 
 
-def test_weights_that_are_not_finite_freeze_nothing(tmp_path):
+@pytest.mark.parametrize("target", [None, 0.3])
+def test_weights_that_are_not_finite_freeze_nothing(tmp_path, monkeypatch, target):
+    monkeypatch.setattr(pilot, "is_fresh", lambda block: False)
     model = build("bert")
     with torch.no_grad():
         model.classifier.weight.fill_(float("nan"))
-    callback = SmartFRZCallback(SmartFRZConfig(activation_cache=False), predictor_that_loses(0.01))
+    config = SmartFRZConfig(activation_cache=False, target_saving=target)
+    callback = SmartFRZCallback(config, predictor_that_loses(0.01))
     train(tmp_path, [callback], model=model, dataset=Rows(4 * STEPS), max_steps=STEPS)
     assert callback.ledger.depth == 0
+    assert "not finite in the pilot" in callback.ledger.start.reason
+
+
+def test_everything_trains_in_the_pilot(tmp_path, shares):
+    """Later stages would freeze everything as soon as there are three snapshots, in the warm-up."""
+    callback = SmartFRZCallback(SmartFRZConfig(activation_cache=False), predictor_that_loses(0.1, never=0.95))
+    train(tmp_path, [callback], dataset=Rows(4 * STEPS), max_steps=STEPS, warmup_steps=8)
+    first = callback.ledger.stages[0]
+    assert (first.step, callback.ledger.start.step) == (4, 4) and first.reason.startswith("from the start")
 
 
 def test_saved_and_loaded(tmp_path):
