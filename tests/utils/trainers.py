@@ -12,6 +12,7 @@ import torch
 import transformers as t
 from datasets import Dataset
 from tokenizers.pre_tokenizers import BertPreTokenizer
+from torch import distributed
 from training import predictor_that_says
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZMixin
@@ -92,6 +93,8 @@ def saved(model: t.PreTrainedModel, folder: Path) -> str:
     """Folder with a model and its tokenizer."""
     model.save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
+    if distributed.is_initialized():  # then rank 0 alone writes the model
+        distributed.barrier()
     return str(folder / "model")
 
 
