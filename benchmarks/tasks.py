@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
+    TrainingArguments,
 )
 
 from smartfrz_hf.model.units import evaluation_mode
@@ -47,6 +48,7 @@ class Pair:
         schedule (`str`): of the learning rate, as Transformers names it.
         objective (`str`): `"labels"`, or `"language"`: the next token of the texts.
         augment (`bool`): whether training pictures are flipped and shifted at random.
+        bf16 (`bool`): whether runs use bf16 autocast.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Pair:
     schedule: str = "linear"
     objective: str = "labels"
     augment: bool = False
+    bf16: bool = True
 
     @property
     def steps(self) -> int:
@@ -168,6 +171,27 @@ class Task:
             bits = "".join("1" if hit else "0" for hit in logits.argmax(1) == labels)
             known["correct"] = f"{int(bits, 2):0{ceil(len(bits) / 4)}x}"
         return known
+
+
+def training_arguments(pair: Pair, steps: int, folder: str, rate_factor: float = 1.0) -> TrainingArguments:
+    """Arguments of a run of so many steps on a pair, with a multiple of its learning rate."""
+    return TrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=pair.batch_size,
+        learning_rate=pair.learning_rate * rate_factor,
+        warmup_steps=pair.warmup,
+        weight_decay=pair.weight_decay,
+        lr_scheduler_type=pair.schedule,
+        seed=pair.seed,
+        bf16=pair.bf16,
+        use_cpu=DEVICE == "cpu",
+        save_strategy="no",
+        logging_steps=max(1, steps // 12),
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
 
 
 def bf16_autocast() -> torch.autocast:

@@ -90,9 +90,8 @@ class Front:
             pilot.restore(depth, {name for unit in self.stack.units[:depth] for name in kept_parameters(unit)})
         new = self.freezer.freeze(units)
         front = {name for unit in self.stack.units[:depth] for name in unit.named_parameters()}
-        if (
-            self.cache is not None and depth > before and front.isdisjoint(self.freezer.kept)
-        ):  # else its outputs change
+        constant = front.isdisjoint(self.freezer.kept)  # else its outputs change
+        if self.cache is not None and depth > before and constant:
             self.cache.freeze_to(depth)
         self._adapt()
         return new

@@ -27,8 +27,7 @@ from transformers import PrinterCallback, Trainer, set_seed
 from benchmarks.quality.compare.choice import flops
 from benchmarks.quality.compare.headline import ARM
 from benchmarks.quality.compare.plan import HERE, Plan, Task
-from benchmarks.quality.compare.train import training_arguments
-from benchmarks.tasks import find_data, load_task
+from benchmarks.tasks import find_data, load_task, training_arguments
 from benchmarks.utils import markdown_table, provenance, read_json, write_json
 from smartfrz_hf import SmartFRZCallback, estimate
 from smartfrz_hf.estimation import Estimate
@@ -59,7 +58,7 @@ def foresee(plan: Plan, task: Task, seed: int, options: argparse.Namespace) -> t
     with tempfile.TemporaryDirectory() as output:
         trainer = Trainer(
             ready.model,
-            training_arguments(pair, seed, pair.steps, output),
+            training_arguments(pair, pair.steps, output),
             train_dataset=ready.train,
             data_collator=ready.train_collate or ready.collate,
             callbacks=[SmartFRZCallback()],

@@ -17,11 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from benchmarks.predictor.start.signals import Signals, WatchedTrainer, rounded
-from benchmarks.tasks import DEVICE, Pair, Plan, Task, find_data, load_task, losses, points
+from benchmarks.tasks import Pair, Plan, Task, find_data, load_task, losses, points, training_arguments
 from benchmarks.utils import claim, provenance
 from smartfrz_hf.freezing.freezer import Freezer
 from smartfrz_hf.model.units import find_blocks
@@ -89,22 +89,7 @@ def run(pair: Pair, blocks: int | None, task: Task, factor: float = 1.0) -> dict
     evaluations = Evaluations(task, steps)
     task.model.accepts_loss_kwargs = False  # one batch a step: the model's own mean loss is right
     with TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder,
-            num_train_epochs=pair.epochs,
-            per_device_train_batch_size=pair.batch_size,
-            learning_rate=pair.learning_rate * factor,
-            warmup_steps=pair.warmup,
-            weight_decay=pair.weight_decay,
-            lr_scheduler_type="linear",
-            seed=pair.seed,
-            bf16=True,
-            use_cpu=DEVICE == "cpu",
-            save_strategy="no",
-            logging_steps=max(1, steps // 12),
-            report_to=[],
-            disable_tqdm=True,
-        )
+        args = training_arguments(pair, steps, folder, factor)
         signals = None
         if blocks is None:
             signals = Signals(stack, task, pair.batch_size, steps)

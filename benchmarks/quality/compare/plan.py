@@ -24,7 +24,6 @@ class Task(Pair):
         tier (`int`): runs of lower tiers come first.
         minutes (`float`): of full training on one free core, for the estimate.
         seen (`bool`): whether the shipped predictor was trained on runs of this data set.
-        bf16 (`bool`): whether runs use bf16 autocast.
     """
 
     kind: str = "fine-tuning"
@@ -32,7 +31,6 @@ class Task(Pair):
     tier: int = 1
     minutes: float = 5.0
     seen: bool = False
-    bf16: bool = True
 
 
 @dataclass(frozen=True)

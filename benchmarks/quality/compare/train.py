@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from benchmarks.quality.compare import vgg  # noqa: F401  (registers the model)
@@ -18,7 +18,7 @@ from benchmarks.quality.compare.arms import LEARNING_RATE, Method, frozen_share,
 from benchmarks.quality.compare.choice import choose
 from benchmarks.quality.compare.measure import FlopMeter, Stopwatch, peak_memory, reset_peak_memory
 from benchmarks.quality.compare.plan import HERE, Arm, Experiment, Plan, Result
-from benchmarks.tasks import DEVICE, Pair, Task, find_data, load_task
+from benchmarks.tasks import Task, find_data, load_task, training_arguments
 from benchmarks.utils import provenance
 
 EARLY_ROWS = 200  # held-out rows of the evaluations before the last one
@@ -57,29 +57,6 @@ def measure_callbacks(method: Method, watch: Stopwatch) -> None:
         policy.before_update = watch.timed(policy.before_update, "overhead")
 
 
-def training_arguments(
-    pair: Pair, seed: int, steps: int, output: str, rate_factor: float = 1.0, bf16: bool = True
-) -> TrainingArguments:
-    """Arguments of a run on a task."""
-    return TrainingArguments(
-        output,
-        max_steps=steps,
-        per_device_train_batch_size=pair.batch_size,
-        learning_rate=pair.learning_rate * rate_factor,
-        warmup_steps=pair.warmup,
-        weight_decay=pair.weight_decay,
-        lr_scheduler_type=pair.schedule,
-        seed=seed,
-        bf16=bf16,
-        use_cpu=DEVICE == "cpu",
-        save_strategy="no",
-        logging_steps=max(1, steps // 12),
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
-
-
 def run(experiment: Experiment, arm: Arm, plan: Plan, model_dir: Path, data_dirs: list[Path], out: Path) -> Result:
     """
     Train once.
@@ -113,9 +90,7 @@ def run(experiment: Experiment, arm: Arm, plan: Plan, model_dir: Path, data_dirs
     meter = None if method.freezing else FlopMeter(task.model, watch)
     measure_callbacks(method, watch)
     with TemporaryDirectory() as output:
-        args = training_arguments(
-            pair, experiment.seed, steps, output, arm.options.get(LEARNING_RATE, 1.0), experiment.task.bf16
-        )
+        args = training_arguments(pair, steps, output, arm.options.get(LEARNING_RATE, 1.0))
         trainer = Trainer(
             task.model,
             args,
