@@ -62,13 +62,14 @@ class SmartFRZConfig:
             How early units freeze: `"conservative"`, `"balanced"` or `"aggressive"`. For each, the predictor comes with
             a probability from which units freeze, and with limits for a front that freezes from the start.
         freeze_threshold (`float`, *optional*):
-            Probability in `[0, 1]` from which a unit freezes, in place of the operating point's, or of that of
-            `"conservative"`, which holds once a front has frozen from the start.
+            Probability in `[0, 1]` from which a unit freezes, in place of the operating point's, also once a front has frozen from
+            the start.
         start_stage (`bool`, *optional*, defaults to `True`):
             Whether the predictor may freeze a front from the start: after the first steps of the run, the pilot, units
             within the limits of the operating point freeze with the weights that they had before training.
         compensate_rate (`bool`, *optional*, defaults to `True`):
-            Whether the learning rate of what still trains is raised when a front freezes from the start, so that the loss
+            Whether the learning rate of what still trains is raised when a front freezes from the start: it is divided by the
+            share of the units that still train, where a step stays small against the weights, and at least raised so that the loss
             falls as fast as before. Done inside the optimizer's steps: the scheduler and the logs keep the rate of the schedule.
         target_saving (`float`, *optional*):
             Share of the compute to be saved without the activation cache, in place of the operating point: at the end of

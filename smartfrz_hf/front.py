@@ -21,7 +21,7 @@ from .freezing.freezer import Freezer
 from .freezing.kept import kept_parameters
 from .freezing.rate import RateFactor
 from .model.units import BlockStack, Unit
-from .signals.pilot import Pilot
+from .signals.pilot import Pilot, PilotSignals
 
 
 class Front:
@@ -72,7 +72,9 @@ class Front:
         """Frozen units of the front."""
         return self.freezer.depth
 
-    def freeze(self, units: Iterable[int], pilot: Pilot | None = None) -> list[Unit]:
+    def freeze(
+        self, units: Iterable[int], pilot: Pilot | None = None, signals: PilotSignals | None = None
+    ) -> list[Unit]:
         """
         Freeze more units, and return those that froze now.
 
@@ -80,13 +82,14 @@ class Front:
             units (`Iterable[int]`): their indices.
             pilot ([`Pilot`], *optional*): gives the front the weights of the start of the run. The learning rate of the rest
                 rises.
+            signals ([`PilotSignals`], *optional*): what the pilot has shown. Needed with a pilot.
         """
         before, units = self.depth, set(units)
         depth = front_of(units | self.freezer.frozen)
-        if pilot is not None and depth > before:
+        if pilot is not None and signals is not None and depth > before:
             if self._config.compensate_rate:
                 # Sums may differ in the last bit from host to host, and the ranks would drift apart.
-                self.rate.factor = self._ranks.gather(pilot.signals().rate_factor(depth), "the learning rate")[0]
+                self.rate.factor = self._ranks.gather(signals.rate_factor(depth), "the learning rate")[0]
             pilot.restore(depth, {name for unit in self.stack.units[:depth] for name in kept_parameters(unit)})
         new = self.freezer.freeze(units)
         front = {name for unit in self.stack.units[:depth] for name in unit.named_parameters()}

@@ -78,7 +78,7 @@ class StageRunner:
             rates=self._rates,
             history=observer.history,
             probe=observer.probe,
-            pilot=None if pilot is None else pilot.signals(),
+            pilot=None if pilot is None else pilot.signals(float(self._rates.relative[:step].sum())),
             savings=None if pilot is None else front.meter.savings(),
         )
         decision = self._policy.decide(observation)
@@ -95,7 +95,7 @@ class StageRunner:
         front.check_consistency(step)
         if wanted - front.freezer.frozen:
             before, reason = front.depth, decision.reason
-            units = front.freeze(wanted, pilot)
+            units = front.freeze(wanted, pilot, observation.pilot)
             if pilot is not None and front.depth > before:
                 reason += f"; the rest trains at {front.rate.factor:.2f} times the learning rate"
             self._note(step, units, reason)

@@ -99,7 +99,9 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
         start=predictor.config.start_limits[config.operating_point] if config.start_stage else None,
         target_saving=config.target_saving,
         threshold_after_start=(
-            predictor.config.operating_points["conservative"] if config.freeze_threshold is None else 0.0
+            predictor.config.operating_points_after_start[config.operating_point]
+            if config.freeze_threshold is None
+            else None
         ),
     )
 

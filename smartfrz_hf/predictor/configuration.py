@@ -11,6 +11,7 @@ logger = logging.get_logger(__name__)
 
 FORMS = ("dynamics", "weights")
 DEFAULT_POINTS = {"conservative": 0.9, "balanced": 0.7, "aggressive": 0.5}
+DEFAULT_POINTS_AFTER_START = {"conservative": 0.9, "balanced": 0.6, "aggressive": 0.4}
 START_LIMITS = ("points", "share", "blocks")
 DEFAULT_LIMITS = {
     "conservative": {"points": 0.1, "share": 0.3, "blocks": 0.34},
@@ -50,6 +51,9 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         operating_points (`dict[str, float]`, *optional*):
             Probability from which a unit counts as converged, for `"conservative"`, `"balanced"` and `"aggressive"`
             freezing.
+        operating_points_after_start (`dict[str, float]`, *optional*):
+            The same for the units behind a front that has frozen from the first step on. They train at a higher learning rate,
+            and lose less by freezing early.
         start_stage (`bool`, *optional*, defaults to `False`):
             Whether there is a [`StartPredictor`], which decides what freezes from the first step on.
         start_limits (`dict[str, dict[str, float]]`, *optional*):
@@ -86,6 +90,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         front_probe: bool = False,
         head_size: int = 16,
         operating_points: dict[str, float] | None = None,
+        operating_points_after_start: dict[str, float] | None = None,
         start_stage: bool = False,
         start_limits: dict[str, dict[str, float]] | None = None,
         **kwargs: Any,
@@ -96,6 +101,9 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         self.unit_attention, self.front_sum, self.front_probe = unit_attention, front_sum, front_probe
         self.head_size = head_size
         self.operating_points = dict(DEFAULT_POINTS if operating_points is None else operating_points)
+        self.operating_points_after_start = dict(
+            DEFAULT_POINTS_AFTER_START if operating_points_after_start is None else operating_points_after_start
+        )
         self.start_stage = start_stage
         self.start_limits = dict(DEFAULT_LIMITS if start_limits is None else start_limits)
         for old, new in RENAMED.items():
@@ -117,12 +125,12 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         for name in SIZES:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number of at least 1.")
-        points = self.operating_points
-        if set(points) != set(OPERATING_POINTS) or not all(0 <= value <= 1 for value in points.values()):
-            raise ValueError(
-                f"`operating_points` is {points!r}; it must have a probability for each of "
-                f"{', '.join(OPERATING_POINTS)}."
-            )
+        for name in ("operating_points", "operating_points_after_start"):
+            points = getattr(self, name)
+            if set(points) != set(OPERATING_POINTS) or not all(0 <= value <= 1 for value in points.values()):
+                raise ValueError(
+                    f"`{name}` is {points!r}; it must have a probability for each of {', '.join(OPERATING_POINTS)}."
+                )
         limits = self.start_limits
         if set(limits) != set(OPERATING_POINTS) or any(set(limit) != set(START_LIMITS) for limit in limits.values()):
             raise ValueError(

@@ -16,6 +16,9 @@ HEAD = "head"
 MIN_STEPS = 4  # of a pilot: fewer gradients show nothing but noise
 MAX_RATE_FACTOR = 4.0
 REACH_SHARE = 0.1
+# How far a step may move the weights, relative to them, at a rate that is raised because fewer units train. Runs with 0.003 trained
+# well, and one of two with 0.006 diverged.
+MOST_MOTION = 0.004
 LEAST_AGREEMENT = -0.1  # over four steps, runs that learn have had -0.05 by chance
 EPSILON = 1e-30
 
@@ -35,8 +38,10 @@ class PilotSignals:
         loss_change (`torch.Tensor` of shape `(units + 1,)`):
             \\(\sum_t g_{t+1} \cdot (w_{t+1} - w_t)\\), the change of the loss that the unit's motion has brought, for one
             weight ("loss change allocation", Lan et al., NeurIPS 2019).
-        pretrained (`int`): units in front of the first block whose weights are as a library initializes them.
         displacement (`torch.Tensor` of shape `(units + 1,)`): root mean square of \\(w_T - w_0\\).
+        weight (`torch.Tensor` of shape `(units + 1,)`): root mean square of \\(w_0\\).
+        peak_steps (`float`): the sum of the learning rates, relative to the peak of the schedule.
+        pretrained (`int`): units in front of the first block whose weights are as a library initializes them.
         regression (`bool`): whether the model has a single output. Its pilot shows how the mean of the labels is learned.
     """
 
@@ -45,6 +50,8 @@ class PilotSignals:
     gradient: torch.Tensor
     loss_change: torch.Tensor
     displacement: torch.Tensor
+    weight: torch.Tensor
+    peak_steps: float
     pretrained: int
     regression: bool = False
 
@@ -101,18 +108,32 @@ class PilotSignals:
             return "the pilot of a regression shows little but the mean of its labels"
         return None
 
+    @property
+    def motion(self) -> torch.Tensor:
+        """What a step at the peak of the learning rate moves a weight by, relative to the weights of its unit, `(units,)`."""
+        return (self.displacement / (self.weight * self.peak_steps).clamp(min=EPSILON))[:-1]
+
     def rate_factor(self, depth: int) -> float:
         r"""
-        What the learning rate of the rest has to be multiplied with if the front is frozen, so that the loss falls as fast as
-        it would with everything training: \\(1 / (1 - c)\\), with \\(c\\) the share of the front in the contributions of all
-        units. At most 4, and 1 where the contributions are not finite. The head is left out: it brings much in the pilot, and
-        soon no longer.
+        What the learning rate of the rest is multiplied with if the front is frozen. The larger of
+
+        - \\(U / (U - d)\\) with \\(d\\) of \\(U\\) units frozen: fewer units train best at a higher rate. As long as no step moves
+          a unit that trains by more than 0.004 of its weights.
+        - \\(1 / (1 - c)\\), with \\(c\\) the share of the front in the contributions of all units: so the loss falls as fast as it
+          would with everything training. The head is left out: it brings much in the pilot, and soon no longer.
+
+        At most 4, and 1 where the contributions are not finite.
 
         Args:
             depth (`int`): frozen units.
         """
         total, rest = float(self.contributions.sum()), float(self.contributions[depth:].sum())
-        return min(MAX_RATE_FACTOR, total / max(rest, EPSILON)) if 0 < total < float("inf") else 1.0
+        if not 0 < total < float("inf"):
+            return 1.0
+        units = len(self.contributions)
+        motion = max(self.motion[depth:].tolist(), default=float("inf"))
+        fewer = min(units / max(units - depth, EPSILON), MOST_MOTION / max(motion, EPSILON))
+        return min(MAX_RATE_FACTOR, max(fewer, total / max(rest, EPSILON)))
 
 
 def pilot_steps(length: float, total_steps: int) -> int:
@@ -195,19 +216,25 @@ class Pilot:
         self._previous = weights
         self.steps += 1
 
-    def signals(self) -> PilotSignals:
-        """What the steps so far have shown."""
+    def signals(self, peak_steps: float) -> PilotSignals:
+        """
+        What the steps so far have shown.
+
+        Args:
+            peak_steps (`float`): the sum of their learning rates, relative to the peak of the schedule.
+        """
         moved = self._read() - self._start
         found = [
             self._parameters,
             (self._squares / max(1, self.steps)).sqrt(),
             self._loss_change,
             (moved**2).mean(1).sqrt(),
+            (self._start**2).mean(1).sqrt(),
         ]
         missing = len(self._stack) + 1 - len(self._recorded)
-        parameters, gradient, loss_change, displacement = (nn.functional.pad(values, (0, missing)) for values in found)
+        parameters, *sampled = (nn.functional.pad(values, (0, missing)) for values in found)
         regression = is_regression(self._stack.model)
-        return PilotSignals(self.steps, parameters, gradient, loss_change, displacement, self._pretrained, regression)
+        return PilotSignals(self.steps, parameters, *sampled, peak_steps, self._pretrained, regression)
 
     @torch.no_grad()
     def restore(self, depth: int, kept: Collection[str] = ()) -> None:

@@ -164,6 +164,8 @@ def test_what_the_pilot_shows_against_worked_numbers():
         gradient=torch.tensor([0.01, 0.02, 1.0]),
         loss_change=torch.tensor([-1e-5, 1e-5, -1e-5]),
         displacement=torch.tensor([0.001, 0.001, 1.0]),
+        weight=torch.tensor([0.1, 0.1, 0.1]),
+        peak_steps=2.0,
         pretrained=2,
     )
     torch.testing.assert_close(signals.reach, torch.tensor([0.001, 0.006]).double())
@@ -176,14 +178,16 @@ def test_what_the_pilot_shows_against_worked_numbers():
     assert signals.parameters_left.tolist() == [900.0, 600.0]
 
 
-def test_later_stages_are_careful_once_a_front_has_frozen(tmp_path, shares):
-    """The threshold is then that of `conservative`, also after a resume, unless the user has set one."""
-    points = {"operating_points": {"conservative": 0.99, "balanced": 0.8, "aggressive": 0.5}}
+def test_later_stages_once_a_front_has_frozen(tmp_path, shares):
+    """They have a threshold of their own, also after a resume, unless the user has set one, and wait for half of the run."""
     some = {point: {"points": 9.0, "share": 0.5, "blocks": 1.0} for point, _, _ in START_LIMITS}
-    sure = predictor_that_loses(1.0, never=0.9, start_limits=some, **points)
+    points = {"conservative": 0.99, "balanced": 0.8, "aggressive": 0.5}
+    sure = predictor_that_loses(1.0, never=0.7, start_limits=some, operating_points_after_start=points)
     assert run(tmp_path, sure).depth == 2
-    assert run(tmp_path, sure, freeze_threshold=0.8).depth > 2
-    assert run(tmp_path, sure, start_stage=False).depth > 2
+    later = run(tmp_path, sure, operating_point="aggressive").stages
+    assert [stage.step for stage in later[:2]] == [4, 20] and later[1].depth > 2
+    assert run(tmp_path, sure, freeze_threshold=0.7).stages[1].step == 20
+    assert run(tmp_path, sure, freeze_threshold=0.7, start_stage=False).stages[0].step < 20
     policy = make_policy(SmartFRZConfig(), sure)
     policy.load_state_dict({})
     assert policy.state_dict() == {"started": False}
