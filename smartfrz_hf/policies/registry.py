@@ -93,16 +93,17 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
     threshold = config.freeze_threshold
     if threshold is None:
         threshold = predictor.config.operating_points[config.operating_point]
+    after_start = None
+    if config.freeze_threshold is None and config.compensate_rate:
+        after_start = predictor.config.operating_points_after_start[config.operating_point]
+    elif config.freeze_threshold is None:
+        after_start = predictor.config.operating_points["conservative"]
     return SmartFRZPolicy(
         predictor,
         threshold,
         start=predictor.config.start_limits[config.operating_point] if config.start_stage else None,
         target_saving=config.target_saving,
-        threshold_after_start=(
-            predictor.config.operating_points_after_start[config.operating_point]
-            if config.freeze_threshold is None
-            else None
-        ),
+        threshold_after_start=after_start,
     )
 
 

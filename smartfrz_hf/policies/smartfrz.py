@@ -19,6 +19,7 @@ EARLY, PEAK = 0.2, 0.8
 # Once a front has frozen from the start, no more does before this fraction of the run: at a third of it, a sixth of the blocks cost
 # 0.4 points in 22 runs, at two thirds a half of them cost 0.1.
 EARLY_AFTER_START = 0.5
+RAISED = 1.25  # of the learning rate, from which that holds
 
 
 class SmartFRZPolicy(Policy):
@@ -42,8 +43,8 @@ class SmartFRZPolicy(Policy):
             [`SmartFRZPredictorConfig`]. Without it nothing freezes from the start.
         target_saving (`float`, *optional*): share of the compute to be saved, in place of these limits.
         threshold_after_start (`float`, *optional*):
-            The threshold once a front has frozen from the start; `threshold` by default. The rest trains at a higher rate then,
-            and loses less if it freezes early.
+            The threshold once a front has frozen from the start; `threshold` by default. What trains at a higher rate loses less
+            if it freezes early. Where the rate could not rise, it is at least that of `"conservative"`.
     """
 
     by_unit = True
@@ -62,8 +63,8 @@ class SmartFRZPolicy(Policy):
             self.pilot = PILOT
         self.history_size = (predictor.config.window, predictor.config.weights_per_unit)
         self.front_probe = predictor.config.front_probe
-        self.threshold_after_start = threshold if threshold_after_start is None else threshold_after_start
-        self._started = False
+        self.threshold_after_start = threshold_after_start
+        self._started = self._raised = False
         self._warned = False
 
     def decide(self, observation: Observation) -> Decision:
@@ -82,10 +83,11 @@ class SmartFRZPolicy(Policy):
         """
         history, depth = observation.history, observation.depth
         if observation.step == 0:  # another run of the same policy
-            self._started = False
+            self._started = self._raised = False
         if observation.pilot is not None:
             decision = self.start(observation, observation.pilot)
             self._started = decision.depth > observation.depth
+            self._raised = self._started and observation.pilot.rate_factor(decision.depth) >= RAISED
             return decision
         if history is None or history.filled < MIN_SNAPSHOTS or depth == observation.units:
             return Decision(depth, "not enough history")
@@ -102,7 +104,10 @@ class SmartFRZPolicy(Policy):
                 )
             return Decision(depth, "weights are not finite")
         probabilities, attentions = self.score(observation, history, snapshots)
-        threshold = self.threshold_after_start if self._started else self.threshold
+        threshold = self.threshold
+        if self._started and self.threshold_after_start is not None:
+            careful = 0.0 if self._raised else self.predictor.config.operating_points["conservative"]
+            threshold = max(self.threshold_after_start, careful)
         score = dict(enumerate(probabilities, depth))
         freezes = {unit for unit, p in score.items() if p >= threshold or not observation.trainable[unit]}
         reached = next(unit for unit in range(depth, observation.units + 1) if unit not in freezes)
@@ -208,9 +213,10 @@ class SmartFRZPolicy(Policy):
         return probabilities, output.attentions[:, -history.filled :]
 
     def state_dict(self) -> dict[str, Any]:
-        """`started`: whether a front froze from the start of the run."""
-        return {"started": self._started}
+        """`started`: whether a front froze from the start of the run. `raised`: whether the learning rate of the rest rose much."""
+        return {"started": self._started, "raised": self._raised}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self._started = state.get("started", False)  # checkpoints of earlier versions have none
+        self._raised = state.get("raised", False)

@@ -115,14 +115,16 @@ class PilotSignals:
 
     def rate_factor(self, depth: int) -> float:
         r"""
-        What the learning rate of the rest is multiplied with if the front is frozen. The larger of
+        What the learning rate of the rest is multiplied with if the front is frozen.
 
-        - \\(U / (U - d)\\) with \\(d\\) of \\(U\\) units frozen: fewer units train best at a higher rate. As long as no step moves
-          a unit that trains by more than 0.004 of its weights.
+        That is the larger of two factors, and at most 4:
+
+        - \\(U / (U - d)\\) with \\(d\\) of \\(U\\) units frozen, as fewer units train best at a higher rate, but no more than lets a
+          step move a unit that trains by 0.004 of its weights.
         - \\(1 / (1 - c)\\), with \\(c\\) the share of the front in the contributions of all units: so the loss falls as fast as it
           would with everything training. The head is left out: it brings much in the pilot, and soon no longer.
 
-        At most 4, and 1 where the contributions are not finite.
+        It is 1 where the contributions are not finite.
 
         Args:
             depth (`int`): frozen units.

@@ -178,21 +178,38 @@ def test_what_the_pilot_shows_against_worked_numbers():
     assert signals.parameters_left.tolist() == [900.0, 600.0]
 
 
-def test_later_stages_once_a_front_has_frozen(tmp_path, shares):
+@pytest.mark.parametrize(
+    ("motion", "factor"), [(0.001, 2.0), (0.0025, 1.6), (0.01, 4 / 3), (0.0, 2.0), (float("inf"), 4 / 3)]
+)
+def test_the_rate_rises_with_the_units_that_no_longer_train(monkeypatch, motion, factor):
+    """As long as steps stay small against the weights that train, and at least for what the front has brought."""
+    monkeypatch.setattr(PilotSignals, "contributions", torch.tensor([1.0, 1.0, 4.0, 2.0]))
+    ones, moved = torch.ones(5), torch.tensor([9.0, 9.0, 2 * motion, motion, 9.0])
+    signals = PilotSignals(4, ones, ones, -ones, moved, weight=ones, peak_steps=2.0, pretrained=4)
+    assert signals.rate_factor(2) == pytest.approx(factor)
+    assert signals.rate_factor(0) == 1.0 and signals.rate_factor(4) == 4.0
+
+
+def test_later_stages_once_a_front_has_frozen(tmp_path, shares, monkeypatch):
     """They have a threshold of their own, also after a resume, unless the user has set one, and wait for half of the run."""
     some = {point: {"points": 9.0, "share": 0.5, "blocks": 1.0} for point, _, _ in START_LIMITS}
     points = {"conservative": 0.99, "balanced": 0.8, "aggressive": 0.5}
-    sure = predictor_that_loses(1.0, never=0.7, start_limits=some, operating_points_after_start=points)
+    known = {"operating_points": points, "operating_points_after_start": points}
+    sure = predictor_that_loses(1.0, never=0.7, start_limits=some, **known)
     assert run(tmp_path, sure).depth == 2
     later = run(tmp_path, sure, operating_point="aggressive").stages
     assert [stage.step for stage in later[:2]] == [4, 20] and later[1].depth > 2
-    assert run(tmp_path, sure, freeze_threshold=0.7).stages[1].step == 20
-    assert run(tmp_path, sure, freeze_threshold=0.7, start_stage=False).stages[0].step < 20
+    assert run(tmp_path, sure, freeze_threshold=0.6).stages[1].step == 20
+    assert run(tmp_path, sure, freeze_threshold=0.6, start_stage=False).stages[0].step < 20
+    for held in ({"compensate_rate": False}, {}):  # the rate of the rest stays, or rises little
+        if not held:
+            monkeypatch.setattr(PilotSignals, "rate_factor", lambda self, depth: 1.2)
+        assert run(tmp_path, sure, operating_point="aggressive", **held).depth == 2
     policy = make_policy(SmartFRZConfig(), sure)
     policy.load_state_dict({})
-    assert policy.state_dict() == {"started": False}
-    policy.load_state_dict({"started": True})
-    assert policy.state_dict() == {"started": True}
+    assert policy.state_dict() == {"started": False, "raised": False}
+    policy.load_state_dict({"started": True, "raised": True})
+    assert policy.state_dict() == {"started": True, "raised": True}
     callback = SmartFRZCallback(SmartFRZConfig(activation_cache=False), policy=policy)
     train(tmp_path, [callback], max_steps=20)  # too short for a pilot
-    assert policy.state_dict() == {"started": False}, "another run of the same policy"
+    assert policy.state_dict() == {"started": False, "raised": False}, "another run of the same policy"
