@@ -191,15 +191,15 @@ def test_the_rate_rises_with_the_units_that_no_longer_train(monkeypatch, motion,
 
 
 def test_later_stages_once_a_front_has_frozen(tmp_path, shares, monkeypatch):
-    """They have a threshold of their own, also after a resume, unless the user has set one, and wait for half of the run."""
+    """They have a threshold of their own, also after a resume, unless the user has set one, and wait for 65 % of the run."""
     some = {point: {"points": 9.0, "share": 0.5, "blocks": 1.0} for point, _, _ in START_LIMITS}
     points = {"conservative": 0.99, "balanced": 0.8, "aggressive": 0.5}
     known = {"operating_points": points, "operating_points_after_start": points}
     sure = predictor_that_loses(1.0, never=0.7, start_limits=some, **known)
     assert run(tmp_path, sure).depth == 2
     later = run(tmp_path, sure, operating_point="aggressive").stages
-    assert [stage.step for stage in later[:2]] == [4, 20] and later[1].depth > 2
-    assert run(tmp_path, sure, freeze_threshold=0.6).stages[1].step == 20
+    assert [stage.step for stage in later[:2]] == [4, 26] and later[1].depth > 2
+    assert run(tmp_path, sure, freeze_threshold=0.6).stages[1].step == 26
     assert run(tmp_path, sure, freeze_threshold=0.6, start_stage=False).stages[0].step < 20
     for held in ({"compensate_rate": False}, {}):  # the rate of the rest stays, or rises little
         if not held:
