@@ -19,6 +19,7 @@ EARLY, PEAK = 0.2, 0.8
 # Once a front has frozen from the start, no more does before this fraction of the run: at a third of it, a sixth of the blocks cost
 # 0.4 points in 22 runs, at two thirds a half of them cost 0.1. The predictor has seen no such runs, and is too sure in MiniLM.
 EARLY_AFTER_START = 0.65
+MOST_AFTER_START = 5 / 6  # of the blocks; those behind them freeze at the usual threshold
 RAISED = 1.25  # of the learning rate, from which that holds
 
 
@@ -104,19 +105,17 @@ class SmartFRZPolicy(Policy):
                 )
             return Decision(depth, "weights are not finite")
         probabilities, attentions = self.score(observation, history, snapshots)
-        threshold = self.threshold
-        if self._started and self.threshold_after_start is not None:
-            careful = 0.0 if self._raised else self.predictor.config.operating_points["conservative"]
-            threshold = max(self.threshold_after_start, careful)
         score = dict(enumerate(probabilities, depth))
-        freezes = {unit for unit, p in score.items() if p >= threshold or not observation.trainable[unit]}
+        wanted = {unit: self.threshold_of(unit, observation.units) for unit in score}
+        freezes = {unit for unit, p in score.items() if p >= wanted[unit] or not observation.trainable[unit]}
         reached = next(unit for unit in range(depth, observation.units + 1) if unit not in freezes)
         apart: set[int] = set()
         if observation.order == "independent":
             apart = {unit for unit in freezes if unit > reached and observation.trainable[unit]}
         named = {*range(depth, reached), *(apart - observation.apart)} or {depth}
         listed = ", ".join(f"{score[unit]:.3f}" for unit in sorted(named))
-        reason = f"probability {listed} against {threshold:g}"
+        against = " and ".join(f"{threshold:g}" for threshold in sorted({wanted[unit] for unit in named}))
+        reason = f"probability {listed} against {against}"
         return Decision(
             reached,
             reason,
@@ -125,6 +124,21 @@ class SmartFRZPolicy(Policy):
             snapshot_steps=history.steps[-history.filled :],
             apart=apart,
         )
+
+    def threshold_of(self, unit: int, units: int) -> float:
+        """
+        The probability from which a unit freezes now.
+
+        Args:
+            unit (`int`): its index.
+            units (`int`): of the model.
+        """
+        if not self._started or self.threshold_after_start is None:
+            return self.threshold
+        careful = self.predictor.config.operating_points["conservative"] if not self._raised else 0.0
+        if unit > MOST_AFTER_START * (units - 1):
+            careful = max(careful, self.threshold)
+        return max(self.threshold_after_start, careful)
 
     @torch.no_grad()
     def start(self, observation: Observation, pilot: PilotSignals) -> Decision:
