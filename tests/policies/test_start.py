@@ -205,6 +205,11 @@ def test_later_stages_once_a_front_has_frozen(tmp_path, shares, monkeypatch):
         if not held:
             monkeypatch.setattr(PilotSignals, "rate_factor", lambda self, depth: 1.2)
         assert run(tmp_path, sure, operating_point="aggressive", **held).depth == 2
+    policy = make_policy(SmartFRZConfig(operating_point="aggressive"), predictor_that_loses(1.0, **known))
+    policy.load_state_dict({"started": True, "raised": True})
+    policy.threshold = 0.9
+    thresholds = [policy.threshold_of(unit, 13) for unit in range(13)]
+    assert thresholds == [0.5] * 11 + [0.9] * 2, "the stem and five sixths of twelve blocks"
     policy = make_policy(SmartFRZConfig(), sure)
     policy.load_state_dict({})
     assert policy.state_dict() == {"started": False, "raised": False}
