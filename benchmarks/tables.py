@@ -49,6 +49,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "held-out families": ("predictor/results/predictor", lambda results: score_table(results["leave_one_family_out"])),
     "held-out tasks": ("predictor/results/predictor", lambda results: score_table(results["leave_one_task_out"])),
     "held-out runs": ("quality/results/held_out", held_out.table),
+    "methods": ("quality/compare/summary", headline.methods),
     "operating points": ("predictor/results/predictor", lambda results: point_table(results["operating_points"])),
     "readme figures": ("quality/compare/summary", headline.figures),
     "step times, minilm": ("speed/results/step_time", lambda results: step_time.table(results["models"]["minilm"])),

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from benchmarks.quality.compare import run, train
@@ -67,7 +68,8 @@ class Rests(TrainerCallback):
         units = find_blocks(model).units
         first, last = (1 + int(part * (len(units) - 1) + 1e-6) for part in (START, share))
         self.parameters = [p for unit in units[first:last] for p in unit.named_parameters().values()]
-        self.every, self.rate, self.before = every, rate, None
+        self.every, self.rate = every, rate
+        self.before: list[torch.Tensor] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step >= PILOT * state.max_steps + 1:
@@ -76,12 +78,12 @@ class Rests(TrainerCallback):
                 parameter.grad = None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.before = None
+        self.before = []
         if self.rate != 1 and state.global_step > PILOT * state.max_steps + 1 and self.parameters[0].grad is not None:
             self.before = [p.detach().clone() for p in self.parameters]
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        for parameter, before in zip(self.parameters, self.before or (), strict=False):
+        for parameter, before in zip(self.parameters, self.before, strict=False):
             parameter.data.copy_(before + self.rate * (parameter.data - before))
 
 
@@ -134,13 +136,15 @@ def table(runs: list[dict[str, Any]], tasks: Iterable[str]) -> str:
             found[entry["arm"]][entry["task"]].append(
                 (other["points"] - entry["points"], entry["loss"] - other["loss"], compute)
             )
-    rows = []
+    rows: list[list[str]] = []
     for arm, by_task in found.items():
         means = [[mean(column) for column in zip(*seeds, strict=True)] for seeds in by_task.values()]
         points, loss, compute = (mean(column) for column in zip(*means, strict=True))
         count = sum(map(len, by_task.values()))
         worst = max(row[0] for row in means)
-        rows.append([arm, len(means), count, f"{points:+.2f}", f"{worst:+.1f}", f"{loss:+.3f}", f"{compute:.2f}"])
+        rows.append(
+            [arm, str(len(means)), str(count), f"{points:+.2f}", f"{worst:+.1f}", f"{loss:+.3f}", f"{compute:.2f}"]
+        )
     rows.sort(key=lambda row: row[-1])
     header = ("arm", "tasks", "runs", "points lost", "of the worst task", "loss added", "compute")
     return markdown_table(header, rows)

@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.utils import markdown_table
 
 ARM = "smartfrz-balanced"  # the default settings
+PEERS = ("autofreeze", "egeria", "freezeout")  # of other papers
 MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2", "bert": "BERT", "vit": "ViT", "deit": "DeiT", "resnet": "ResNet"}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
@@ -77,6 +78,28 @@ def table(known: dict) -> str:
     spread = f" ± {stdev(points):.2f}" if len(points) > 1 else ""
     rows.append(["mean ± standard deviation over tasks", "", f"{mean(points):+.2f}{spread}", *means])
     return markdown_table(["task", "seeds", "points lost", "compute", "processor time"], rows)
+
+
+def methods(known: dict) -> str:
+    """The mean of each arm over the tasks of [`compared`] on which other methods ran, too, in Markdown; the cheapest first."""
+    several = {task: known["tasks"][task]["arms"] for task in compared(known)}
+    several = {task: arms for task, arms in several.items() if set(PEERS) <= set(arms)}
+    rows = []
+    for arm in sorted(set.intersection(*map(set, several.values())) - {"full", "hindsight"}) if several else ():
+        runs = [arms[arm] for arms in several.values()]
+        lost, compute, seconds = (
+            mean(values)
+            for values in (
+                [run["points_lost"]["mean"] for run in runs],
+                [run["compute"] for run in runs],
+                [run["seconds"] for run in runs],
+            )
+        )
+        seeds = span([run["seeds"] for run in runs])
+        rows.append((seconds, [f"`{arm}`", seeds, f"{lost:+.2f}", f"{compute:.2f}", f"{seconds:.2f}"]))
+    body = [cells for _, cells in sorted(rows)]
+    header = ["method", "seeds", "points lost, mean", "compute", "processor time"]
+    return f"{markdown_table(header, body)}\n\nTasks: {', '.join(f'`{task}`' for task in several)}."
 
 
 def chart(known: dict, path: Path) -> None:
