@@ -69,8 +69,8 @@ class SmartFRZConfig:
             within the limits of the operating point freeze with the weights that they had before training.
         compensate_rate (`bool`, *optional*, defaults to `True`):
             Whether the learning rate of what still trains is raised when a front freezes from the start: it is divided by the
-            share of the units that still train, where a step stays small against the weights, and at least raised so that the loss
-            falls as fast as before. Done inside the optimizer's steps: the scheduler and the logs keep the rate of the schedule.
+            share of the units that still train, as far as a step stays small against the weights, and at least raised so that the
+            loss falls as fast as before. Done inside the optimizer's steps: the scheduler and the logs keep the rate of the schedule.
         target_saving (`float`, *optional*):
             Share of the compute to be saved without the activation cache, in place of the operating point: at the end of
             the pilot as many units freeze as that takes.
@@ -92,7 +92,8 @@ class SmartFRZConfig:
     Parameters that control the freezing stages:
         first_decision (`float`, *optional*, defaults to `0.05`):
             Time of the first freezing stage: below 1 a fraction of the run, else steps. The policy `"smartfrz"` freezes
-            nothing in the first fifth of the run while the learning rate is near its peak.
+            nothing in the first fifth of the run while the learning rate is near its peak, and nothing before 65 % of the run
+            once a front has frozen from the start.
         decide_every (`float`, *optional*, defaults to `0.05`):
             Time between freezing stages: below 1 a fraction of the run, else steps.
         probe_examples (`int`, *optional*, defaults to `16`):

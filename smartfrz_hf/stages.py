@@ -78,7 +78,7 @@ class StageRunner:
             rates=self._rates,
             history=observer.history,
             probe=observer.probe,
-            pilot=None if pilot is None else pilot.signals(float(self._rates.relative[:step].sum())),
+            pilot=None if pilot is None else pilot.signals(self._rates.relative[:step]),
             savings=None if pilot is None else front.meter.savings(),
         )
         decision = self._policy.decide(observation)

@@ -337,7 +337,7 @@ def test_a_pilot_of_skipped_steps_freezes_nothing():
 def test_gradients_that_overflow_do_not_raise_the_rate():
     """Each is finite, and their squares are not."""
     huge, small = torch.tensor([math.inf, 1.0, 1.0]), torch.full((3,), 1e-3)
-    signals = PilotSignals(4, torch.full((3,), 100.0), huge, -small, small, small, 1.0, pretrained=2)
+    signals = PilotSignals(4, torch.full((3,), 100.0), huge, -small, small, small, pretrained=2)
     assert signals.rate_factor(1) == 1.0
 
 

@@ -158,7 +158,7 @@ def _run_pilot(
                 loop.scheduler.step()
             run.step()
             if step in asked and run.observer.pilot is not None:
-                earlier.append(run.observer.pilot.signals(float(run.rates.relative[:step].sum())))
+                earlier.append(run.observer.pilot.signals(run.rates.relative[:step]))
         result.savings = run.front.meter.savings()
     result.units, result.deepest = run.stack.names, run.stack.deepest_safe_depth()
     result.load_seconds = loop.args.gradient_accumulation_steps * mean(loads)

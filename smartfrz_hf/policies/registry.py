@@ -94,10 +94,13 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
     if threshold is None:
         threshold = predictor.config.operating_points[config.operating_point]
     after_start = None
-    if config.freeze_threshold is None and config.compensate_rate:
-        after_start = predictor.config.operating_points_after_start[config.operating_point]
-    elif config.freeze_threshold is None:
-        after_start = predictor.config.operating_points["conservative"]
+    if config.freeze_threshold is None:
+        known = predictor.config
+        raised, kept = (
+            known.operating_points_after_start[config.operating_point],
+            known.operating_points["conservative"],
+        )
+        after_start = raised if config.compensate_rate else kept
     return SmartFRZPolicy(
         predictor,
         threshold,

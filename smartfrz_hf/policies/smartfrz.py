@@ -18,9 +18,9 @@ PILOT = 0.03  # fraction of the run
 EARLY, PEAK = 0.2, 0.8
 # Once a front has frozen from the start, no more does before this fraction of the run: at a third of it, a sixth of the blocks cost
 # 0.4 points in 22 runs, at two thirds a half of them cost 0.1. The predictor has seen no such runs, and is too sure in MiniLM.
-EARLY_AFTER_START = 0.65
-MOST_AFTER_START = 5 / 6  # of the blocks; those behind them freeze at the usual threshold
-RAISED = 1.25  # of the learning rate, from which that holds
+EARLY_AFTER_START = 0.63  # stages are a twentieth of a run apart, rounded down: the first is at 0.65, or soon after
+LOWERED_SHARE = 5 / 6  # of the blocks; those behind them freeze at the usual threshold
+MUCH_RAISED = 1.25  # of the learning rate, from which the threshold is lower
 
 
 class SmartFRZPolicy(Policy):
@@ -31,6 +31,9 @@ class SmartFRZPolicy(Policy):
     The predictor was trained on fronts: the odds against freezing a front are the sum of those of its units. The probability of a
     unit on its own leaves out the units in front of it, so it is at least as high, and no run with such a unit frozen behind
     others that train was among those that it was trained on.
+
+    Once a front has frozen from the start of the run, nothing more freezes before 65 % of it. From then on the first five sixths of the
+    blocks freeze at a threshold of their own.
 
     In the first fifth of a run, nothing freezes while the learning rate is near its peak: the weights change most there, so
     a front that froze then would cost more accuracy than one frozen before or after. Few of the runs that the predictor was
@@ -83,17 +86,21 @@ class SmartFRZPolicy(Policy):
             [`Decision`]: the reason gives the probabilities of the units that freeze, or that of the first active unit.
         """
         history, depth = observation.history, observation.depth
-        if observation.step == 0:  # another run of the same policy
+        if not depth:  # another run of the same policy, or everything trains again
             self._started = self._raised = False
         if observation.pilot is not None:
             decision = self.start(observation, observation.pilot)
-            self._started = decision.depth > observation.depth
-            self._raised = self._started and observation.pilot.rate_factor(decision.depth) >= RAISED
+            self._started = any(observation.trainable[depth : decision.depth])
+            # The lower threshold was measured for fronts only.
+            measured = self._started and observation.order == "front"
+            self._raised = measured and observation.pilot.rate_factor(decision.depth) >= MUCH_RAISED
             return decision
         if history is None or history.filled < MIN_SNAPSHOTS or depth == observation.units:
             return Decision(depth, "not enough history")
         if self._started and observation.progress < EARLY_AFTER_START:
-            return Decision(depth, "a front has frozen from the start; more may from 65% of the run on")
+            return Decision(
+                depth, "after a front has frozen from the start, nothing more freezes before 65% of the run"
+            )
         if observation.progress < EARLY and observation.rates.relative[observation.step] >= PEAK:
             return Decision(depth, "early in the run and near the peak of the learning rate")
         snapshots = history.snapshots()[depth:]
@@ -135,10 +142,12 @@ class SmartFRZPolicy(Policy):
         """
         if not self._started or self.threshold_after_start is None:
             return self.threshold
-        careful = self.predictor.config.operating_points["conservative"] if not self._raised else 0.0
-        if unit > MOST_AFTER_START * (units - 1):
-            careful = max(careful, self.threshold)
-        return max(self.threshold_after_start, careful)
+        thresholds = [self.threshold_after_start]
+        if not self._raised:
+            thresholds.append(self.predictor.config.operating_points["conservative"])
+        if unit > LOWERED_SHARE * (units - 1):
+            thresholds.append(self.threshold)
+        return max(thresholds)
 
     @torch.no_grad()
     def start(self, observation: Observation, pilot: PilotSignals) -> Decision:

@@ -53,7 +53,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             freezing.
         operating_points_after_start (`dict[str, float]`, *optional*):
             The same for the units behind a front that has frozen from the first step on. They train at a higher learning rate,
-            and lose less by freezing early.
+            and lose less by freezing early. Not fitted: chosen by runs of the shipped predictor.
         start_stage (`bool`, *optional*, defaults to `False`):
             Whether there is a [`StartPredictor`], which decides what freezes from the first step on.
         start_limits (`dict[str, dict[str, float]]`, *optional*):
@@ -127,7 +127,8 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number of at least 1.")
         for name in ("operating_points", "operating_points_after_start"):
             points = getattr(self, name)
-            if set(points) != set(OPERATING_POINTS) or not all(0 <= value <= 1 for value in points.values()):
+            probabilities = all(isinstance(value, int | float) and 0 <= value <= 1 for value in points.values())
+            if set(points) != set(OPERATING_POINTS) or not probabilities:
                 raise ValueError(
                     f"`{name}` is {points!r}; it must have a probability for each of {', '.join(OPERATING_POINTS)}."
                 )

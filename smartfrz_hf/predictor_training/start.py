@@ -88,8 +88,7 @@ def pilot_signals(signals: dict[str, Any], moment: str, pretrained: bool = True)
         squares.sqrt(),
         torch.tensor([*(change / WEIGHTS_PER_UNIT for change in seen["sampled_loss_change"]), head]),
         torch.tensor([*seen["sampled_displacement"], 0.0]) / WEIGHTS_PER_UNIT**0.5,
-        squares.new_zeros(len(squares)),  # the weights were not recorded
-        0.0,
+        torch.full_like(squares, torch.inf),  # not recorded
         len(signals["unit_names"]) if pretrained else 0,
         regression=signals["classes"] == 1,
     )

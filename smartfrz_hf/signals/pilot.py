@@ -16,9 +16,9 @@ HEAD = "head"
 MIN_STEPS = 4  # of a pilot: fewer gradients show nothing but noise
 MAX_RATE_FACTOR = 4.0
 REACH_SHARE = 0.1
-# How far a step may move the weights, relative to them, at a rate that is raised because fewer units train. Runs with 0.003 trained
-# well, and one of two with 0.006 diverged.
-MOST_MOTION = 0.004
+# How far a step may move the weights, relative to them, at a rate that is raised because fewer units train. Runs with 0.005 trained
+# well, and one of two with 0.008 diverged.
+MOST_MOTION = 0.005
 LEAST_AGREEMENT = -0.1  # over four steps, runs that learn have had -0.05 by chance
 EPSILON = 1e-30
 
@@ -39,8 +39,9 @@ class PilotSignals:
             \\(\sum_t g_{t+1} \cdot (w_{t+1} - w_t)\\), the change of the loss that the unit's motion has brought, for one
             weight ("loss change allocation", Lan et al., NeurIPS 2019).
         displacement (`torch.Tensor` of shape `(units + 1,)`): root mean square of \\(w_T - w_0\\).
-        weight (`torch.Tensor` of shape `(units + 1,)`): root mean square of \\(w_0\\).
-        peak_steps (`float`): the sum of the learning rates, relative to the peak of the schedule.
+        motion (`torch.Tensor` of shape `(units + 1,)`):
+            What a step at the peak of the learning rate moves a weight by, relative to the weights of its unit: root mean squares of
+            \\(w_{t+1} - w_t\\) over those of \\(w_0\\) and of the learning rates relative to the peak.
         pretrained (`int`): units in front of the first block whose weights are as a library initializes them.
         regression (`bool`): whether the model has a single output. Its pilot shows how the mean of the labels is learned.
     """
@@ -50,8 +51,7 @@ class PilotSignals:
     gradient: torch.Tensor
     loss_change: torch.Tensor
     displacement: torch.Tensor
-    weight: torch.Tensor
-    peak_steps: float
+    motion: torch.Tensor
     pretrained: int
     regression: bool = False
 
@@ -108,11 +108,6 @@ class PilotSignals:
             return "the pilot of a regression shows little but the mean of its labels"
         return None
 
-    @property
-    def motion(self) -> torch.Tensor:
-        """What a step at the peak of the learning rate moves a weight by, relative to the weights of its unit, `(units,)`."""
-        return (self.displacement / (self.weight * self.peak_steps).clamp(min=EPSILON))[:-1]
-
     def rate_factor(self, depth: int) -> float:
         r"""
         What the learning rate of the rest is multiplied with if the front is frozen.
@@ -120,7 +115,7 @@ class PilotSignals:
         That is the larger of two factors, and at most 4:
 
         - \\(U / (U - d)\\) with \\(d\\) of \\(U\\) units frozen, as fewer units train best at a higher rate, but no more than lets a
-          step move a unit that trains by 0.004 of its weights.
+          step move a unit that trains by 0.005 of its weights. Units that have nothing to train do not count.
         - \\(1 / (1 - c)\\), with \\(c\\) the share of the front in the contributions of all units: so the loss falls as fast as it
           would with everything training. The head is left out: it brings much in the pilot, and soon no longer.
 
@@ -132,9 +127,9 @@ class PilotSignals:
         total, rest = float(self.contributions.sum()), float(self.contributions[depth:].sum())
         if not 0 < total < float("inf"):
             return 1.0
-        units = len(self.contributions)
-        motion = max(self.motion[depth:].tolist(), default=float("inf"))
-        fewer = min(units / max(units - depth, EPSILON), MOST_MOTION / max(motion, EPSILON))
+        trains = self.parameters[:-1] > 0
+        motion = max(self.motion[:-1][depth:].tolist(), default=float("inf"))
+        fewer = min(int(trains.sum()) / max(int(trains[depth:].sum()), EPSILON), MOST_MOTION / max(motion, EPSILON))
         return min(MAX_RATE_FACTOR, max(fewer, total / max(rest, EPSILON)))
 
 
@@ -192,7 +187,7 @@ class Pilot:
         self._parameters = torch.tensor(sizes, dtype=torch.float64, device="cpu")
         self._start = self._read()
         self._previous = self._start
-        self._squares, self._loss_change = torch.zeros(2, len(units), dtype=torch.float32, device="cpu")
+        self._squares, self._loss_change, self._moved = torch.zeros(3, len(units), dtype=torch.float32, device="cpu")
         fresh = (index for index, unit in enumerate(stack.units[1:], start=1) if is_fresh(unit))
         self._pretrained = next(fresh, len(stack))
         if self._pretrained == 1:  # then the stem has learned nothing either
@@ -214,29 +209,32 @@ class Pilot:
         self._loss_change += (gradients * (weights - self._previous)).mean(
             1
         )  # of the batch after the one that moved it
+        self._moved += ((weights - self._previous) ** 2).mean(1)
         self._squares += (gradients**2).mean(1)
         self._previous = weights
         self.steps += 1
 
-    def signals(self, peak_steps: float) -> PilotSignals:
+    def signals(self, rates: torch.Tensor) -> PilotSignals:
         """
         What the steps so far have shown.
 
         Args:
-            peak_steps (`float`): the sum of their learning rates, relative to the peak of the schedule.
+            rates (`torch.Tensor`): their learning rates, relative to the peak of the schedule.
         """
-        moved = self._read() - self._start
+        now = self._read()
+        squares = (self._moved + ((now - self._previous) ** 2).mean(1)) / max(1, self.steps)
+        weights = (self._start**2).mean(1) * (rates**2).mean()
         found = [
             self._parameters,
             (self._squares / max(1, self.steps)).sqrt(),
             self._loss_change,
-            (moved**2).mean(1).sqrt(),
-            (self._start**2).mean(1).sqrt(),
+            ((now - self._start) ** 2).mean(1).sqrt(),
+            (squares / weights.clamp(min=EPSILON)).sqrt(),
         ]
         missing = len(self._stack) + 1 - len(self._recorded)
         parameters, *sampled = (nn.functional.pad(values, (0, missing)) for values in found)
         regression = is_regression(self._stack.model)
-        return PilotSignals(self.steps, parameters, *sampled, peak_steps, self._pretrained, regression)
+        return PilotSignals(self.steps, parameters, *sampled, self._pretrained, regression)
 
     @torch.no_grad()
     def restore(self, depth: int, kept: Collection[str] = ()) -> None:
@@ -264,7 +262,7 @@ class Pilot:
 
         Returns:
             `dict`: `"steps"`, `"pretrained"` (units), `"weights"` (by unit, those of the start by name), `"sampled_start"`, `"sampled_previous"`,
-            `"gradient_squares"` and `"loss_change"` (one number for each unit, and the head if it trains).
+            `"gradient_squares"`, `"loss_change"` and `"motion_squares"` (one number for each unit, and the head if it trains).
         """
         return {
             "steps": self.steps,
@@ -276,6 +274,7 @@ class Pilot:
             "sampled_previous": self._previous,
             "gradient_squares": self._squares,
             "loss_change": self._loss_change,
+            "motion_squares": self._moved,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -285,6 +284,8 @@ class Pilot:
         self._start, self._previous = state["sampled_start"], state["sampled_previous"]
         self._squares = state["gradient_squares"]
         self._loss_change = state["loss_change"]
+        # Checkpoints of earlier versions have none.
+        self._moved = state.get("motion_squares", ((self._previous - self._start) ** 2).mean(1))
 
 
 def _tensors(unit: Unit) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """What freezes from the start of a run: by the start predictor's points, or by the compute that is to be saved."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,14 @@ from architectures import build
 from torch.utils.data import DataLoader
 from training import START_LIMITS, Rows, predictor_that_loses, predictor_that_says, train
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, SmartFRZPredictorConfig, find_blocks, load_predictor
+from smartfrz_hf import (
+    FreezingRun,
+    SmartFRZCallback,
+    SmartFRZConfig,
+    SmartFRZPredictorConfig,
+    find_blocks,
+    load_predictor,
+)
 from smartfrz_hf.policies.registry import make_policy
 from smartfrz_hf.predictor import StartPredictor
 from smartfrz_hf.signals import pilot
@@ -164,8 +172,7 @@ def test_what_the_pilot_shows_against_worked_numbers():
         gradient=torch.tensor([0.01, 0.02, 1.0]),
         loss_change=torch.tensor([-1e-5, 1e-5, -1e-5]),
         displacement=torch.tensor([0.001, 0.001, 1.0]),
-        weight=torch.tensor([0.1, 0.1, 0.1]),
-        peak_steps=2.0,
+        motion=torch.tensor([0.1, 0.1, 0.1]),
         pretrained=2,
     )
     torch.testing.assert_close(signals.reach, torch.tensor([0.001, 0.006]).double())
@@ -179,14 +186,17 @@ def test_what_the_pilot_shows_against_worked_numbers():
 
 
 @pytest.mark.parametrize(
-    ("motion", "factor"), [(0.001, 2.0), (0.0025, 1.6), (0.01, 4 / 3), (0.0, 2.0), (float("inf"), 4 / 3)]
+    ("motion", "factor"), [(0.001, 2.0), (0.003125, 1.6), (0.01, 4 / 3), (0.0, 2.0), (float("inf"), 4 / 3)]
 )
 def test_the_rate_rises_with_the_units_that_no_longer_train(monkeypatch, motion, factor):
     """As long as steps stay small against the weights that train, and at least for what the front has brought."""
     monkeypatch.setattr(PilotSignals, "contributions", torch.tensor([1.0, 1.0, 4.0, 2.0]))
-    ones, moved = torch.ones(5), torch.tensor([9.0, 9.0, 2 * motion, motion, 9.0])
-    signals = PilotSignals(4, ones, ones, -ones, moved, weight=ones, peak_steps=2.0, pretrained=4)
+    ones, moved = torch.ones(5), torch.tensor([9.0, 9.0, motion, motion / 2, 9.0])
+    signals = PilotSignals(4, ones, ones, -ones, ones, motion=moved, pretrained=4)
     assert signals.rate_factor(2) == pytest.approx(factor)
+    idle = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])
+    idle = replace(signals, parameters=idle, motion=moved.new_zeros(5))
+    assert idle.rate_factor(2) == pytest.approx(4 / 3), "what trains is as much as before"
     assert signals.rate_factor(0) == 1.0 and signals.rate_factor(4) == 4.0
 
 
@@ -205,6 +215,7 @@ def test_later_stages_once_a_front_has_frozen(tmp_path, shares, monkeypatch):
         if not held:
             monkeypatch.setattr(PilotSignals, "rate_factor", lambda self, depth: 1.2)
         assert run(tmp_path, sure, operating_point="aggressive", **held).depth == 2
+    assert run(tmp_path, sure, operating_point="aggressive", order="independent").depth == 2
     policy = make_policy(SmartFRZConfig(operating_point="aggressive"), predictor_that_loses(1.0, **known))
     policy.load_state_dict({"started": True, "raised": True})
     policy.threshold = 0.9
@@ -218,3 +229,58 @@ def test_later_stages_once_a_front_has_frozen(tmp_path, shares, monkeypatch):
     callback = SmartFRZCallback(SmartFRZConfig(activation_cache=False), policy=policy)
     train(tmp_path, [callback], max_steps=20)  # too short for a pilot
     assert policy.state_dict() == {"started": False, "raised": False}, "another run of the same policy"
+
+
+def test_a_warm_restart_ends_what_a_front_from_the_start_brought(shares):
+    """The rate of the rest is that of the schedule again, and so is the threshold."""
+    known = {"operating_points_after_start": {"conservative": 0.9, "balanced": 0.6, "aggressive": 0.4}}
+    predictor = predictor_that_loses(0.4, never=0.7, **known)
+    model = build("bert")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, STEPS // 2)
+    config = SmartFRZConfig(activation_cache=False)
+    with FreezingRun(model, optimizer, STEPS, config, predictor=predictor, lr_scheduler=schedule) as restarted:
+        for batch in DataLoader(Rows(4 * STEPS), batch_size=4):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            restarted.step()
+        assert [stage.depth for stage in restarted.ledger.stages] == [3, 0]
+        assert restarted.policy.state_dict() == {"started": False, "raised": False}
+
+
+def test_a_front_with_nothing_to_train_is_none(shares):
+    """Freezing it changes nothing, so the rate of the rest and the later thresholds stay."""
+    model = build("bert")
+    for unit in find_blocks(model).units[:3]:
+        for parameter in unit.named_parameters().values():
+            parameter.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    config, predictor = SmartFRZConfig(activation_cache=False), predictor_that_loses(0.4)
+    with FreezingRun(model, optimizer, STEPS, config, predictor=predictor) as idle:
+        for batch in DataLoader(Rows(32), batch_size=4):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            idle.step()
+        assert not idle.policy.state_dict()["started"]
+
+
+def test_steps_that_a_loss_scaler_skips_do_not_count_as_motion():
+    """The mean of the rates counts, so one step of four gives the motion that four would."""
+    motions = []
+    for skipped in (0, 3):
+        model = build("bert")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        seen = pilot.Pilot(find_blocks(model), seed=0)
+        for step, batch in enumerate(DataLoader(Rows(16), batch_size=4)):
+            model(**batch).loss.backward()
+            if step < skipped:
+                next(model.parameters()).grad.fill_(math.inf)
+            seen.before_update()
+            if step >= skipped:
+                optimizer.step()
+            optimizer.zero_grad()
+        motions.append(seen.signals(torch.ones(4)).motion[1:-1])
+    torch.testing.assert_close(motions[0], motions[1], rtol=0.5, atol=0)

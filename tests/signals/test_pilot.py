@@ -105,7 +105,8 @@ def test_signals_against_gradients_at_all_weights():
         weights.append(pilot._sampler.read(unit).double())
         optimizer.step()
         optimizer.zero_grad()
-    signals = pilot.signals(peak_steps=2.5)
+    rates = torch.tensor([0.0, 0.5, 1.0, 1.0, 0.5])
+    signals = pilot.signals(rates)
     count = len(gradients[0])
     squares = sum(g.square().sum() for g in gradients)
     assert signals.steps == 5 and signals.parameters[unit] == stack[unit].parameter_count
@@ -115,9 +116,10 @@ def test_signals_against_gradients_at_all_weights():
     assert signals.loss_change[unit] == pytest.approx(change, rel=1e-3)
     end = pilot._sampler.read(unit).double()
     assert signals.displacement[unit] == pytest.approx(float((end - weights[0]).square().mean().sqrt()), rel=1e-5)
-    assert signals.weight[unit] == pytest.approx(float(weights[0].square().mean().sqrt()), rel=1e-5)
-    motion = signals.displacement[unit] / signals.weight[unit] / 2.5
-    assert signals.motion[unit] == pytest.approx(float(motion), rel=1e-5) and len(signals.motion) == len(stack)
+    steps = torch.stack([*weights, end]).diff(dim=0).square().mean()
+    motion = (steps / weights[0].square().mean() / 0.5).sqrt()  # the mean square of the rates is 0.5
+    assert signals.motion[unit] == pytest.approx(float(motion), rel=1e-5)
+    assert len(signals.motion) == len(stack) + 1
 
 
 def test_length():

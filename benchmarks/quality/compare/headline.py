@@ -84,8 +84,10 @@ def methods(known: dict) -> str:
     """The mean of each arm over the tasks of [`compared`] on which other methods ran, too, in Markdown; the cheapest first."""
     several = {task: known["tasks"][task]["arms"] for task in compared(known)}
     several = {task: arms for task, arms in several.items() if set(PEERS) <= set(arms)}
+    if not several:
+        return "No other method has been run yet."
     rows = []
-    for arm in sorted(set.intersection(*map(set, several.values())) - {"full", "hindsight"}) if several else ():
+    for arm in sorted(set.intersection(*map(set, several.values())) - {"full", "hindsight"}):
         runs = [arms[arm] for arms in several.values()]
         lost, compute, seconds = (
             mean(values)
