@@ -8,6 +8,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..predictor.configuration import DEFAULT_POINTS_AFTER_START
+
 TEMPLATE = Path(__file__).with_name("card_template.md")
 PARTS = {"leave_one_family_out": "Leave one model family out", "leave_one_task_out": "Leave one data set out"}
 TAGS = ["smartfrz", "layer-freezing", "efficient-training"]
@@ -119,6 +121,7 @@ def make_card(name: str, evaluation: dict[str, Any]) -> str:
         ModelCardData(license="apache-2.0", library_name="transformers", tags=TAGS),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=name,
+        after_start={**DEFAULT_POINTS_AFTER_START, **evaluation["config"].get("operating_points_after_start", {})},
         **evaluation,
         meaning=MEANINGS[label or threshold].format(x=float(threshold) if label else None),
         learned=LEARNED[evaluation["target"]],

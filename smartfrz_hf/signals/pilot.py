@@ -232,9 +232,17 @@ class Pilot:
             (squares / weights.clamp(min=EPSILON)).sqrt(),
         ]
         missing = len(self._stack) + 1 - len(self._recorded)
-        parameters, *sampled = (nn.functional.pad(values, (0, missing)) for values in found)
-        regression = is_regression(self._stack.model)
-        return PilotSignals(self.steps, parameters, *sampled, self._pretrained, regression)
+        parameters, gradient, change, displacement, motion = (nn.functional.pad(each, (0, missing)) for each in found)
+        return PilotSignals(
+            self.steps,
+            parameters,
+            gradient,
+            change,
+            displacement,
+            motion,
+            self._pretrained,
+            is_regression(self._stack.model),
+        )
 
     @torch.no_grad()
     def restore(self, depth: int, kept: Collection[str] = ()) -> None:

@@ -98,8 +98,6 @@ def make_method(arm: Arm, task: Task, ratio: float | None = None) -> Method:
 
 
 _make_method = train.make_method
-train.make_method = make_method
-PEERS["timetable"] = Timetable
 
 
 def resting_share(arm: dict[str, Any]) -> float:
@@ -125,8 +123,11 @@ def collect(known: list[dict[str, Any]], files: Iterable[Path]) -> list[dict[str
     return [runs[key] for key in sorted(runs)]
 
 
-def table(runs: list[dict[str, Any]], tasks: Iterable[str]) -> str:
-    """Means over tasks of the means over seeds of what each arm loses and costs, against full training with the same seed."""
+def means(runs: list[dict[str, Any]], tasks: Iterable[str]) -> dict[str, dict[str, float]]:
+    """
+    Means over tasks of the means over seeds of what each arm loses and costs, against full training with the same seed: `tasks`,
+    `runs` (counts), `points` and `loss` lost, `worst` (points of the worst task) and `compute`, by arm.
+    """
     full = {(entry["task"], entry["seed"]): entry for entry in runs if entry["arm"] == "full"}
     found: dict[str, dict[str, list[tuple[float, float, float]]]] = defaultdict(lambda: defaultdict(list))
     for entry in runs:
@@ -136,36 +137,48 @@ def table(runs: list[dict[str, Any]], tasks: Iterable[str]) -> str:
             found[entry["arm"]][entry["task"]].append(
                 (other["points"] - entry["points"], entry["loss"] - other["loss"], compute)
             )
-    rows: list[list[str]] = []
+    result = {}
     for arm, by_task in found.items():
-        means = [[mean(column) for column in zip(*seeds, strict=True)] for seeds in by_task.values()]
-        points, loss, compute = (mean(column) for column in zip(*means, strict=True))
-        count = sum(map(len, by_task.values()))
-        worst = max(row[0] for row in means)
-        rows.append(
-            [arm, str(len(means)), str(count), f"{points:+.2f}", f"{worst:+.1f}", f"{loss:+.3f}", f"{compute:.2f}"]
-        )
-    rows.sort(key=lambda row: row[-1])
+        each = [[mean(column) for column in zip(*seeds, strict=True)] for seeds in by_task.values()]
+        points, loss, compute = (mean(column) for column in zip(*each, strict=True))
+        result[arm] = {
+            "tasks": len(each),
+            "runs": sum(map(len, by_task.values())),
+            "points": points,
+            "worst": max(row[0] for row in each),
+            "loss": loss,
+            "compute": compute,
+        }
+    return result
+
+
+def table(known: dict[str, dict[str, float]]) -> str:
+    """What [`means`] gives, in Markdown, the arm with the least compute first."""
+    forms = {"tasks": "d", "runs": "d", "points": "+.2f", "worst": "+.1f", "loss": "+.3f", "compute": ".2f"}
+    arms = sorted(known, key=lambda arm: known[arm]["compute"])
+    rows = [[arm, *(format(known[arm][name], form) for name, form in forms.items())] for arm in arms]
     header = ("arm", "tasks", "runs", "points lost", "of the worst task", "loss added", "compute")
     return markdown_table(header, rows)
 
 
+def groups(runs: list[dict[str, Any]]) -> dict[str, set[str]]:
+    """The tasks of the runs, by what they are for."""
+    names = {entry["task"] for entry in runs}
+    hot, own = ({name for name in names if name.startswith(start)} for start in ("x.hot.", "x."))
+    return {"harvest": own - hot, "harvest, four times the learning rate": hot, "held out": names - own}
+
+
 def main() -> None:
     if len(sys.argv) > 1:
+        train.make_method, PEERS["timetable"] = make_method, Timetable
         sys.argv[1:1] = ["--plan", str(HERE), "--out", str(RUNS), "--same_process"]
         run.main()
         return
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     runs = collect(known, RUNS.glob("*/*.json"))
     RESULTS.write_text("[\n " + ",\n ".join(json.dumps(entry) for entry in runs) + "\n]\n", encoding="utf-8")
-    names = {entry["task"] for entry in runs}
-    hot, own = ({name for name in names if name.startswith(start)} for start in ("x.hot.", "x."))
-    for title, tasks in (
-        ("Data sets of the harvest", own - hot),
-        ("The same at four times the learning rate", hot),
-        ("Held out", names - own),
-    ):
-        sys.stdout.write(f"\n{title}\n\n{table(runs, tasks)}\n")
+    for title, tasks in groups(runs).items():
+        sys.stdout.write(f"\n{title}\n\n{table(means(runs, tasks))}\n")
 
 
 if __name__ == "__main__":
