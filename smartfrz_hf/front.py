@@ -86,7 +86,8 @@ class Front:
         """
         before, units = self.depth, set(units)
         depth = front_of(units | self.freezer.frozen)
-        if pilot is not None and signals is not None and depth > before:
+        if pilot is not None and depth > before:
+            assert signals is not None
             if self._config.compensate_rate:
                 # Sums may differ in the last bit from host to host, and the ranks would drift apart.
                 self.rate.factor = self._ranks.gather(signals.rate_factor(depth), "the learning rate")[0]

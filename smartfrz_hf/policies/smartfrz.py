@@ -113,15 +113,15 @@ class SmartFRZPolicy(Policy):
             return Decision(depth, "weights are not finite")
         probabilities, attentions = self.score(observation, history, snapshots)
         score = dict(enumerate(probabilities, depth))
-        wanted = {unit: self.threshold_of(unit, observation.units) for unit in score}
-        freezes = {unit for unit, p in score.items() if p >= wanted[unit] or not observation.trainable[unit]}
+        thresholds = {unit: self.threshold_of(unit, observation.units) for unit in score}
+        freezes = {unit for unit, p in score.items() if p >= thresholds[unit] or not observation.trainable[unit]}
         reached = next(unit for unit in range(depth, observation.units + 1) if unit not in freezes)
         apart: set[int] = set()
         if observation.order == "independent":
             apart = {unit for unit in freezes if unit > reached and observation.trainable[unit]}
         named = {*range(depth, reached), *(apart - observation.apart)} or {depth}
         listed = ", ".join(f"{score[unit]:.3f}" for unit in sorted(named))
-        against = " and ".join(f"{threshold:g}" for threshold in sorted({wanted[unit] for unit in named}))
+        against = " and ".join(f"{threshold:g}" for threshold in sorted({thresholds[unit] for unit in named}))
         reason = f"probability {listed} against {against}"
         return Decision(
             reached,
