@@ -18,7 +18,7 @@ PILOT = 0.03  # fraction of the run
 EARLY, PEAK = 0.2, 0.8
 # Once a front has frozen from the start, no more does before this fraction of the run: at a third of it, a sixth of the blocks cost
 # 0.4 points in 22 runs, at two thirds a half of them cost 0.1. The predictor has seen no such runs, and is too sure in MiniLM.
-EARLY_AFTER_START = 0.63  # stages are a twentieth of a run apart, rounded down: the first is at 0.65, or soon after
+EARLY_AFTER_START = 0.65
 LOWERED_SHARE = 5 / 6  # of the blocks; those behind them freeze at the usual threshold
 MUCH_RAISED = 1.25  # of the learning rate, from which the threshold is lower
 
