@@ -21,7 +21,8 @@ from .freezing.freezer import Freezer
 from .freezing.kept import kept_parameters
 from .freezing.rate import RateFactor
 from .model.units import BlockStack, Unit
-from .signals.pilot import Pilot, PilotSignals
+from .signals.pilot import Pilot
+from .signals.pilot_signals import PilotSignals
 
 
 class Front:

@@ -176,6 +176,56 @@ def test_readme_figures_with_any_number_of_tasks_and_seeds(seeds):
     assert headline.table(known).count("\n") == 3
 
 
+def test_methods_are_compared_on_the_tasks_that_all_have_run():
+    headline = import_module("benchmarks.quality.compare.headline")
+
+    def task(arms):
+        runs = {
+            arm: {"seeds": 2, "points_lost": {"mean": lost}, "compute": 0.5, "seconds": 0.4}
+            for arm, lost in arms.items()
+        }
+        return {"kind": "fine-tuning", "model": "bert-12", "epochs": 3, "seen": False, "arms": runs}
+
+    peers, ours = dict.fromkeys(headline.PEERS, 1.0), headline.ARM
+    known = {
+        "tasks": {
+            "alone": task({ours: 9.0}),
+            "one": task({ours: 0.5} | peers),
+            "two": task({ours: 1.5, "lora": 0.0} | peers),
+        }
+    }
+    text = headline.methods(known)
+    assert f"| `{ours}` | two | +1.00 | 0.50 | 0.40 |" in text and "Tasks: `one`, `two`." in text
+    assert "lora" not in text, "it ran on one of the two"
+    assert "No other method" in headline.methods({"tasks": {"alone": known["tasks"]["alone"]}})
+
+
+def test_timetables_are_held_against_full_training_with_the_same_seed():
+    schedules = import_module("benchmarks.predictor.start.schedules")
+
+    def entry(task, arm, seed, points, flops, resting=0.0):
+        return {
+            "task": task,
+            "arm": arm,
+            "seed": seed,
+            "points": points,
+            "loss": 1.0,
+            "flops": flops,
+            "resting": resting,
+        }
+
+    runs = [entry("a", "full", 1, 80.0, 10.0), entry("a", "third", 1, 79.0, 7.0), entry("a", "third", 2, 0.0, 7.0)]
+    runs += [entry("x.b", "full", 1, 60.0, 10.0), entry("x.b", "third", 1, 63.0, 8.0, resting=0.1)]
+    found = schedules.means(runs, {"a", "x.b"})["third"]
+    assert (found["tasks"], found["runs"], found["points"], found["worst"]) == (2, 2, -1.0, 1.0)
+    assert found["compute"] == pytest.approx(0.7)
+    assert schedules.groups(runs) == {
+        "harvest": {"x.b"},
+        "harvest, four times the learning rate": set(),
+        "held out": {"a"},
+    }
+
+
 def test_minilm_has_as_many_parameters(minilm_dir):
     from transformers import AutoModelForSequenceClassification
 

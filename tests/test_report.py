@@ -17,7 +17,7 @@ from smartfrz_hf.cli import app
 from smartfrz_hf.report import read_run, write_report
 from smartfrz_hf.report.charts import ticks
 from smartfrz_hf.signals import pilot
-from smartfrz_hf.signals.pilot import PilotSignals
+from smartfrz_hf.signals.pilot_signals import PilotSignals
 
 BROWSER = ("chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files")
 DARK = ("--force-dark-mode", "--blink-settings=preferredColorScheme=0")

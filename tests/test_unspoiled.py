@@ -33,7 +33,7 @@ from smartfrz_hf import (
     find_blocks,
 )
 from smartfrz_hf.activation_cache.monitor import CacheMonitor
-from smartfrz_hf.signals.pilot import PilotSignals
+from smartfrz_hf.signals.pilot_signals import PilotSignals
 
 STEPS, OPTIONS = 40, {"first_decision": 10, "decide_every": 10}
 DEPTH, PILOT = 3, 4

@@ -20,7 +20,8 @@ from ..config import SmartFRZConfig
 from ..model.nested import main_input_elements
 from ..policies import Decision, Observation, Policy
 from ..run import FreezingRun
-from ..signals.pilot import MIN_STEPS, PilotSignals
+from ..signals.pilot import MIN_STEPS
+from ..signals.pilot_signals import PilotSignals
 from .loop import Loop, check_estimate, first_share
 from .measured import DepthCost, Profile
 from .restoring import restored

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from ..signals.pilot import PilotSignals
+from ..signals.pilot_signals import PilotSignals
 from ..signals.probe_history import ProbeHistory
 from ..signals.schedule import LearningRates
 from ..signals.steps import BeforeUpdate

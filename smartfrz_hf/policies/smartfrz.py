@@ -6,7 +6,7 @@ import torch
 from transformers.utils import logging
 
 from ..predictor import SmartFRZPredictor, build_inputs
-from ..signals.pilot import PilotSignals
+from ..signals.pilot_signals import PilotSignals
 from ..signals.weights import WeightHistory
 from .base import Decision, Observation, Policy
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..signals.pilot import PilotSignals
+from ..signals.pilot_signals import PilotSignals
 
 PARAMETERS = 5e6  # a front that leaves so many to train costs `scale` times a power of its share
 MOST_POINTS = 100.0

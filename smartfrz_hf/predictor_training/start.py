@@ -11,7 +11,8 @@ import torch
 
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig, StartPredictor
 from ..predictor.configuration import DEFAULT_LIMITS
-from ..signals.pilot import WEIGHTS_PER_UNIT, PilotSignals
+from ..signals.pilot import WEIGHTS_PER_UNIT
+from ..signals.pilot_signals import PilotSignals
 
 # Loss that is added counts as so many points lost: over the harvest, a change of the held-out loss by 0.1 goes with one of about
 # 4 points. The mean of both is less noisy than the points of a thousand rows.

@@ -14,7 +14,7 @@ from transformers import Trainer, get_linear_schedule_with_warmup
 from smartfrz_hf import Decision, SmartFRZCallback, SmartFRZTrainer, estimate
 from smartfrz_hf.policies import SmartFRZPolicy
 from smartfrz_hf.signals import pilot
-from smartfrz_hf.signals.pilot import PilotSignals
+from smartfrz_hf.signals.pilot_signals import PilotSignals
 
 UNITS = 5
 HIDDEN = 32  # of the tiny BERT

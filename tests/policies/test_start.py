@@ -20,7 +20,7 @@ from smartfrz_hf import (
 from smartfrz_hf.policies.registry import make_policy
 from smartfrz_hf.predictor import StartPredictor
 from smartfrz_hf.signals import pilot
-from smartfrz_hf.signals.pilot import PilotSignals
+from smartfrz_hf.signals.pilot_signals import PilotSignals
 
 STEPS = 40
 

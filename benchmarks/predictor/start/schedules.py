@@ -37,7 +37,8 @@ BACKWARD = 2 / 3  # of the compute of a block
 
 class Timetable(Policy):
     """
-    Freezes shares of the blocks at fixed times.
+    Freezes shares of the blocks at fixed times. What freezes at 0 does so before the first step, without a pilot, so the learning
+    rate is that of the arm.
 
     Args:
         stairs (`list[list[float]]`): since which fraction of the run, and which share of the blocks, with the stem.

@@ -89,14 +89,8 @@ def methods(known: dict) -> str:
     rows = []
     for arm in sorted(set.intersection(*map(set, several.values())) - {"full", "hindsight"}):
         runs = [arms[arm] for arms in several.values()]
-        lost, compute, seconds = (
-            mean(values)
-            for values in (
-                [run["points_lost"]["mean"] for run in runs],
-                [run["compute"] for run in runs],
-                [run["seconds"] for run in runs],
-            )
-        )
+        lost = mean(run["points_lost"]["mean"] for run in runs)
+        compute, seconds = (mean(run[key] for run in runs) for key in ("compute", "seconds"))
         seeds = span([run["seeds"] for run in runs])
         rows.append((seconds, [f"`{arm}`", seeds, f"{lost:+.2f}", f"{compute:.2f}", f"{seconds:.2f}"]))
     body = [cells for _, cells in sorted(rows)]
