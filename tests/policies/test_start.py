@@ -211,11 +211,11 @@ def test_later_stages_once_a_front_has_frozen(tmp_path, shares, monkeypatch):
     assert [stage.step for stage in later[:2]] == [4, 26] and later[1].depth > 2
     assert run(tmp_path, sure, freeze_threshold=0.6).stages[1].step == 26
     assert run(tmp_path, sure, freeze_threshold=0.6, start_stage=False).stages[0].step < 20
+    assert run(tmp_path, sure, operating_point="aggressive", order="independent").depth == 2
     for held in ({"compensate_rate": False}, {}):  # the rate of the rest stays, or rises little
         if not held:
             monkeypatch.setattr(PilotSignals, "rate_factor", lambda self, depth: 1.2)
         assert run(tmp_path, sure, operating_point="aggressive", **held).depth == 2
-    assert run(tmp_path, sure, operating_point="aggressive", order="independent").depth == 2
     policy = make_policy(SmartFRZConfig(operating_point="aggressive"), predictor_that_loses(1.0, **known))
     policy.load_state_dict({"started": True, "raised": True})
     policy.threshold = 0.9
@@ -272,15 +272,14 @@ def test_steps_that_a_loss_scaler_skips_do_not_count_as_motion():
     motions = []
     for skipped in (0, 3):
         model = build("bert")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         seen = pilot.Pilot(find_blocks(model), seed=0)
         for step, batch in enumerate(DataLoader(Rows(16), batch_size=4)):
             model(**batch).loss.backward()
             if step < skipped:
                 next(model.parameters()).grad.fill_(math.inf)
             seen.before_update()
-            if step >= skipped:
-                optimizer.step()
-            optimizer.zero_grad()
+            for parameter in model.parameters() if step >= skipped else ():
+                parameter.data -= 1e-4 * parameter.grad.sign()  # all steps are of one size
+            model.zero_grad()
         motions.append(seen.signals(torch.ones(4)).motion[1:-1])
-    torch.testing.assert_close(motions[0], motions[1], rtol=0.5, atol=0)
+    torch.testing.assert_close(motions[0], motions[1], rtol=0.05, atol=0)
