@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 .NOTPARALLEL:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-distributed fuzz bench bench-report bench-demo bench-step bench-estimate bench-regret bench-held-out predictor predictor-smoke docs models check format clean
+.PHONY: help demo test test-oldest test-distributed fuzz bench bench-report bench-demo bench-step bench-estimate bench-regret predictor predictor-smoke docs models check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,11 +64,6 @@ bench-estimate: $(VENV)/.stamp-bench $(VENV)/.stamp-assets ## Compare `estimate`
 bench-regret: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Compare labels with the cost of real freezes (benchmarks/predictor); DATA_DIR=... for local data
 	$(BIN)/python -m benchmarks.predictor.regret $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
-bench-held-out: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Fine-tune on tasks that no design choice has seen (benchmarks/quality)
-	$(BIN)/python -m benchmarks.package_data runs/held_out_data glue/stsb mnist sentiment
-	$(BIN)/python -m benchmarks.quality.held_out --data_dir runs/held_out_data
-	$(BIN)/python -m benchmarks.quality.headroom --data_dir runs/held_out_data
-
 predictor: $(VENV)/.stamp-predictor-training $(VENV)/.stamp-assets ## Make the shipped predictor from training runs (hours); DATA_DIR=... for local data
 	$(BIN)/smartfrz harvest benchmarks/predictor/run_lists/base.json --out runs/base --processes 2 $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 	$(BIN)/smartfrz evaluate runs/base --out benchmarks/predictor/results/predictor.json
@@ -88,7 +83,7 @@ docs: $(VENV)/.stamp-docs ## Build the site into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # These download their data from the Hub, unless DATA_DIR names a folder with local copies.
-predictor bench-regret bench-held-out: export HF_HUB_OFFLINE := $(if $(DATA_DIR),1,0)
+predictor bench-regret: export HF_HUB_OFFLINE := $(if $(DATA_DIR),1,0)
 
 check: $(VENV)/.stamp-dev ## Check format, lint, types, spelling and the direction of imports
 	$(BIN)/ruff format --check

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from smartfrz_hf.predictor_training.card import point_table, score_table
 
 from .predictor import ablation, regret
-from .quality import demo, headroom, held_out
+from .quality import demo
 from .quality.compare import headline
 from .quality.compare.report import summary_table
 from .speed import ddp_bytes, estimate, gpu, step_time
@@ -44,11 +44,10 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "demo": ("quality/results/demo", demo.section),
     "estimate": ("speed/results/estimate", estimate.table),
     "estimate, text": ("speed/results/estimate", estimate.example_text),
+    "from scratch": ("quality/compare/summary", headline.from_scratch),
     "gpu steps": ("speed/results/gpu", gpu.table),
-    "headroom": ("quality/results/headroom", headroom.table),
     "held-out families": ("predictor/results/predictor", lambda results: score_table(results["leave_one_family_out"])),
     "held-out tasks": ("predictor/results/predictor", lambda results: score_table(results["leave_one_task_out"])),
-    "held-out runs": ("quality/results/held_out", held_out.table),
     "methods": ("quality/compare/summary", headline.methods),
     "operating points": ("predictor/results/predictor", lambda results: point_table(results["operating_points"])),
     "readme figures": ("quality/compare/summary", headline.figures),

@@ -10,7 +10,6 @@ unpacked below `--emoji`. `words/sentiment` lies in the archive of vaderSentimen
 import argparse
 import gzip
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from io import BytesIO
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[2]))
+from benchmarks import package_data
 
 Rows = list[dict[str, Any]]
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -53,9 +52,7 @@ def fashion_mnist(emoji: Path) -> tuple[Rows, int]:
 
 def _of_packages(name: str) -> Rows:
     """A data set of the script that the other benchmarks use."""
-    from package_data import SETS
-
-    return [row for part in SETS[name]().values() for row in part.to_list()]
+    return [row for part in package_data.SETS[name]().values() for row in part.to_list()]
 
 
 def mnist(emoji: Path) -> tuple[Rows, int]:

@@ -7,7 +7,6 @@ from typing import Any
 from benchmarks.utils import markdown_table
 
 ARM = "smartfrz-balanced"  # the default settings
-PEERS = ("autofreeze", "egeria", "freezeout")  # of other papers
 MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2", "bert": "BERT", "vit": "ViT", "deit": "DeiT", "resnet": "ResNet"}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
@@ -65,13 +64,8 @@ def table(known: dict) -> str:
     """One row for each task, and their mean, in Markdown."""
     runs = compared(known)
 
-    def lost(run: dict[str, Any]) -> str:
-        at = run["points_lost"]
-        return f"{at['mean']:+.2f} [{at['low']:+.2f}, {at['high']:+.2f}]" if run["seeds"] > 1 else f"{at['mean']:+.2f}"
-
     rows: list[list[object]] = [
-        [f"`{task}`", run["seeds"], lost(run), f"{run['compute']:.2f}", f"{run['seconds']:.2f}"]
-        for task, run in runs.items()
+        [f"`{task}`", run["seeds"], points_lost(run), *costs(run)] for task, run in runs.items()
     ]
     points = [run["points_lost"]["mean"] for run in runs.values()]
     means = [f"{mean(run[key] for run in runs.values()):.2f}" for key in ("compute", "seconds")]
@@ -81,21 +75,42 @@ def table(known: dict) -> str:
 
 
 def methods(known: dict) -> str:
-    """The mean of each arm over the tasks of [`compared`] on which other methods ran, too, in Markdown; the cheapest first."""
-    several = {task: known["tasks"][task]["arms"] for task in compared(known)}
-    several = {task: arms for task, arms in several.items() if set(PEERS) <= set(arms)}
-    if not several:
-        return "No other method has been run yet."
+    """
+    The mean of each arm over the tasks of [`compared`] that it ran on, and ours on the same tasks, in Markdown; the fastest
+    first.
+    """
+    ours = compared(known)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for task in ours:
+        for arm, run in known["tasks"][task]["arms"].items():
+            found.setdefault(arm, {})[task] = run
     rows = []
-    for arm in sorted(set.intersection(*map(set, several.values())) - {"full", "hindsight"}):
-        runs = [arms[arm] for arms in several.values()]
-        lost = mean(run["points_lost"]["mean"] for run in runs)
-        compute, seconds = (mean(run[key] for run in runs) for key in ("compute", "seconds"))
-        seeds = span([run["seeds"] for run in runs])
-        rows.append((seconds, [f"`{arm}`", seeds, f"{lost:+.2f}", f"{compute:.2f}", f"{seconds:.2f}"]))
-    body = [cells for _, cells in sorted(rows)]
-    header = ["method", "seeds", "points lost, mean", "compute", "processor time"]
-    return f"{markdown_table(header, body)}\n\nTasks: {', '.join(f'`{task}`' for task in several)}."
+    for arm, runs in found.items():
+        if arm in ("full", "hindsight", ARM):
+            continue
+        cells, times = [f"`{arm}`", len(runs), span([run["seeds"] for run in runs.values()])], []
+        for entries in (list(runs.values()), [ours[task] for task in runs]):
+            lost = mean(run["points_lost"]["mean"] for run in entries)
+            compute, seconds = (mean(run[key] for run in entries) for key in ("compute", "seconds"))
+            times.append(seconds)
+            cells.append(f"{lost:+.2f} at {compute:.2f}, {seconds:.2f}")
+        rows.append((times[0] / times[1], cells))
+    if not rows:
+        return "No other method has been run yet."
+    header = ["method", "tasks", "seeds", "its points lost at its compute, time", f"`{ARM}` on the same tasks"]
+    return markdown_table(header, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+
+
+def from_scratch(known: dict) -> str:
+    """One row for each method and each task from scratch, in Markdown; the one with the least compute first."""
+    rows: list[list[object]] = []
+    for task, part in known["tasks"].items():
+        if part["kind"] != "scratch":
+            continue
+        for arm, run in sorted(part["arms"].items(), key=lambda entry: entry[1]["compute"]):
+            if arm not in ("full", "hindsight"):
+                rows.append([f"`{task}`", f"`{arm}`", run["seeds"], points_lost(run), *costs(run)])
+    return markdown_table(["task", "method", "seeds", "points lost", "compute", "processor time"], rows)
 
 
 def chart(known: dict, path: Path) -> None:
@@ -119,6 +134,17 @@ def chart(known: dict, path: Path) -> None:
     axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def points_lost(run: dict[str, Any]) -> str:
+    """The mean over seeds, with its interval."""
+    at = run["points_lost"]
+    return f"{at['mean']:+.2f} [{at['low']:+.2f}, {at['high']:+.2f}]" if run["seeds"] > 1 else f"{at['mean']:+.2f}"
+
+
+def costs(run: dict[str, Any]) -> list[str]:
+    """Compute and processor time, as ratios to full training."""
+    return [f"{run[key]:.2f}" for key in ("compute", "seconds")]
 
 
 def span(values: list[int]) -> str:
