@@ -35,6 +35,13 @@ TWELVE_TASKS = {
     "smartfrz-balanced": "up to half of the blocks from the start",
     "smartfrz-aggressive": "up to 84 % of the blocks from the start",
 }
+THRESHOLDS = {
+    "smartfrz-balanced": "0.99 (`balanced`)",
+    "smartfrz-t86": "0.86 (`aggressive`)",
+    "smartfrz-t60": "0.6",
+    "smartfrz-h60": "0.6, and nothing before half of the run",
+    "linear": "`linear`, from half of the run on",
+}
 # Name of the table: the results file, and the function that turns its content into Markdown.
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "ablation": ("predictor/results/ablation", ablation.table),
@@ -53,6 +60,10 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "readme figures": ("quality/compare/summary", headline.figures),
     "step times, minilm": ("speed/results/step_time", lambda results: step_time.table(results["models"]["minilm"])),
     "step times, vit": ("speed/results/step_time", lambda results: step_time.table(results["models"]["vit"], 3)),
+    "thresholds from scratch": (
+        "quality/compare/from_scratch/summary",
+        lambda results: summary_table(results, THRESHOLDS),
+    ),
     "twelve tasks": ("quality/compare/gpu/summary", lambda results: summary_table(results, TWELVE_TASKS)),
     "regret": ("predictor/results/labels", regret.regret_table),
     "regret by shift": ("predictor/results/labels", regret.shift_table),

@@ -176,12 +176,14 @@ def test_methods_are_compared_with_ours_on_the_tasks_that_they_ran_on():
     tasks = {
         "alone": task({ours: (9.0, 3)}),
         "one": task({ours: (0.5, 3), "egeria": (1.0, 3)}),
-        "two": task({ours: (1.5, 3), "egeria": (2.0, 1), "lora": (0.0, 2)}),
+        "two": task({ours: (1.5, 3), "egeria": (2.0, 1), "lora": (0.0, 2), "random": (7.0, 3)}),
+        "three": task({ours: (2.5, 3), "lora": (1.0, 2)}),
         "scratch": task({ours: (4.0, 1), "egeria": (5.0, 2)}, "scratch"),
     }
     text = headline.methods({"tasks": tasks})
-    assert "| `egeria` | 2 | one to three | +1.50 at 0.50, 0.40 | +1.00 at 0.50, 0.40 |" in text
-    assert "| `lora` | 1 | two | +0.00 at 0.50, 0.40 | +1.50 at 0.50, 0.40 |" in text and "+9.00" not in text
+    assert "| `egeria` | 2 | one to three | +1.50 at 0.50 / 0.40 | +1.00 at 0.50 / 0.40 |" in text
+    assert "| `lora` | 2 | two | +0.50 at 0.50 / 0.40 | +2.00 at 0.50 / 0.40 |" in text and "+9.00" not in text
+    assert "random" not in text, "it ran on one task"
     assert "No other method" in headline.methods({"tasks": {"alone": tasks["alone"]}})
     text = headline.from_scratch({"tasks": tasks})
     assert "| `scratch` | `egeria` | 2 | +5.00 [+5.00, +5.00] | 0.50 | 0.40 |" in text and text.count("\n") == 3

@@ -144,6 +144,12 @@ def test_a_pretrained_model(tmp_path, pretrained):
     assert result.chosen.rate_factor == pytest.approx(5 / 2)
     assert result.chosen.compute_saved == pytest.approx(result.depths[3].compute_saved)
     assert {0, 1, 3, 5} <= set(result.measured)
+    # Four of the five units, the stem and five sixths of the blocks, at three quarters of the 64 steps.
+    less = 16 * max(0.0, result.depths[3].step_seconds - result.depths[4].step_seconds) / result.depths[0].seconds
+    assert result.chosen.later_saved == pytest.approx(result.chosen.time_saved + less)
+    assert ("More usually freezes in the last third" in result.verdict) == (result.pays and less > 0)
+    deepest = result.points[-1]
+    assert deepest.later_saved == deepest.time_saved, "nothing is left to freeze"
     text = str(result)
     assert (
         "balanced <" in text
@@ -157,6 +163,7 @@ def test_the_options_of_the_callback_count(tmp_path, pretrained):
     callback = SmartFRZCallback(predictor=predictor_that_loses(0.4), **options)
     chosen = estimate(trainer_of(tmp_path, callbacks=[callback]), seconds=1).chosen
     assert (chosen.name, chosen.depth, chosen.rate_factor) == ("aggressive", 2, 1.0)
+    assert chosen.later_saved == chosen.time_saved, "the later threshold is low only where the rate has risen"
 
 
 def test_a_saving_that_is_asked_for(tmp_path):

@@ -74,31 +74,44 @@ def table(known: dict) -> str:
     return markdown_table(["task", "seeds", "points lost", "compute", "processor time"], rows)
 
 
-def methods(known: dict) -> str:
+def beside_ours(known: dict) -> dict[str, dict[str, Any]]:
     """
-    The mean of each arm over the tasks of [`compared`] that it ran on, and ours on the same tasks, in Markdown; the fastest
-    first.
+    By arm, its means over the tasks of [`compared`] that it ran on, and ours on the same tasks: `{"tasks": ..., "seeds": [...],
+    "its": {"lost": ..., "compute": ..., "seconds": ...}, "ours": {...}}`. The fastest against ours first.
     """
     ours = compared(known)
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    runs: dict[str, dict[str, dict[str, Any]]] = {}
     for task in ours:
         for arm, run in known["tasks"][task]["arms"].items():
-            found.setdefault(arm, {})[task] = run
+            if arm not in ("full", "hindsight", ARM):
+                runs.setdefault(arm, {})[task] = run
+
+    def means(entries: list[dict[str, Any]]) -> dict[str, float]:
+        lost = mean(run["points_lost"]["mean"] for run in entries)
+        return {"lost": lost} | {key: mean(run[key] for run in entries) for key in ("compute", "seconds")}
+
+    found = {
+        arm: {
+            "tasks": len(part),
+            "seeds": [run["seeds"] for run in part.values()],
+            "its": means(list(part.values())),
+            "ours": means([ours[task] for task in part]),
+        }
+        for arm, part in runs.items()
+    }
+    return dict(sorted(found.items(), key=lambda entry: entry[1]["its"]["seconds"] / entry[1]["ours"]["seconds"]))
+
+
+def methods(known: dict) -> str:
+    """One row for each arm of [`beside_ours`] that ran on two tasks or more, in Markdown."""
     rows = []
-    for arm, runs in found.items():
-        if arm in ("full", "hindsight", ARM):
+    for arm, at in beside_ours(known).items():
+        if at["tasks"] == 1:
             continue
-        cells, times = [f"`{arm}`", len(runs), span([run["seeds"] for run in runs.values()])], []
-        for entries in (list(runs.values()), [ours[task] for task in runs]):
-            lost = mean(run["points_lost"]["mean"] for run in entries)
-            compute, seconds = (mean(run[key] for run in entries) for key in ("compute", "seconds"))
-            times.append(seconds)
-            cells.append(f"{lost:+.2f} at {compute:.2f}, {seconds:.2f}")
-        rows.append((times[0] / times[1], cells))
-    if not rows:
-        return "No other method has been run yet."
-    header = ["method", "tasks", "seeds", "its points lost at its compute, time", f"`{ARM}` on the same tasks"]
-    return markdown_table(header, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+        cells = [f"{at[who]['lost']:+.2f} at {' / '.join(costs(at[who]))}" for who in ("its", "ours")]
+        rows.append([f"`{arm}`", at["tasks"], span(at["seeds"]), *cells])
+    header = ["method", "tasks", "seeds", "points lost at compute / time", f"`{ARM}` on the same tasks"]
+    return markdown_table(header, rows) if rows else "No other method has been run yet."
 
 
 def from_scratch(known: dict) -> str:
