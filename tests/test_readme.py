@@ -25,6 +25,7 @@ SETTINGS = {
     "benchmarks": ["95 %", "15 % more", "0.02", "nothing at 0.6"],
     "concepts": ["first 3 %", "0.5 % of its weights", "before 65 % of the run"],
     "distributed": ["1.15"],
+    "images": ["0.5", "1.0"],
     "estimate": ["3 %"],
     "migrating": ["0.5", "1.0"],
     "policies": ["0.5 %", "65 %", "5 %", "1 %", "3 %", "40 %", "0.4"],
@@ -67,9 +68,6 @@ def figures():
     def mean_lost(arm):
         return mean(task["arms"][arm]["points_lost"]["mean"] for task in gpu if arm in task["arms"])
 
-    def less_compute(arm):
-        return percent(1 - mean(task["arms"][arm]["compute"] for task in gpu if arm in task["arms"]))
-
     def lead(part):
         return f"{part['ap'] - max(rule['ap'] for rule in part['rules'].values()):.3f}"
 
@@ -98,7 +96,6 @@ def figures():
     return {
         "README": [
             f"half of the steps lose {mean_lost('full-50'):.1f} points on average",
-            f"loses {mean_lost('static-33'):.1f} points there, for {less_compute('static-33')} less compute",
             f"it took {time('lora-8')} of the time of full training, ours {time('lora-8', 'ours')}",
             f"lost {peers['autofreeze']['its']['lost']:.1f} points",
             f"Egeria took {time('egeria')} and FreezeOut {time('freezeout')} of the time of full training",
