@@ -72,6 +72,8 @@ def estimate(
         config, policy = resolve(config, predictor)
     assert isinstance(config, SmartFRZConfig)
     asked = policy.predictor if isinstance(policy, SmartFRZPolicy) else load_predictor(None)
+    # A threshold of one's own holds to the end, and so does the usual one where units freeze one by one.
+    later = config.freeze_threshold is None and config.order == "front"
     config = replace(config, policy="smartfrz", order="front")  # what freezes from the start is a front in any case
     policies, chosen = _policies(config, asked)
     measured = profile(trainer, config, policies, seconds, rows)
@@ -80,7 +82,7 @@ def estimate(
     if asked.start is not None and pilot is not None and pilot.finite:
         lost = asked.start.predict(pilot).tolist()
     cap = measured.deepest if config.max_depth is None else config.max_depth
-    return forecast(measured, lost, _room(config), chosen, cap, config.compensate_rate)
+    return forecast(measured, lost, _room(config), chosen, cap, config.compensate_rate, later)
 
 
 def _policies(config: SmartFRZConfig, predictor: SmartFRZPredictor) -> tuple[dict[str, Policy], str]:

@@ -125,7 +125,7 @@ class Estimate:
 
 
 def forecast(
-    profile: Profile, points_lost: list[float] | None, cache_room: int, chosen: str, cap: int, rate: bool
+    profile: Profile, points_lost: list[float] | None, cache_room: int, chosen: str, cap: int, rate: bool, later: bool
 ) -> Estimate:
     """
     Put together what was measured.
@@ -137,6 +137,7 @@ def forecast(
         chosen (`str`): name of the decision that the configuration asks for.
         cap (`int`): most units that may freeze.
         rate (`bool`): whether the learning rate of the rest rises.
+        later (`bool`): whether the threshold is lower once a front has frozen from the start.
     """
     depths = [_depth(profile, depth, points_lost, cache_room) for depth in range(profile.deepest + 1)]
     plain, pilot = depths[0], None if profile.observation is None else profile.observation.pilot
@@ -146,9 +147,9 @@ def forecast(
         at = depths[depth]
         factor = pilot.rate_factor(at.depth) if pilot is not None and rate and at.depth else 1.0
         late = depths[max(depth, min(1 + int(LOWERED_SHARE * (len(profile.units) - 1)), cap, profile.deepest))]
-        later = 0.0
-        if factor >= MUCH_RAISED:
-            later = (1 - LATER) * profile.total_steps * max(0.0, at.step_seconds - late.step_seconds)
+        more = 0.0
+        if later and factor >= MUCH_RAISED:
+            more = (1 - LATER) * profile.total_steps * max(0.0, at.step_seconds - late.step_seconds)
         seconds = min(at.seconds, at.cached_seconds)
         points.append(
             PointForecast(
@@ -156,7 +157,7 @@ def forecast(
                 at.depth,
                 at.compute_saved,
                 1 - seconds / plain.seconds,
-                1 - (seconds - later) / plain.seconds,
+                1 - (seconds - more) / plain.seconds,
                 1 - at.memory / plain.memory,
                 at.points_lost if at.depth else 0.0,
                 factor,

@@ -166,6 +166,13 @@ def test_the_options_of_the_callback_count(tmp_path, pretrained):
     assert chosen.later_saved == chosen.time_saved, "the later threshold is low only where the rate has risen"
 
 
+@pytest.mark.parametrize("options", [{"freeze_threshold": 0.9}, {"order": "independent"}])
+def test_nothing_is_promised_for_later_where_the_threshold_stays(tmp_path, pretrained, options):
+    callback = SmartFRZCallback(predictor=predictor_that_loses(0.4), **options)
+    chosen = estimate(trainer_of(tmp_path, callbacks=[callback]), seconds=1).chosen
+    assert chosen.rate_factor > 1.25 and chosen.later_saved == chosen.time_saved
+
+
 def test_a_saving_that_is_asked_for(tmp_path):
     result = estimate(trainer_of(tmp_path), {"target_saving": 0.3}, predictor_that_says(0.1), seconds=1)
     assert [point.name for point in result.points] == ["30%"] and result.chosen.compute_saved >= 0.3
