@@ -156,6 +156,9 @@ def test_the_report_has_the_paired_ratios_and_the_best_fixed_schedule(folder):
     report.make(plan, folder / "out", folder / "report")
     arms = json.loads((folder / "report" / "summary.json").read_text())["tasks"]["dots"]["arms"]
     nothing = {"mean": 0.0, "low": 0.0, "high": 0.0}
+    runs = {name: arms[name].pop("runs") for name in ("full", "smartfrz-balanced")}
+    assert runs["full"] == dict.fromkeys(("1", "2"), {"lost": 0.0, "compute": 1.0, "seconds": 1.0})
+    assert sorted(run["lost"] for run in runs["smartfrz-balanced"].values()) == [-0.1, 0.1]
     assert arms["full"] == {"seeds": 2, "points_lost": nothing, "compute": 1.0, "seconds": 1.0}
     ours, lost = arms["smartfrz-balanced"], {"mean": 0.0, "low": -0.1, "high": 0.1}
     assert ours == {"seeds": 2, "points_lost": lost, "compute": 0.75, "seconds": 0.55}

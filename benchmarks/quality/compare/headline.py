@@ -76,28 +76,31 @@ def table(known: dict) -> str:
 
 def beside_ours(known: dict) -> dict[str, dict[str, Any]]:
     """
-    By arm, its means over the tasks of [`compared`] that it ran on, and ours on the same tasks: `{"tasks": ..., "seeds": [...],
-    "its": {"lost": ..., "compute": ..., "seconds": ...}, "ours": {...}}`. The fastest against ours first.
+    By arm, its means over the tasks of [`compared`] that it ran on, and ours on the same tasks with the same seeds: `{"tasks": ...,
+    "seeds": [...], "its": {"lost": ..., "compute": ..., "seconds": ...}, "ours": {...}}`. The fastest against ours first.
     """
     ours = compared(known)
-    runs: dict[str, dict[str, dict[str, Any]]] = {}
+    shared: dict[str, list[tuple[dict, dict, set[str]]]] = {}
     for task in ours:
         for arm, run in known["tasks"][task]["arms"].items():
-            if arm not in ("full", "hindsight", ARM):
-                runs.setdefault(arm, {})[task] = run
+            seeds = run["runs"].keys() & ours[task]["runs"].keys()
+            if arm not in ("full", "hindsight", ARM) and seeds:
+                shared.setdefault(arm, []).append((run["runs"], ours[task]["runs"], seeds))
 
-    def means(entries: list[dict[str, Any]]) -> dict[str, float]:
-        lost = mean(run["points_lost"]["mean"] for run in entries)
-        return {"lost": lost} | {key: mean(run[key] for run in entries) for key in ("compute", "seconds")}
+    def means(runs: list[tuple[dict, set[str]]]) -> dict[str, float]:
+        return {
+            key: mean(mean(by_seed[seed][key] for seed in seeds) for by_seed, seeds in runs)
+            for key in ("lost", "compute", "seconds")
+        }
 
     found = {
         arm: {
             "tasks": len(part),
-            "seeds": [run["seeds"] for run in part.values()],
-            "its": means(list(part.values())),
-            "ours": means([ours[task] for task in part]),
+            "seeds": [len(seeds) for _, _, seeds in part],
+            "its": means([(its, seeds) for its, _, seeds in part]),
+            "ours": means([(mine, seeds) for _, mine, seeds in part]),
         }
-        for arm, part in runs.items()
+        for arm, part in shared.items()
     }
     return dict(sorted(found.items(), key=lambda entry: entry[1]["its"]["seconds"] / entry[1]["ours"]["seconds"]))
 
@@ -110,7 +113,7 @@ def methods(known: dict) -> str:
             continue
         cells = [f"{at[who]['lost']:+.2f} at {' / '.join(costs(at[who]))}" for who in ("its", "ours")]
         rows.append([f"`{arm}`", at["tasks"], span(at["seeds"]), *cells])
-    header = ["method", "tasks", "seeds", "points lost at compute / time", f"`{ARM}` on the same tasks"]
+    header = ["method", "tasks", "seeds", "points lost at compute / time", f"`{ARM}`, same tasks and seeds"]
     return markdown_table(header, rows) if rows else "No other method has been run yet."
 
 

@@ -37,6 +37,7 @@ class Row:
         compute, seconds, wall (`float`): FLOPs, processor and wall seconds of training as mean ratios to full training's.
         memory (`float`, *optional*): bytes that training adds, as a ratio to what full training adds.
         frozen (`float`, *optional*): mean fraction of the units that is frozen.
+        runs (`dict[int, dict[str, float]]`): by seed, points `lost`, `compute` and `seconds`.
     """
 
     arm: str
@@ -48,6 +49,7 @@ class Row:
     wall: float
     memory: float | None
     frozen: float | None
+    runs: dict[int, dict[str, float]]
 
     @property
     def ours(self) -> bool:
@@ -95,7 +97,8 @@ def rows(results: dict[str, dict[int, Result]]) -> list[Row]:
     full = results.get(FULL, {})
     found = []
     for arm, runs in results.items():
-        pairs = [(runs[seed], full[seed]) for seed in runs if seed in full]
+        seeds = [seed for seed in runs if seed in full]
+        pairs = [(runs[seed], full[seed]) for seed in seeds]
         if not pairs:
             continue
         shares = [run["freezing"]["share"] for run, _ in pairs if run["freezing"]]
@@ -110,6 +113,14 @@ def rows(results: dict[str, dict[int, Result]]) -> list[Row]:
                 wall=mean(_training(run, "wall") / _training(other, "wall") for run, other in pairs),
                 memory=_ratio([(_added(run), _added(other)) for run, other in pairs]),
                 frozen=mean(shares) if shares else None,
+                runs={
+                    seed: {
+                        "lost": points(other) - points(run),
+                        "compute": flops(run) / flops(other),
+                        "seconds": _training(run, "processor") / _training(other, "processor"),
+                    }
+                    for seed, (run, other) in zip(seeds, pairs, strict=True)
+                },
             )
         )
     return found
@@ -239,7 +250,8 @@ def summary(tasks: list[Task], found: dict[str, list[Row]]) -> dict:
     def entry(row: Row) -> dict:
         lost = row.lost.to_dict()
         costs = {"compute": round(row.compute, 4), "seconds": round(row.seconds, 4)}
-        return {"seeds": row.seeds, "points_lost": lost, **costs}
+        runs = {str(seed): {key: round(value, 4) for key, value in run.items()} for seed, run in row.runs.items()}
+        return {"seeds": row.seeds, "points_lost": lost, **costs, "runs": runs}
 
     return {
         "tasks": {
