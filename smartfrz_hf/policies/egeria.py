@@ -7,6 +7,7 @@ import torch
 from .base import Decision, Observation, Policy
 
 ROUNDING = 1 + 1e-6  # a schedule that divides the rate by ten may give a little more than a tenth
+TINY = 1e-30
 
 
 class EgeriaPolicy(Policy):
@@ -20,8 +21,9 @@ class EgeriaPolicy(Policy):
     The front active unit freezes when the slope of a straight line through the last `window` values has been at most
     `tolerance` times its steepest slope so far.
 
-    When the learning rate has fallen to `drop` of what it was at the last freeze, everything trains again, and the window
-    is halved from then on.
+    When sudden falls have brought the learning rate to `drop` of what it was at the last freeze, everything trains again, and
+    the window is halved from then on. A fall is sudden if one step brings it to the square root of `drop` or less; a schedule
+    that glides down to zero has none.
 
     What differs from the paper: the rows are always the same (the front probe's), so the reference is a snapshot of outputs
     instead of a quantized copy of the model; units are blocks, and the stem freezes with the first one. No public code was
@@ -31,7 +33,7 @@ class EgeriaPolicy(Policy):
         window (`int`, *optional*, defaults to `5`): freezing stages in a moving average and in a slope.
         tolerance (`float`, *optional*, defaults to `0.2`): slope of a steady unit, relative to its steepest one.
         renew_every (`int`, *optional*, defaults to `5`): freezing stages after which the reference is taken anew.
-        drop (`float`, *optional*, defaults to `0.1`): fall of the learning rate at which everything trains again.
+        drop (`float`, *optional*, defaults to `0.1`): sudden fall of the learning rate at which everything trains again.
     """
 
     front_probe = True
@@ -43,7 +45,7 @@ class EgeriaPolicy(Policy):
         self._plasticity: list[list[float]] = []
         self._steepest: list[float] = []
         self._stages = 0
-        self._rate_at_freeze: float | None = None
+        self._froze_at: int | None = None
 
     def decide(self, observation: Observation) -> Decision:
         """Judge the front active unit, unless the learning rate has dropped."""
@@ -61,10 +63,10 @@ class EgeriaPolicy(Policy):
         self._stages += 1
         if self._stages % self.renew_every == 0:
             self._reference = grams
-        rate = float(observation.rates.relative[observation.step])
-        if depth and self._rate_at_freeze and rate <= self.drop * self._rate_at_freeze * ROUNDING:
-            self._rate_at_freeze, self.window = None, max(2, self.window // 2)
-            return Decision(0, f"the learning rate has fallen to {rate:.2g} of its peak", unfreeze=True)
+        rates = observation.rates.relative[self._froze_at : observation.step + 1]
+        if depth and self._froze_at is not None and self._left(rates) <= self.drop * ROUNDING:
+            self._froze_at, self.window = None, max(2, self.window // 2)
+            return Decision(0, f"the learning rate has fallen to {rates[-1]:.2g} of its peak", unfreeze=True)
         front = max(1, depth)
         if front == observation.units:
             return Decision(depth, "all blocks are frozen")
@@ -77,17 +79,23 @@ class EgeriaPolicy(Policy):
         steep, limit = abs(slope(smooth[front][-self.window :])), self.tolerance * self._steepest[front]
         if not steep <= limit:
             return Decision(depth, f"slope of the plasticity {steep:.3g}, limit {limit:.3g}")
-        self._rate_at_freeze = rate
+        self._froze_at = observation.step
         return Decision(front + 1, f"slope of the plasticity {steep:.3g}, limit {limit:.3g}")
 
     def _smooth(self, values: list[float]) -> list[float]:
         parts = (values[max(0, end - self.window) : end] for end in range(1, len(values) + 1))
         return [sum(part) / len(part) for part in parts]
 
+    def _left(self, rates: torch.Tensor) -> float:
+        """What sudden falls have left of the first of some learning rates."""
+        ratios = rates[1:] / rates[:-1].clamp(min=TINY)
+        sudden = (ratios <= self.drop**0.5 * ROUNDING) & (rates[1:] > 0)
+        return float(ratios[sudden].prod())
+
     def state_dict(self) -> dict[str, Any]:
         """
         JSON values and tensors: `"reference"` (`list[torch.Tensor]`), `"plasticity"` (by unit, one number a stage),
-        `"steepest"`, `"stages"`, `"window"` and `"rate_at_freeze"` (relative to the peak, or `None`).
+        `"steepest"`, `"stages"`, `"window"` and `"froze_at"` (the step of the last freeze, or `None`).
         """
         return {
             "reference": list(self._reference),
@@ -95,14 +103,14 @@ class EgeriaPolicy(Policy):
             "steepest": list(self._steepest),
             "stages": self._stages,
             "window": self.window,
-            "rate_at_freeze": self._rate_at_freeze,
+            "froze_at": self._froze_at,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self._reference, self._plasticity = list(state["reference"]), [list(v) for v in state["plasticity"]]
         self._steepest, self._stages = list(state["steepest"]), state["stages"]
-        self.window, self._rate_at_freeze = state["window"], state["rate_at_freeze"]
+        self.window, self._froze_at = state["window"], state.get("froze_at")  # checkpoints of earlier versions have none
 
 
 def normalized_gram(hidden: torch.Tensor) -> torch.Tensor:

@@ -151,6 +151,27 @@ def test_egeria_freezes_one_block_at_a_time_and_unfreezes_when_the_rate_drops():
     assert not policy.decide(seen(61, 0, units=4, probe=probe, rates=rates)).unfreeze, "once a drop"
 
 
+@pytest.mark.parametrize(
+    ("rates", "drops"),
+    [
+        ([1 - step / 100 for step in range(101)], False),
+        ([(1 + math.cos(math.pi * step / 100)) / 2 for step in range(101)], False),
+        ([0.97**step for step in range(101)], False),
+        ([1.0] * 50 + [0.1] * 51, True),
+        ([1.0] * 30 + [0.3] * 30 + [0.09] * 41, True),
+        ([1.0] * 50 + [0.2] * 51, False),
+    ],
+)
+def test_egeria_tells_a_drop_from_a_smooth_decay(rates, drops):
+    policy, rates = EgeriaPolicy(window=2, tolerance=1.0), LearningRates(rates)
+    probe, depth, unfroze = Outputs([[[1.0, 0.0], [0.0, 1.0]]] * 4), 0, False
+    for step in range(0, 101, 2):
+        probe.then([[[1.0, 0.1 * step], [0.0, 1.0]]] * 4)
+        decision = policy.decide(seen(step, depth, units=4, probe=probe, rates=rates))
+        depth, unfroze = decision.depth, unfroze or decision.unfreeze
+    assert unfroze is drops
+
+
 def test_freezeout_has_the_papers_rates_under_a_cosine_schedule():
     policy = FreezeOutPolicy()
     times = policy.freeze_times(5)
