@@ -94,7 +94,7 @@ class SmartFRZCallback(TrainerCallback):
             policy=self.policy,
             # The length of a pass over an iterable dataset is not known.
             steps_per_epoch=state.max_steps / epochs if 0 < epochs <= state.max_steps else None,
-            examples_per_step=args.gradient_accumulation_steps * args.train_batch_size,
+            batches_per_step=args.gradient_accumulation_steps,
             compiled=True if args.torch_compile else None,
             timeout=args.ddp_timeout,
             inputs=lambda: first_rows_of(train_dataloader, args.device),

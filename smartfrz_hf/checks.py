@@ -254,10 +254,13 @@ def check_state(
             "that the run was started with, or delete smartfrz_state.json from the checkpoint to go on with nothing frozen."
         )
 
-    if not isinstance(state, dict) or "units" not in state:
-        raise refuse(
-            f"it is {state!r}, which `FreezingRun.state_dict` never gives; is there a state in the checkpoint?"
+    if state is None:
+        raise ValueError(
+            "There is no saved SmartFRZ state to go on from: `load_state` gives None for a folder without smartfrz_state.json. "
+            "Check the folder, or leave out `load_state_dict` to begin with nothing frozen."
         )
+    if not isinstance(state, dict) or "units" not in state:
+        raise refuse(f"it is {state!r}, which `FreezingRun.state_dict` never gives")
     if state["units"] != units or not 0 <= state["depth"] <= len(units):
         raise refuse(
             f"its model has the units {state['units']}, of which {state['depth']} are frozen; this one has {units}"

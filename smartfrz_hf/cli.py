@@ -45,7 +45,7 @@ def report(
         typer.Option(help="A run without freezing, to be shown beside each.", exists=True, file_okay=False),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="HTML file, for one run. Default: smartfrz_report.html in its folder.")
+        Path | None, typer.Option(help="HTML file or folder, for one run. Default: smartfrz_report.html in its folder.")
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Folder for the charts as PNG files; needs matplotlib.")] = None,
 ) -> None:
@@ -55,9 +55,10 @@ def report(
     if len(runs) > 1 and (out is not None or png is not None):
         raise typer.BadParameter("--out and --png are for one run; leave them out, or give one run.")
     for run in runs:
+        page = out or run
         try:
-            typer.echo(write_report(run, out or run / "smartfrz_report.html", plain, png))
-        except (ValueError, ImportError) as error:
+            typer.echo(write_report(run, page / "smartfrz_report.html" if page.is_dir() else page, plain, png))
+        except (ImportError, OSError, ValueError) as error:
             typer.echo(f"{error}", err=True)
             raise typer.Exit(1) from error
 

@@ -288,6 +288,8 @@ class SmartFRZConfig:
                 raise OSError(
                     f"{name} is no folder, and {CONFIG_NAME} of {name} cannot be loaded from the Hub: {error}"
                 ) from error
+        elif not file.is_file():
+            raise OSError(f"The folder {name} has no {CONFIG_NAME}; `SmartFRZConfig.save_pretrained` writes it.")
         return cls.from_dict(json.loads(file.read_text()))
 
 

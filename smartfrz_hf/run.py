@@ -48,7 +48,7 @@ class FreezingRun:
         policy ([`Policy`] or `str`, *optional*): a policy of your own, or the name of one.
         steps_per_epoch (`float`, *optional*):
             Optimizer steps in one pass over the data. The activation cache uses it to see whether it pays.
-        examples_per_step (`int`, *optional*): of one optimizer step in this process; by default, those of a batch.
+        batches_per_step (`int`, *optional*, defaults to `1`): of one optimizer step in this process, under gradient accumulation.
         compiled (`bool`, *optional*): whether the loop runs a compiled model. Detected when it is not given.
         timeout (`float`, *optional*, defaults to `1800.0`): seconds that processes wait for each other's decision.
         inputs (`Mapping` or `Callable`, *optional*):
@@ -90,7 +90,7 @@ class FreezingRun:
         predictor: SmartFRZPredictor | str | None = None,
         policy: Policy | str | None = None,
         steps_per_epoch: float | None = None,
-        examples_per_step: int | None = None,
+        batches_per_step: int = 1,
         compiled: bool | None = None,
         timeout: float = 1800.0,
         inputs: Inputs = None,
@@ -122,7 +122,7 @@ class FreezingRun:
             config.sampling_seed,
             config.probe_examples if self.policy.front_probe else 0,
             self.policy.min_probe_examples,
-            lambda batch: between_stages * (examples_per_step or batch),
+            lambda rows: between_stages * batches_per_step * rows,
             pilot_steps(self.policy.pilot, total_steps),
             self.front.beside_training,
             self.front.meter.add_forward,
@@ -271,10 +271,10 @@ class FreezingRun:
             self.rates.load_state_dict(state["learning_rates"])
         self.front.rate.factor = state.get("rate_factor", 1.0)  # checkpoints of earlier versions have none
         self.observer.load_state_dict(state)
-        self.front.update_ledger(self.ledger)
         frozen = [*range(state["depth"]), *state.get("apart", ())]  # checkpoints of earlier versions have none apart
         if frozen:
             self.front.freeze(frozen)
+        self.front.update_ledger(self.ledger)
 
     def _before_optimizer_step(self, *_) -> None:
         self.front.before_update()

@@ -188,6 +188,8 @@ def test_command(runs, tmp_path):
     done = CliRunner().invoke(app, ["report", *both])
     assert done.exit_code == 0 and (runs / "plain" / "smartfrz_report.html").is_file()
     assert CliRunner().invoke(app, ["report", *both, "--out", "x.html"]).exit_code == 2
+    assert CliRunner().invoke(app, ["report", both[0], "--out", str(tmp_path)]).exit_code == 0
+    assert (tmp_path / "smartfrz_report.html").is_file()
     assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 1
 
 

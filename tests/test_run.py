@@ -27,10 +27,10 @@ class At(Policy):
         return Decision(max([0, *(d for step, d in self.depths.items() if observation.step >= step)]), "told")
 
 
-def set_up(accelerator=None, name="bert"):
+def set_up(accelerator=None, name="bert", steps=STEPS):
     model = build(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    scheduler = get_linear_schedule_with_warmup(optimizer, 2, STEPS)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 2, steps)
     loader = DataLoader(Rows(40), batch_size=4, generator=torch.Generator().manual_seed(0), shuffle=True)
     if accelerator is not None:
         model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
@@ -115,14 +115,21 @@ def test_accumulation_counts_optimizer_steps():
     assert run.steps_done == 10 and run.ledger.freeze_steps == {"stem": 4, "bert.encoder.layer.0": 4}
 
 
-@pytest.mark.parametrize("stop", [4, 9, 14])
-def test_a_saved_run_goes_on_exactly(tmp_path, stop):
+@pytest.mark.parametrize(
+    ("stop", "length", "options"),
+    [
+        *((stop, STEPS, {}) for stop in (4, 9, 14)),
+        # With a pilot, and a front that freezes at its end, after four steps.
+        *((stop, 60, {"target_saving": 0.4, "freeze_threshold": None}) for stop in (0, 3, 4, 30)),
+    ],
+)
+def test_a_saved_run_goes_on_exactly(tmp_path, stop, length, options):
     predictor = undecided_predictor()
 
     def go(until, saved=False):
-        model, optimizer, scheduler, _ = set_up()
-        rows, done = Rows(80), 0
-        config = SmartFRZConfig(**OPTIONS, activation_cache=False)
+        model, optimizer, scheduler, _ = set_up(steps=length)
+        rows, done = Rows(4 * length), 0
+        config = SmartFRZConfig(**OPTIONS | {"activation_cache": False} | options)
         if saved:
             other = torch.load(tmp_path / "loop.pt", weights_only=True)
             model.load_state_dict(other["model"])
@@ -130,24 +137,26 @@ def test_a_saved_run_goes_on_exactly(tmp_path, stop):
             scheduler.load_state_dict(other["scheduler"])
             torch.set_rng_state(other["rng"])
             done = other["done"]
-        run = FreezingRun(model, optimizer, STEPS, config, lr_scheduler=scheduler, predictor=predictor)
+        run = FreezingRun(model, optimizer, length, config, lr_scheduler=scheduler, predictor=predictor)
         with run:
             if saved:
                 run.load_state_dict(load_state(tmp_path))
-            loader = DataLoader(rows, batch_size=4, sampler=range(4 * done, 80), generator=torch.Generator())
+                assert bool(run.ledger.frozen_parameters) == bool(run.depth)
+            loader = DataLoader(rows, batch_size=4, sampler=range(4 * done, 4 * length), generator=torch.Generator())
             loop(model, optimizer, scheduler, loader, run, until - done)
-            if until < STEPS:
+            if until < length:
                 save_state(run.state_dict(), tmp_path)
                 parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
                 state = {name: part.state_dict() for name, part in parts.items()}
                 torch.save(state | {"rng": torch.get_rng_state(), "done": until}, tmp_path / "loop.pt")
         return model.state_dict(), run.ledger
 
-    whole, ledger = go(STEPS)
+    whole, ledger = go(length)
     go(stop)
-    again, resumed = go(STEPS, saved=True)
+    again, resumed = go(length, saved=True)
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
-    assert ledger.stages == resumed.stages and ledger.decisions == resumed.decisions
+    assert ledger.stages == resumed.stages and ledger.decisions == resumed.decisions and ledger.start == resumed.start
+    assert (ledger.start is not None and ledger.stages[0].step == 4) == (length == 60)
     assert ledger.spent.total == pytest.approx(resumed.spent.total, rel=1e-9)
 
 
@@ -223,7 +232,7 @@ def test_wrong_arguments_are_told(caplog):
     with pytest.raises(TypeError, match="instance of a subclass of `Policy`"):
         SmartFRZCallback(policy=At)
     with (
-        pytest.raises(ValueError, match="is there a state"),
+        pytest.raises(ValueError, match="no saved SmartFRZ state"),
         FreezingRun(model, optimizer, STEPS, policy="never") as run,
     ):
         run.load_state_dict(None)
@@ -251,3 +260,13 @@ def test_answers_of_a_policy_are_checked():
     ):
         pass
     assert_left_alone(model)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_probe_takes_a_hundredth_of_the_time_whatever_a_row_is(rows):
+    """A packed batch is one long row."""
+    model, optimizer, scheduler, _ = set_up(steps=200)
+    with FreezingRun(model, optimizer, 200, SmartFRZConfig(max_depth=0), lr_scheduler=scheduler) as run:
+        loop(model, optimizer, scheduler, DataLoader(Rows(40), batch_size=rows), run, 200)
+        assert run.observer.probe.probe.ready == (rows == 4)
+    assert 1 <= run.ledger.spent.total / run.ledger.full.total < 1.011

@@ -68,7 +68,7 @@ class CacheMonitor:
         if self._losses < 2:
             return None
         if hits < rows / 2:
-            return f"only {hits} of {rows} rows came again unchanged"
+            return f"looking rows up takes longer than it saves, as only {hits} of {rows} rows are in it"
         return "looking activations up takes longer than computing them"
 
     def _open_window(self) -> None:

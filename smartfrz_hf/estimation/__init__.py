@@ -63,6 +63,8 @@ def estimate(
     trainer.train()
     ```
     """
+    if not isinstance(trainer, Trainer):
+        raise ValueError(f"`trainer` is a {type(trainer).__name__}. Pass the Trainer itself, ready to train.")
     policy: Policy | None = None
     if config is None and predictor is None:
         callbacks = (c for c in trainer.callback_handler.callbacks if isinstance(c, SmartFRZCallback))

@@ -64,11 +64,13 @@ def task_trainer(
     columns = data.column_names
     label = next((name for name in LABELS if name in columns), None)
     image = next((name for name in IMAGES if name in columns), None)
+    texts = [name for name, kind in data.features.items() if name != label and _is_text(kind)][:2]
+    _check_complete(data, task, [*(texts if image is None else []), *([label] if label else [])])
     if image is not None:
         args.remove_unused_columns = False  # the collator reads them
         trained = _images(model, data, image, label, from_scratch)
     else:
-        trained = _texts(model, task, data, label, from_scratch, max_length)
+        trained = _texts(model, task, data, texts, label, from_scratch, max_length)
     network, prepared, collator = trained
     network.accepts_loss_kwargs = False  # heads that ignore `num_items_in_batch` would get a wrong loss
     return Trainer(network, args, train_dataset=prepared, data_collator=collator), rows
@@ -78,6 +80,7 @@ def _load(task: str, data_dir: Path | None) -> Any:
     """The training split."""
     try:
         from datasets import disable_progress_bars, load_dataset
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise ImportError("`smartfrz estimate` reads its data with `datasets`: pip install datasets.") from error
     disable_progress_bars()
@@ -102,7 +105,12 @@ def _load(task: str, data_dir: Path | None) -> Any:
     kind = train[0].suffix[1:]
     options = {"sep": "\t"} if kind == "tsv" else {}
     same = [str(file) for file in train if file.suffix == train[0].suffix]
-    return load_dataset(BUILDERS[kind], data_files=same, split="train", **options)
+    try:
+        return load_dataset(BUILDERS[kind], data_files=same, split="train", **options)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise ValueError(
+            f"The data in {', '.join(same)} cannot be read: {error.__cause__ or error}. Mend the file, or leave it out."
+        ) from error
 
 
 def _make(auto: Any, name: str, from_scratch: bool, **options: Any) -> Any:
@@ -125,10 +133,21 @@ def _numbered(data: Any, label: str) -> tuple[list[int], int]:
     return [int(value) for value in values], int(max(values)) + 1
 
 
-def _texts(model: str, task: str, data: Any, label: str | None, from_scratch: bool, max_length: int) -> tuple:
-    texts = [
-        name for name, kind in data.features.items() if name != label and kind.dtype in ("string", "large_string")
-    ][:2]
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _check_complete(data: Any, task: str, columns: list[str]) -> None:
+    """Refuse rows without a text or a label."""
+    for name in columns:
+        missing = sum(value is None or value != value for value in data[name])
+        if missing:
+            raise ValueError(f"{missing} of {len(data)} rows of {task} have no `{name}`. Remove them from the file.")
+
+
+def _texts(
+    model: str, task: str, data: Any, texts: list[str], label: str | None, from_scratch: bool, max_length: int
+) -> tuple:
     if not texts:
         raise ValueError(
             f"{task} has no column of texts or images, but {', '.join(data.column_names)}. Call `estimate(trainer)` with a "

@@ -28,7 +28,7 @@ class Observer:
         sampling_seed (`int`): seed of the sampled positions.
         probe_examples, min_probe_examples (`int`): most and fewest examples of the front probe; at most 0 for none.
         examples_between (`Callable[[int], int]`):
-            From the examples of the first training batch to those that are trained between two freezing stages. The
+            From the rows of the first training batch to those that are trained between two freezing stages. The
             probe may take 1 % of that time; there is none if this is too little for one example.
         pilot_steps (`int`): optimizer steps of the pilot at the start of the run; 0 for none.
         alone (`Callable`): a context in which the model runs beside training.
@@ -138,6 +138,7 @@ class Observer:
                 self.sampler = WeightSampler(units, per_unit, self._sampling_seed, products)
         if self.probe is not None and state["probe_history"] is not None:
             self.probe.load_state_dict(state["probe_history"])
+        self.pilot = None  # one that began with this run, and not with the saved one
         if self.pilot_steps and state.get("pilot") is not None:  # checkpoints of earlier versions have none
             self.pilot = Pilot(self._stack, self._sampling_seed)
             self.pilot.load_state_dict(state["pilot"])

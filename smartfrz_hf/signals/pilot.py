@@ -162,7 +162,7 @@ class Pilot:
                 str(number): self._convert(_whole, number, copies) for number, copies in enumerate(self._copies)
             },
             "sampled_start": self._start,
-            "sampled_previous": self._previous,
+            "sampled_previous": self._previous.clone(),  # before the first step it is that of the start
             "gradient_squares": self._squares,
             "loss_change": self._loss_change,
             "motion_squares": self._moved,

@@ -123,12 +123,20 @@ def test_images(tmp_path):
         (["--task", "{folder}"], "{folder} holds no file of training data"),
         (["--task", "{folder}/../numbers.csv"], "has no column of texts or images, but x, label"),
         (["--task", "mrpc", "--operating-point", "bold"], "`operating_point` is 'bold'"),
+        (["--task", "{folder}/../nothing.csv"], "nothing.csv cannot be read: No columns to parse from file"),
+        (["--task", "{folder}/../broken.json"], "broken.json cannot be read"),
+        (["--task", "{folder}/../gaps.csv"], "2 of 8 rows of {folder}/../gaps.csv have no `label`"),
+        (["--task", "{folder}/../silent.csv"], "1 of 8 rows of {folder}/../silent.csv have no `text`"),
     ],
 )
 def test_what_cannot_work(bert, tmp_path, words, said):
     folder = tmp_path / "empty"
     folder.mkdir()
     write_table(tmp_path / "numbers.csv", ("x", "label"), [(i, i % 2) for i in range(8)])
+    write_table(tmp_path / "gaps.csv", ("text", "label"), [(sentence(i), i % 2 if i > 1 else "") for i in range(8)])
+    write_table(tmp_path / "silent.csv", ("text", "label"), [(sentence(i) if i else "", i % 2) for i in range(8)])
+    (tmp_path / "nothing.csv").write_text("")
+    (tmp_path / "broken.json").write_text('{"text": "a", "label": 0}\n{"text": \n')
     done = run("--model", bert, *(word.format(folder=folder) for word in words))
     assert done.exit_code != 0 and said.format(folder=folder) in " ".join(done.output.split()).replace("│ ", ""), (
         done.output
