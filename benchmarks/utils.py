@@ -13,7 +13,7 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import torch
@@ -57,22 +57,23 @@ def provenance(*packages: str) -> dict[str, Any]:
 
 
 @contextmanager
-def claim(file: Path) -> Iterator[bool]:
+def claim(file: Path) -> Iterator[TextIO | None]:
     """
-    Whether no other process is at work on a file. What was claimed is free again when the context or the process ends.
+    A lock, or `None` if another process is at work on a file. What was claimed is free again when the context ends, or the last
+    process that has the lock.
 
     Args:
-        file (`Path`): that is to be written. The claim is a file beside it.
+        file (`Path`): that is to be written. The lock is a file beside it.
     """
     lock = file.with_name(f".{file.name}.lock")
     with lock.open("w") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
+            yield None
             return
         try:
-            yield True
+            yield held
         finally:
             lock.unlink(missing_ok=True)
 

