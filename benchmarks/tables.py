@@ -46,6 +46,7 @@ THRESHOLDS = {
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "ablation": ("predictor/results/ablation", ablation.table),
     "compared": ("quality/compare/summary", headline.table),
+    "compared, seen data": ("quality/compare/summary", lambda known: headline.table(known, seen=True)),
     "compared, conditions": ("quality/compare/summary", headline.conditions),
     "ddp bytes": ("speed/results/ddp_bytes", ddp_bytes.table),
     "demo": ("quality/results/demo", demo.section),

@@ -45,7 +45,8 @@ def report(
         typer.Option(help="A run without freezing, to be shown beside each.", exists=True, file_okay=False),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="HTML file or folder, for one run. Default: smartfrz_report.html in its folder.")
+        Path | None,
+        typer.Option(help="HTML file or folder, for one run. Default: smartfrz_report.html in its folder."),
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Folder for the charts as PNG files; needs matplotlib.")] = None,
 ) -> None:

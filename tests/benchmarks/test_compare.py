@@ -320,3 +320,13 @@ def test_lisa_trains_some_blocks_at_a_time(tmp_path):
     assert all(seen[i] == seen[i + 1] for i in range(0, 8, 2)), "two steps each"
     found = meter.result()
     assert found["forward"] < found["backward"] < 2 * found["forward"], "no weight gradients of resting blocks"
+
+
+def test_data_counts_as_seen_if_the_predictor_was_trained_on_it():
+    predictor = ROOT / "benchmarks" / "predictor"
+    runs = json.loads((predictor / "run_lists" / "base.json").read_text())
+    pairs = json.loads((predictor / "start" / "pairs.json").read_text())["pairs"]
+    names = [run["data"] for run in runs] + [pair["task"] for pair in pairs if pair.get("role") != "judge"]
+    seen = {name.split("/")[-1] for name in names}
+    tasks = module("plan").Plan.read().tasks
+    assert [task.name for task in tasks if task.seen != (task.task.split("/")[-1] in seen)] == []

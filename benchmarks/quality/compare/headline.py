@@ -7,16 +7,27 @@ from typing import Any
 from benchmarks.utils import markdown_table
 
 ARM = "smartfrz-balanced"  # the default settings
-MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2", "bert": "BERT", "vit": "ViT", "deit": "DeiT", "resnet": "ResNet"}
+MODELS = {
+    "minilm": "MiniLM",
+    "smollm2-12": "the first 12 blocks of SmolLM2-135M",
+    "bert-12": "a BERT of our own with 12 blocks",
+    "resnet": "a ResNet of our own",
+}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
-def compared(known: dict) -> dict[str, dict[str, Any]]:
-    """By fine-tuning task whose data the predictor has not seen, what the default settings took and lost, and the model."""
+def compared(known: dict, seen: bool = False) -> dict[str, dict[str, Any]]:
+    """
+    By fine-tuning task, what the default settings took and lost, and the model.
+
+    Args:
+        known (`dict`): of `summary.json`.
+        seen (`bool`, *optional*, defaults to `False`): the tasks whose data the predictor was trained on, or the others.
+    """
     return {
         task: part["arms"][ARM] | {"model": part["model"], "epochs": part["epochs"]}
         for task, part in known["tasks"].items()
-        if part["kind"] == "fine-tuning" and not part["seen"] and ARM in part["arms"]
+        if part["kind"] == "fine-tuning" and part["seen"] == seen and ARM in part["arms"]
     }
 
 
@@ -47,7 +58,7 @@ def figures(known: dict) -> str:
 def conditions(known: dict) -> str:
     """What the figures were measured on, in two sentences."""
     runs = compared(known)
-    names = list(dict.fromkeys(MODELS.get(run["model"].partition("-")[0], run["model"]) for run in runs.values()))
+    names = list(dict.fromkeys(MODELS.get(run["model"], run["model"]) for run in runs.values()))
     models = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
     seeds = sorted({run["seeds"] for run in runs.values()})
     many = span([run["seeds"] for run in runs.values()])
@@ -60,9 +71,9 @@ def conditions(known: dict) -> str:
     )
 
 
-def table(known: dict) -> str:
-    """One row for each task, and their mean, in Markdown."""
-    runs = compared(known)
+def table(known: dict, seen: bool = False) -> str:
+    """One row for each task of [`compared`], and their mean, in Markdown."""
+    runs = compared(known, seen)
 
     rows: list[list[object]] = [
         [f"`{task}`", run["seeds"], points_lost(run), *costs(run)] for task, run in runs.items()
