@@ -150,7 +150,7 @@ def test_readme_figures_with_any_number_of_tasks_and_seeds(seeds):
     headline = import_module("benchmarks.quality.compare.headline")
 
     def task(compute, lost, kind="fine-tuning"):
-        arm = {"seeds": seeds, "points_lost": {"mean": lost, "low": lost - 1, "high": lost + 1}}
+        arm = {"seeds": seeds, "points_lost": {"mean": lost, "low": lost - 1, "high": lost + 1}, "loss_added": 0.01}
         arm |= {"compute": compute, "seconds": compute + 0.1}
         return {"kind": kind, "model": "bert-12", "epochs": 3, "seen": False, "arms": {headline.ARM: arm}}
 
@@ -180,7 +180,10 @@ def test_methods_are_compared_with_ours_on_the_tasks_that_they_ran_on():
                 "points_lost": {"mean": lost, "low": lost, "high": lost},
                 "compute": 0.5,
                 "seconds": 0.4,
-                "runs": {str(seed): {"lost": lost + seed, "compute": 0.5, "seconds": 0.4} for seed in range(seeds)},
+                "runs": {
+                    str(seed): {"lost": lost + seed, "loss": 0.1, "compute": 0.5, "seconds": 0.4}
+                    for seed in range(seeds)
+                },
             }
             for arm, (lost, seeds) in arms.items()
         }
@@ -195,8 +198,11 @@ def test_methods_are_compared_with_ours_on_the_tasks_that_they_ran_on():
     }
     text = headline.methods({"tasks": tasks})
     # Seed 0 counts lost, seed 1 one more, seed 2 two more; of ours only the seeds that the other has count.
-    assert "| `egeria` | 2 | one to three | +2.00 at 0.50 / 0.40 | +1.50 at 0.50 / 0.40 |" in text
-    assert "| `lora` | 2 | two | +1.00 at 0.50 / 0.40 | +2.50 at 0.50 / 0.40 |" in text and "+9.00" not in text
+    assert "| `egeria` | 2 | one to three | +2.00, +0.100 at 0.50 / 0.40 | +1.50, +0.100 at 0.50 / 0.40 |" in text
+    assert (
+        "| `lora` | 2 | two | +1.00, +0.100 at 0.50 / 0.40 | +2.50, +0.100 at 0.50 / 0.40 |" in text
+        and "+9.00" not in text
+    )
     assert "random" not in text, "it ran on one task"
     assert "No other method" in headline.methods({"tasks": {"alone": tasks["alone"]}})
     text = headline.from_scratch({"tasks": tasks})

@@ -79,7 +79,7 @@ def folder(tmp_path):
 def result(points, seconds=10.0, flops=100.0, share=None, peak=200):
     cost = {"training": seconds, "overhead": 0.0, "evaluation": 0.0, "loading": 0.0}
     return {
-        "evaluations": [{"step": 1, "points": 0.0}, {"step": 2, "points": points}],
+        "evaluations": [{"step": 1, "points": 0.0}, {"step": 2, "points": points, "loss": 1 - points / 100}],
         "seconds": {"wall": cost, "processor": cost},
         "flops": {"forward": flops / 4, "backward": flops / 2, "optimizer": flops / 4},
         "memory": {"before": 100, "peak": peak},
@@ -161,18 +161,19 @@ def test_the_report_has_the_paired_ratios_and_the_best_fixed_schedule(folder):
     arms = json.loads((folder / "report" / "summary.json").read_text())["tasks"]["dots"]["arms"]
     nothing = {"mean": 0.0, "low": 0.0, "high": 0.0}
     runs = {name: arms[name].pop("runs") for name in ("full", "smartfrz-balanced")}
-    assert runs["full"] == dict.fromkeys(("1", "2"), {"lost": 0.0, "compute": 1.0, "seconds": 1.0})
+    assert runs["full"] == dict.fromkeys(("1", "2"), {"lost": 0.0, "loss": 0.0, "compute": 1.0, "seconds": 1.0})
     assert sorted(run["lost"] for run in runs["smartfrz-balanced"].values()) == [-0.1, 0.1]
-    assert arms["full"] == {"seeds": 2, "points_lost": nothing, "compute": 1.0, "seconds": 1.0}
+    assert arms["full"] == {"seeds": 2, "points_lost": nothing, "loss_added": 0.0, "compute": 1.0, "seconds": 1.0}
+    assert arms["full-50"]["loss_added"] == 0.03
     ours, lost = arms["smartfrz-balanced"], {"mean": 0.0, "low": -0.1, "high": 0.1}
-    assert ours == {"seeds": 2, "points_lost": lost, "compute": 0.75, "seconds": 0.55}
+    assert ours == {"seeds": 2, "points_lost": lost, "loss_added": 0.0, "compute": 0.75, "seconds": 0.55}
     assert arms["full-50"]["points_lost"] == {"mean": 3.0, "low": 2.0, "high": 4.0}
     assert arms["hindsight"] == arms["static-50"], "the cheapest fixed schedule of equal accuracy"
     text = (folder / "report" / "report.md").read_text()
     (line,) = (line for line in text.splitlines() if line.startswith("| **smartfrz-balanced** | 85.00"))
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     # Full training as long as ours, by a straight line from half of the steps (3 lost) to all: 1.5 and 2.7 lost.
-    assert cells[3:] == ["yes", "0.75", "0.55", "0.55", "0.50", "0.50", "+1.50", "+2.70", "2"]
+    assert cells[3:] == ["+0.000", "yes", "0.75", "0.55", "0.55", "0.50", "0.50", "+1.50", "+2.70", "2"]
     assert "| dots | scratch | no | smartfrz-balanced, 1.82x | static-50, 2.00x | 1.10 |  | 62% |" in text
     assert (folder / "report" / "charts" / "dots.png").stat().st_size > 5000
     assert report.family("smartfrz-lora-8") == "smartfrz-lora" and report.family("linear-0-50") == "linear"

@@ -12,6 +12,11 @@ def points(result: Result) -> float:
     return result["evaluations"][-1]["points"]
 
 
+def loss(result: Result) -> float:
+    """On held-out rows at the end."""
+    return result["evaluations"][-1]["loss"]
+
+
 def flops(result: Result) -> float:
     """All of a run."""
     return sum(result["flops"].values())

@@ -76,19 +76,21 @@ def table(known: dict, seen: bool = False) -> str:
     runs = compared(known, seen)
 
     rows: list[list[object]] = [
-        [f"`{task}`", run["seeds"], points_lost(run), *costs(run)] for task, run in runs.items()
+        [f"`{task}`", run["seeds"], points_lost(run), f"{run['loss_added']:+.3f}", *costs(run)]
+        for task, run in runs.items()
     ]
     points = [run["points_lost"]["mean"] for run in runs.values()]
     means = [f"{mean(run[key] for run in runs.values()):.2f}" for key in ("compute", "seconds")]
     spread = f" ± {stdev(points):.2f}" if len(points) > 1 else ""
-    rows.append(["mean ± standard deviation over tasks", "", f"{mean(points):+.2f}{spread}", *means])
-    return markdown_table(["task", "seeds", "points lost", "compute", "processor time"], rows)
+    loss = mean(run["loss_added"] for run in runs.values())
+    rows.append(["mean ± standard deviation over tasks", "", f"{mean(points):+.2f}{spread}", f"{loss:+.3f}", *means])
+    return markdown_table(["task", "seeds", "points lost", "loss added", "compute", "processor time"], rows)
 
 
 def beside_ours(known: dict) -> dict[str, dict[str, Any]]:
     """
     By arm, its means over the tasks of [`compared`] that it ran on, and ours on the same tasks with the same seeds: `{"tasks": ...,
-    "seeds": [...], "its": {"lost": ..., "compute": ..., "seconds": ...}, "ours": {...}}`. The fastest against ours first.
+    "seeds": [...], "its": {"lost": ..., "loss": ..., "compute": ..., "seconds": ...}, "ours": {...}}`. The fastest against ours first.
     """
     ours = compared(known)
     shared: dict[str, list[tuple[dict, dict, set[str]]]] = {}
@@ -101,7 +103,7 @@ def beside_ours(known: dict) -> dict[str, dict[str, Any]]:
     def means(runs: list[tuple[dict, set[str]]]) -> dict[str, float]:
         return {
             key: mean(mean(by_seed[seed][key] for seed in seeds) for by_seed, seeds in runs)
-            for key in ("lost", "compute", "seconds")
+            for key in ("lost", "loss", "compute", "seconds")
         }
 
     found = {
@@ -122,9 +124,18 @@ def methods(known: dict) -> str:
     for arm, at in beside_ours(known).items():
         if at["tasks"] == 1:
             continue
-        cells = [f"{at[who]['lost']:+.2f} at {' / '.join(costs(at[who]))}" for who in ("its", "ours")]
+        cells = [
+            f"{at[who]['lost']:+.2f}, {at[who]['loss']:+.3f} at {' / '.join(costs(at[who]))}"
+            for who in ("its", "ours")
+        ]
         rows.append([f"`{arm}`", at["tasks"], span(at["seeds"]), *cells])
-    header = ["method", "tasks", "seeds", "points lost at compute / time", f"`{ARM}`, same tasks and seeds"]
+    header = [
+        "method",
+        "tasks",
+        "seeds",
+        "points lost, loss added at compute / time",
+        f"`{ARM}`, same tasks and seeds",
+    ]
     return markdown_table(header, rows) if rows else "No other method has been run yet."
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.quality.compare import headline
-from benchmarks.quality.compare.choice import flops, points
+from benchmarks.quality.compare.choice import flops, loss, points
 from benchmarks.quality.compare.intervals import LEVEL, MEAN_LOST, MOST_LOST, Interval, bootstrap, interpolate
 from benchmarks.quality.compare.plan import HERE, Plan, Result, Task
 from benchmarks.utils import markdown_table
@@ -34,16 +34,18 @@ class Row:
         seeds (`int`): that both have been run with.
         points (`float`): mean at the end.
         lost ([`Interval`]): points lost against full training; negative where the arm is better.
+        loss (`float`): mean held-out loss at the end, less that of full training.
         compute, seconds, wall (`float`): FLOPs, processor and wall seconds of training as mean ratios to full training's.
         memory (`float`, *optional*): bytes that training adds, as a ratio to what full training adds.
         frozen (`float`, *optional*): mean fraction of the units that is frozen.
-        runs (`dict[int, dict[str, float]]`): by seed, points `lost`, `compute` and `seconds`.
+        runs (`dict[int, dict[str, float]]`): by seed, points `lost`, `loss`, `compute` and `seconds`.
     """
 
     arm: str
     seeds: int
     points: float
     lost: Interval
+    loss: float
     compute: float
     seconds: float
     wall: float
@@ -107,6 +109,7 @@ def rows(results: dict[str, dict[int, Result]]) -> list[Row]:
                 seeds=len(pairs),
                 points=mean(points(run) for run, _ in pairs),
                 lost=bootstrap([points(other) - points(run) for run, other in pairs]),
+                loss=mean(loss(run) - loss(other) for run, other in pairs),
                 compute=mean(flops(run) / flops(other) for run, other in pairs),
                 seconds=mean(_training(run, "processor") / _training(other, "processor") for run, other in pairs),
                 wall=mean(_training(run, "wall") / _training(other, "wall") for run, other in pairs),
@@ -115,6 +118,7 @@ def rows(results: dict[str, dict[int, Result]]) -> list[Row]:
                 runs={
                     seed: {
                         "lost": points(other) - points(run),
+                        "loss": loss(run) - loss(other),
                         "compute": flops(run) / flops(other),
                         "seconds": _training(run, "processor") / _training(other, "processor"),
                     }
@@ -160,6 +164,7 @@ def table(found: list[Row]) -> str:
     body = []
     for row in sorted(found, key=lambda row: (not row.equal, row.seconds)):
         lost = f"{row.lost.mean:+.2f} [{row.lost.low:+.2f}, {row.lost.high:+.2f}]" if row.arm != FULL else ""
+        added = f"{row.loss:+.3f}" if row.arm != FULL else ""
         name = f"**{row.arm}**" if row.ours else row.arm
         numbers = [number(value) for value in (row.compute, row.seconds, row.wall, row.memory, row.frozen)]
         equal = "yes" if row.equal else "no" if row.seeds > 1 else "one seed"
@@ -168,6 +173,7 @@ def table(found: list[Row]) -> str:
                 name,
                 f"{row.points:.2f}",
                 lost,
+                added,
                 equal,
                 *numbers,
                 against(row, "compute"),
@@ -175,7 +181,7 @@ def table(found: list[Row]) -> str:
                 row.seeds,
             ]
         )
-    header = ["arm", "points", "points lost", "equal", "compute", "seconds", "wall", "memory", "frozen"]
+    header = ["arm", "points", "points lost", "loss added", "equal", "compute", "seconds", "wall", "memory", "frozen"]
     header += ["fewer steps, same compute", "fewer steps, same seconds", "seeds"]
     return markdown_table(header, body)
 
@@ -249,7 +255,7 @@ def summary(tasks: list[Task], found: dict[str, list[Row]]) -> dict:
         lost = row.lost.to_dict()
         costs = {"compute": round(row.compute, 4), "seconds": round(row.seconds, 4)}
         runs = {str(seed): {key: round(value, 4) for key, value in run.items()} for seed, run in row.runs.items()}
-        return {"seeds": row.seeds, "points_lost": lost, **costs, "runs": runs}
+        return {"seeds": row.seeds, "points_lost": lost, "loss_added": round(row.loss, 4), **costs, "runs": runs}
 
     return {
         "tasks": {
@@ -320,7 +326,8 @@ def make(plan: Plan, out: Path, report: Path) -> None:
 
 INTRODUCTION = f"""Written by `make bench-report` from the files in `results/`; never edited by hand. Costs are means over seeds of ratios to full
 training with the same seed: FLOPs, processor seconds and wall seconds of training without evaluations. Points are accuracy in
-percent, 100 times Spearman's correlation, or -100 times the loss of a language model. `points lost` has a {LEVEL:.0%} bootstrap
+percent, 100 times Spearman's correlation, or -100 times the loss of a language model. `loss added` is the held-out loss, less that of
+full training. `points lost` has a {LEVEL:.0%} bootstrap
 interval over seeds; with three seeds it is their range, and holds the true mean in about three cases of four. Accuracy counts as equal if the mean lost is below {MEAN_LOST} and the interval ends below {MOST_LOST}. `fewer steps`
 is what full training with so few steps loses that it costs as much, by straight lines between the lengths that were run.
 `hindsight` is the best fixed schedule, chosen after all were run."""
