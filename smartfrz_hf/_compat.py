@@ -345,6 +345,17 @@ def calling_trainer() -> Trainer | None:
     return _calling(Trainer)
 
 
+def resumed_checkpoint() -> str | None:
+    """The checkpoint from which the Trainer that is calling a callback now resumes. No event passes it on."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        folder = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(folder, str):
+            return folder
+        frame = frame.f_back
+    return None
+
+
 def _calling(kind: type) -> Any:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:

@@ -152,6 +152,11 @@ def check_trainer(args: TrainingArguments, model: nn.Module, config: SmartFRZCon
     if args.n_gpu > 1:
         _refuse_data_parallel(args.n_gpu)
     check_wrapper(model)
+    if getattr(args, "enable_jit_checkpoint", False) and not with_mixin:  # not in every version of Transformers
+        raise ValueError(
+            "`enable_jit_checkpoint=True` saves checkpoints of which no callback is told, so the state of SmartFRZ would not be in "
+            "them. Use `SmartFRZTrainer`, or add `SmartFRZMixin` to your own Trainer class; or leave it out."
+        )
     if kind == DistributedType.FSDP:
         _check_fsdp(args, config, with_mixin)
     elif args.world_size > 1:

@@ -13,7 +13,7 @@ from .cost.ledger import Ledger
 from .distributed.consensus import Ranks
 from .freezing.adalora import leave_frozen_ranks
 from .freezing.compile import is_compiled
-from .freezing.steps import follow_steps
+from .freezing.steps import follow_steps, is_skipped
 from .front import Front
 from .model.tracing import Inputs
 from .model.units import find_blocks
@@ -131,6 +131,8 @@ class FreezingRun:
             config, self.policy, self.front, self.observer, self.rates, self.ranks, self.ledger, total_steps
         )
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
+        self._restored: dict[Any, Any] = {}  # the optimizer's state before the first step
+        self.policy.reset()
         self._optimizer_stepped = False
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_optimizer_step),
@@ -184,6 +186,7 @@ class FreezingRun:
             step (`int`, *optional*, defaults to `0`): optimizer steps done so far.
         """
         self._begun, self.steps_done = True, step
+        self._restored = dict(self._optimizer.state)
         self.observer.begin(step)
         self._stages.hold(step)
 
@@ -230,13 +233,19 @@ class FreezingRun:
 
     def state_dict(self) -> dict[str, Any]:
         """
-        What a checkpoint has to keep, so that a run can go on as if it had never stopped.
+        What a checkpoint has to keep, so that a run can go on as if it had never stopped. To be called after
+        [`~FreezingRun.step`], and before the end of the `with` block.
 
         Returns:
             `dict` of nested JSON values and tensors: `step`, `units` (names), `depth`, `apart` (indices of units), `config`,
             `ledger`, `meter`, `policy`, `learning_rates`, `rate_factor`, `weight_history`, `probe_history` and `pilot` (or
             `None`). Save it with [`~smartfrz_hf.checkpoint.save_state`], or beside the state of your own loop.
+
+        Raises:
+            ValueError: the run is closed, and nothing is frozen any more.
         """
+        if not self.active:
+            raise ValueError("This FreezingRun is closed, and has no state any more. Save it inside the `with` block.")
         return {
             "step": self.steps_done,
             "units": self.stack.names,
@@ -263,7 +272,9 @@ class FreezingRun:
         """
         check_state(state, self.stack.names, self.observer.history_shape, self.config.to_dict())
         self._begun, self.steps_done = True, state["step"]
-        self.front.unfreeze()
+        if self.front.unfreeze():  # what froze as the run began has lost its state
+            self._optimizer.state.update(self._restored)
+        self._restored = {}
         self.ledger.load_state_dict(state["ledger"])
         self.front.meter.load_state_dict(state["meter"])
         self.policy.load_state_dict(state["policy"])
@@ -277,10 +288,15 @@ class FreezingRun:
         self.front.update_ledger(self.ledger)
 
     def _before_optimizer_step(self, *_) -> None:
+        self._restored = {}
+        if is_skipped(self._optimizer):
+            return
         self.front.before_update()
         self.observer.before_update(self.steps_done)
 
     def _after_optimizer_step(self, *_) -> None:
+        if is_skipped(self._optimizer):
+            return
         self._optimizer_stepped = True
         self.front.after_update()
         self.front.update_ledger(self.ledger)

@@ -83,11 +83,17 @@ class SmartFRZMixin(TrainerHooks):
         """Leave the model as it was found, also when training ends with an exception."""
         try:
             yield
+        except BaseException:
+            self.smartfrz.keep_state()
+            raise
         finally:
             self.smartfrz.release()
 
     def before_checkpoint(self, folder: Path) -> None:
         """Write the state of the run before the Trainer writes its own."""
+        run = self.smartfrz.run
+        if run is not None and run.active and run.steps_done < self.state.global_step:
+            run.step(self.state.global_step)  # a callback in front of ours saves
         self.smartfrz.save(folder, self.args.should_save)
 
     @contextmanager

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from ..model.units import BlockStack
 from ..policies import Policy
@@ -13,7 +12,7 @@ from ..signals.steps import BeforeUpdate
 
 def follow_steps(
     policy: Policy, stack: BlockStack, optimizer: Optimizer, now: Callable[[], tuple[int, int, int]]
-) -> list[RemovableHandle]:
+) -> list[Any]:
     """
     Have a policy see each optimizer step, as far as it implements `before_update` or `rate_factors`.
 
@@ -27,34 +26,64 @@ def follow_steps(
         now (`Callable[[], tuple[int, int, int]]`): gives the optimizer steps done, those of the whole run, and the depth.
 
     Returns:
-        `list[RemovableHandle]`: hooks on the optimizer, to be removed at the end.
+        `list`: hooks on the optimizer, each with a `remove` to be called at the end.
     """
-    handles: list[RemovableHandle] = []
+    handles: list[Any] = []
     if type(policy).before_update is not Policy.before_update:
 
         def look(*_: Any) -> None:
-            policy.before_update(BeforeUpdate(*now(), stack))
+            if not is_skipped(optimizer):
+                policy.before_update(BeforeUpdate(*now(), stack))
 
         handles.append(optimizer.register_step_pre_hook(look))
     if type(policy).rate_factors is not Policy.rate_factors:
-        unit_of = {p: unit for unit, part in enumerate(stack) for p in part.named_parameters().values()}
-        whole: list[dict[str, Any]] = []
-        parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
-
-        def split(*_: Any) -> None:
-            whole[:] = optimizer.param_groups
-            step, max_steps = now()[:2]
-            factors = [*policy.rate_factors(step / max_steps, len(stack)), 1.0]
-            parts[:] = [(group, part) for group in whole for part in _by_unit(group, unit_of, factors)]
-            optimizer.param_groups = [part for _, part in parts]
-
-        def join(*_: Any) -> None:
-            for group, part in parts:  # some optimizers keep numbers of their own in the groups
-                group.update({key: value for key, value in part.items() if key not in ("params", "lr")})
-            optimizer.param_groups = list(whole)
-
-        handles += [optimizer.register_step_pre_hook(split), optimizer.register_step_post_hook(join)]
+        rates = _UnitRates(policy, stack, optimizer, now)
+        handles += [
+            optimizer.register_step_pre_hook(rates.split),
+            optimizer.register_step_post_hook(rates.join),
+            rates,
+        ]
     return handles
+
+
+def is_skipped(optimizer: Optimizer) -> bool:
+    """
+    Whether the step that is being taken changes nothing, as the loss scaler of fp16 has found gradients that are not finite. It
+    still calls the step of a fused optimizer, and not that of others.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+class _UnitRates:
+    """Splits the groups of an optimizer by unit for the time of a step."""
+
+    def __init__(
+        self, policy: Policy, stack: BlockStack, optimizer: Optimizer, now: Callable[[], tuple[int, int, int]]
+    ):
+        self._policy, self._optimizer, self._now, self._units = policy, optimizer, now, len(stack)
+        self._unit_of = {p: unit for unit, part in enumerate(stack) for p in part.named_parameters().values()}
+        self._whole: list[dict[str, Any]] = []
+        self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def split(self, *_: Any) -> None:
+        self.join()  # after a step that was interrupted
+        self._whole = self._optimizer.param_groups
+        step, max_steps = self._now()[:2]
+        factors = [*self._policy.rate_factors(step / max_steps, self._units), 1.0]
+        self._parts = [(group, part) for group in self._whole for part in _by_unit(group, self._unit_of, factors)]
+        self._optimizer.param_groups = [part for _, part in self._parts]
+
+    def join(self, *_: Any) -> None:
+        for group, part in self._parts:  # some optimizers keep numbers of their own in the groups
+            group.update({key: value for key, value in part.items() if key not in ("params", "lr")})
+        if self._parts:
+            self._optimizer.param_groups = self._whole
+        self._parts = []
+
+    def remove(self) -> None:
+        """As the hooks are removed."""
+        self.join()
 
 
 def _by_unit(group: dict[str, Any], unit_of: dict[Any, int], factors: list[float]) -> list[dict[str, Any]]:

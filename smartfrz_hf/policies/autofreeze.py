@@ -32,6 +32,10 @@ class AutoFreezePolicy(Policy):
 
     def __init__(self, percentile: float = 50.0):
         self.percentile = percentile
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all gradients."""
         self._sums: dict[str, torch.Tensor] = {}
         self._units: dict[str, int] = {}
         self._norms: list[float] | None = None
@@ -71,13 +75,17 @@ class AutoFreezePolicy(Policy):
     def state_dict(self) -> dict[str, Any]:
         """`"norms"` of the last interval by unit, or `None`, and `"sums"`: `{"unit": int, "sum": torch.Tensor}` by name."""
         whole = not any(hasattr(total, "to_local") for total in self._sums.values())
-        sums = {name: {"unit": self._units[name], "sum": total} for name, total in self._sums.items()} if whole else {}
+        sums = (
+            {name: {"unit": self._units[name], "sum": total.clone()} for name, total in self._sums.items()}
+            if whole
+            else {}
+        )
         return {"norms": self._norms, "sums": sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self._norms = state["norms"]
-        self._sums = {name: entry["sum"] for name, entry in state["sums"].items()}
+        self._sums = {name: entry["sum"].clone() for name, entry in state["sums"].items()}
         self._units = {name: entry["unit"] for name, entry in state["sums"].items()}
 
 

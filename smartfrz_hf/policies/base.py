@@ -151,6 +151,9 @@ class Policy(ABC):
         """
         return [1.0] * units
 
+    def reset(self) -> None:  # noqa: B027
+        """Forget what an earlier run has shown. Called when a run is made, as a policy may serve several, one after the other."""
+
     def state_dict(self) -> dict[str, Any]:
         """What the policy has to remember when a run resumes: plain JSON values and tensors. Empty by default."""
         return {}

@@ -41,6 +41,11 @@ class EgeriaPolicy(Policy):
 
     def __init__(self, window: int = 5, tolerance: float = 0.2, renew_every: int = 5, drop: float = 0.1):
         self.window, self.tolerance, self.renew_every, self.drop = window, tolerance, renew_every, drop
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all outputs."""
+        self._window = self.window  # halved by each drop
         self._reference: list[torch.Tensor] = []
         self._plasticity: list[list[float]] = []
         self._steepest: list[float] = []
@@ -65,25 +70,25 @@ class EgeriaPolicy(Policy):
             self._reference = grams
         rates = observation.rates.relative[self._froze_at : observation.step + 1]
         if depth and self._froze_at is not None and self._left(rates) <= self.drop * ROUNDING:
-            self._froze_at, self.window = None, max(2, self.window // 2)
+            self._froze_at, self._window = None, max(2, self._window // 2)
             return Decision(0, f"the learning rate has fallen to {rates[-1]:.2g} of its peak", unfreeze=True)
         front = max(1, depth)
         if front == observation.units:
             return Decision(depth, "all blocks are frozen")
         smooth = [self._smooth(values) for values in self._plasticity]
         for unit in range(front, observation.units):
-            if len(smooth[unit]) >= self.window:
-                self._steepest[unit] = max(self._steepest[unit], abs(slope(smooth[unit][-self.window :])))
-        if len(smooth[front]) < 2 * self.window:
+            if len(smooth[unit]) >= self._window:
+                self._steepest[unit] = max(self._steepest[unit], abs(slope(smooth[unit][-self._window :])))
+        if len(smooth[front]) < 2 * self._window:
             return Decision(depth, "not enough plasticity values yet")
-        steep, limit = abs(slope(smooth[front][-self.window :])), self.tolerance * self._steepest[front]
+        steep, limit = abs(slope(smooth[front][-self._window :])), self.tolerance * self._steepest[front]
         if not steep <= limit:
             return Decision(depth, f"slope of the plasticity {steep:.3g}, limit {limit:.3g}")
         self._froze_at = observation.step
         return Decision(front + 1, f"slope of the plasticity {steep:.3g}, limit {limit:.3g}")
 
     def _smooth(self, values: list[float]) -> list[float]:
-        parts = (values[max(0, end - self.window) : end] for end in range(1, len(values) + 1))
+        parts = (values[max(0, end - self._window) : end] for end in range(1, len(values) + 1))
         return [sum(part) / len(part) for part in parts]
 
     def _left(self, rates: torch.Tensor) -> float:
@@ -102,7 +107,7 @@ class EgeriaPolicy(Policy):
             "plasticity": [list(values) for values in self._plasticity],
             "steepest": list(self._steepest),
             "stages": self._stages,
-            "window": self.window,
+            "window": self._window,
             "froze_at": self._froze_at,
         }
 
@@ -110,7 +115,7 @@ class EgeriaPolicy(Policy):
         """Go on from what `state_dict` gave."""
         self._reference, self._plasticity = list(state["reference"]), [list(v) for v in state["plasticity"]]
         self._steepest, self._stages = list(state["steepest"]), state["stages"]
-        self.window, self._froze_at = (
+        self._window, self._froze_at = (
             state["window"],
             state.get("froze_at"),
         )  # checkpoints of earlier versions have none

@@ -32,6 +32,10 @@ class GradESPolicy(Policy):
 
     def __init__(self, tau: float = 2.404167, alpha: float = 0.55):
         self.tau, self.alpha = tau, alpha
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the copies."""
         self._before: dict[int, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
 
     def before_update(self, now: BeforeUpdate) -> None:

@@ -29,6 +29,10 @@ class SelfCKAPolicy(Policy):
 
     def __init__(self, tolerance: float = 0.01):
         self.tolerance = tolerance
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all outputs."""
         self._start: list[torch.Tensor] = []
         self._similarity: list[float] | None = None
 

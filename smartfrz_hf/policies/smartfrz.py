@@ -68,8 +68,11 @@ class SmartFRZPolicy(Policy):
         self.history_size = (predictor.config.window, predictor.config.weights_per_unit)
         self.front_probe = predictor.config.front_probe
         self.threshold_after_start = threshold_after_start
-        self._started = self._raised = False
-        self._warned = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget whether a front has frozen from the start."""
+        self._started = self._raised = self._warned = False
 
     def decide(self, observation: Observation) -> Decision:
         """

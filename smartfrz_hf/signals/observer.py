@@ -111,6 +111,9 @@ class Observer:
     def close(self) -> None:
         """Take the hooks off the model, and forget the weights of the start."""
         self.pilot = None
+        self._close_probe()
+
+    def _close_probe(self) -> None:
         if self.probe is not None:
             self.probe.probe.close()
             self.probe = None
@@ -160,6 +163,6 @@ class Observer:
                 f"The front probe does not work with {type(self._stack.model).__name__} ({type(error).__name__}: "
                 f"{error}). SmartFRZ decides from the weights alone. `SmartFRZConfig(probe_examples=0)` turns it off."
             )
-            self.close()
+            self._close_probe()
         finally:
             reshard(self._stack.model)

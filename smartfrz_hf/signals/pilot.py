@@ -163,9 +163,9 @@ class Pilot:
             },
             "sampled_start": self._start,
             "sampled_previous": self._previous.clone(),  # before the first step it is that of the start
-            "gradient_squares": self._squares,
-            "loss_change": self._loss_change,
-            "motion_squares": self._moved,
+            "gradient_squares": self._squares.clone(),
+            "loss_change": self._loss_change.clone(),
+            "motion_squares": self._moved.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -173,10 +173,9 @@ class Pilot:
         self.steps, self._pretrained = state["steps"], state["pretrained"]
         self._copies = [self._convert(_part, int(number), weights) for number, weights in state["weights"].items()]
         self._start, self._previous = state["sampled_start"], state["sampled_previous"]
-        self._squares = state["gradient_squares"]
-        self._loss_change = state["loss_change"]
+        self._squares, self._loss_change = state["gradient_squares"].clone(), state["loss_change"].clone()
         # Checkpoints of earlier versions have none.
-        self._moved = state.get("motion_squares", ((self._previous - self._start) ** 2).mean(1))
+        self._moved = state.get("motion_squares", ((self._previous - self._start) ** 2).mean(1)).clone()
 
 
 def _tensors(unit: Unit) -> dict[str, torch.Tensor]:

@@ -151,13 +151,14 @@ class LearningRates:
         self._step = min(state["step"], len(self._rates) - 1)
         if self._step < 0:
             return
+        own = self._unit is not None  # else there is nothing to compare with before the first observation
         self._unit = self._unit or state["unit"]
         past, known = state["rates"][: self._step + 1].to(self._rates), state["planned"]
         if self._unit != state["unit"]:
             past = past * state["unit"] / self._unit
         now, before = float(self._rates[self._step]), float(past[-1])
         self._cycle = _Cycle(state["peak"], state["lowest"])
-        if known == self._planned and now > RISE * before:
+        if own and known == self._planned and now > RISE * before:
             self._rises, self._cycle = True, _Cycle(now * self._unit, now * self._unit)
         elif not known:
             self._planned = False
