@@ -23,7 +23,7 @@ SETTINGS = {
     "README": ["3.11", "0.4", "torch 2.7", "5.3", "1.10", "Apache-2.0"],
     "activation_cache": ["0.25", "1 %"],
     "benchmarks": ["95 %", "15 % more", "0.02", "nothing at 0.6"],
-    "concepts": ["first 3 %", "0.5 % of its weights", "before 65 % of the run"],
+    "concepts": ["first 3 %", "0.1 % of its weights", "before 65 % of the run"],
     "distributed": ["1.15"],
     "images": ["0.5", "1.0"],
     "estimate": ["3 %"],

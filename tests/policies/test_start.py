@@ -186,7 +186,7 @@ def test_what_the_pilot_shows_against_worked_numbers():
 
 
 @pytest.mark.parametrize(
-    ("motion", "factor"), [(0.001, 2.0), (0.003125, 1.6), (0.01, 4 / 3), (0.0, 2.0), (float("inf"), 4 / 3)]
+    ("motion", "factor"), [(0.0002, 2.0), (0.000625, 1.6), (0.002, 4 / 3), (0.0, 2.0), (float("inf"), 4 / 3)]
 )
 def test_the_rate_rises_with_the_units_that_no_longer_train(monkeypatch, motion, factor):
     """As long as steps stay small against the weights that train, and at least for what the front has brought."""
