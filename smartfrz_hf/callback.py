@@ -13,7 +13,6 @@ from .checkpoint import load_renamed, load_run, save_state
 from .checks import check_only_callback, check_restart, check_stack, check_trainer
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger
-from .distributed.fsdp import is_sharded
 from .model.batches import first_rows_of
 from .model.units import NoOrderError, find_blocks, unwrap_model
 from .policies import Policy, resolve
@@ -69,7 +68,6 @@ class SmartFRZCallback(TrainerCallback):
         self.resume_from: str | None = None
         self._reporter = Reporter(self.config)
         self._saved_step = -1
-        self._last_state: dict[str, Any] | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Refuse what cannot work before any time is spent."""
@@ -102,7 +100,7 @@ class SmartFRZCallback(TrainerCallback):
             timeout=args.ddp_timeout,
             inputs=lambda: first_rows_of(train_dataloader, args.device),
         )
-        self.ledger, self._saved_step, self._last_state = self.run.ledger, -1, None
+        self.ledger, self._saved_step = self.run.ledger, -1
         if not state.global_step or not load_run(
             self.run, self.resume_from or resumed_checkpoint() or _checkpoint(args, state), state.global_step
         ):
@@ -151,18 +149,10 @@ class SmartFRZCallback(TrainerCallback):
             writes (`bool`, *optional*, defaults to `True`): whether it is this process that writes.
         """
         if self.run is not None:
-            state = self.run.state_dict() if self.run.active else self._last_state
-            if state is None:
-                logger.warning(f"Training is over, so the state of SmartFRZ is not in {folder}.")
-                return
+            state = self.run.state_dict()
             if writes:
                 save_state(state, folder)
             self._saved_step = self.run.steps_done
-
-    def keep_state(self) -> None:
-        """Have a checkpoint that is saved after an exception hold the state of the run, which the exception closes."""
-        if self.run is not None and self.run.active and not is_sharded(self.run.stack.model):
-            self._last_state = self.run.state_dict()
 
     def _save_before_trainer(self, args: TrainingArguments, state: TrainerState) -> None:
         # The Trainer writes its own state last, so that a checkpoint that looks complete to it has ours. Where the

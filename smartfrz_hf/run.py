@@ -1,6 +1,7 @@
 """One run: what is observed, decided, frozen and accounted for, whatever loop trains the model."""
 
 import weakref
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from .checks import check_loop, check_other_run, check_stack, check_state, check
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger
 from .distributed.consensus import Ranks
+from .distributed.fsdp import is_sharded
 from .freezing.adalora import leave_frozen_ranks
 from .freezing.compile import is_compiled
 from .freezing.steps import follow_steps, is_skipped
@@ -131,6 +133,7 @@ class FreezingRun:
             config, self.policy, self.front, self.observer, self.rates, self.ranks, self.ledger, total_steps
         )
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
+        self._last_state: dict[str, Any] | None = None
         self._restored: dict[Any, Any] = {}  # the optimizer's state before the first step
         self.policy.reset()
         self._optimizer_stepped = False
@@ -224,6 +227,9 @@ class FreezingRun:
         """Leave the model as it was found, except for its weights. May be called again."""
         if not self.active:
             return
+        if not is_sharded(self.stack.model):  # else all ranks would have to take part, and one may have failed alone
+            with suppress(Exception):  # what failed may have no state
+                self._last_state = self.state_dict()
         self.active = False
         for hook in [*self._hooks, *self._patches]:
             hook.remove()
@@ -234,7 +240,7 @@ class FreezingRun:
     def state_dict(self) -> dict[str, Any]:
         """
         What a checkpoint has to keep, so that a run can go on as if it had never stopped. To be called after
-        [`~FreezingRun.step`], and before the end of the `with` block.
+        [`~FreezingRun.step`]. A closed run gives what it was before.
 
         Returns:
             `dict` of nested JSON values and tensors: `step`, `units` (names), `depth`, `apart` (indices of units), `config`,
@@ -242,10 +248,12 @@ class FreezingRun:
             `None`). Save it with [`~smartfrz_hf.checkpoint.save_state`], or beside the state of your own loop.
 
         Raises:
-            ValueError: the run is closed, and nothing is frozen any more.
+            ValueError: the run is closed, and was sharded by FSDP2.
         """
         if not self.active:
-            raise ValueError("This FreezingRun is closed, and has no state any more. Save it inside the `with` block.")
+            if self._last_state is None:
+                raise ValueError("This FreezingRun is closed, and its state is gone. Save it inside the `with` block.")
+            return self._last_state
         return {
             "step": self.steps_done,
             "units": self.stack.names,

@@ -83,9 +83,6 @@ class SmartFRZMixin(TrainerHooks):
         """Leave the model as it was found, also when training ends with an exception."""
         try:
             yield
-        except BaseException:
-            self.smartfrz.keep_state()
-            raise
         finally:
             self.smartfrz.release()
 

@@ -103,12 +103,12 @@ def test_a_policy_serves_one_run_after_the_other(policy):
     assert stages(found[0]) == stages(found[1]) and found[0].decisions == found[1].decisions
 
 
-def test_a_closed_run_has_no_state():
+def test_a_closed_run_has_the_state_that_it_was_closed_with():
     model = build("bert")
     with FreezingRun(model, torch.optim.AdamW(model.parameters()), STEPS, policy="static") as run:
-        assert run.state_dict()["depth"] == 2
-    with pytest.raises(ValueError, match="inside the `with` block"):
-        run.state_dict()
+        before = run.state_dict()
+    assert run.depth == 0 and run.state_dict()["depth"] == 2
+    assert run.state_dict()["ledger"]["stages"] == before["ledger"]["stages"]
 
 
 def test_a_probe_that_fails_leaves_the_pilot_alone():

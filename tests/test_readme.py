@@ -22,7 +22,7 @@ FIGURE = re.compile(r"\d[\d.]*\.\d+|\d[\d.]*(?= ?%)|\d[\d.]*(?=x\b)")
 SETTINGS = {
     "README": ["3.11", "0.4", "torch 2.7", "5.3", "1.10", "Apache-2.0"],
     "activation_cache": ["0.25", "1 %"],
-    "benchmarks": ["95 %", "15 % more", "0.02", "nothing at 0.6"],
+    "benchmarks": ["95 %", "15 % more", "0.02", "nothing at 0.6", "0.2 points asked for"],
     "concepts": ["first 3 %", "0.1 % of its weights", "before 65 % of the run"],
     "distributed": ["1.15"],
     "images": ["0.5", "1.0"],
@@ -95,10 +95,10 @@ def figures():
     checks = [run["check_share"] for run in results_of("speed/results/cache_hits_minilm_grow")["runs"]]
     return {
         "README": [
-            f"half of the steps lose {mean_lost('full-50'):.1f} points on average",
+            f"half of the steps lost {peers['full-50']['its']['lost']:.1f} points on the same five tasks",
             f"it took {time('lora-8')} of the time of full training, ours {time('lora-8', 'ours')}",
-            f"lost {peers['autofreeze']['its']['lost']:.1f} points",
-            f"Egeria took {time('egeria')} and FreezeOut {time('freezeout')} of the time of full training",
+            f"AutoFreeze lost {peers['autofreeze']['its']['lost']:.1f} points; Egeria lost {peers['egeria']['its']['lost']:.1f} in "
+            f"{time('egeria')} of the time of full training, ours {peers['egeria']['ours']['lost']:.1f} in {time('egeria', 'ours')}",
         ],
         "activation_cache": [
             f"{errors['float16']:.2%} (`float16`), {errors['bfloat16']:.1%} (`bfloat16`) and {errors['int8']:.0%} (`int8`)",
@@ -107,6 +107,7 @@ def figures():
         "precision": [f"at most {max(e['error_frozen_bfloat16'] for e in entries):.1%}"],
         "predictor": [f"{predictor['parameters']:,} parameters"],
         "benchmarks": [
+            f"loses {fixed_rates['stairs-b-r15']['points']:.1f} points at {fixed_rates['stairs-b-r15']['compute']:.2f} of the compute",
             f"In ten tasks on a GPU, full training at 1.5 times its rate gained {-fixed_rates['full-r15']['points']:.1f} points",
             f"from the start saves {percent(1 - half['compute'])} at 1.5 times the rate, but loses {half['points']:.1f} points on "
             f"average and {half['worst']:.1f} at worst",
