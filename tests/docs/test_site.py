@@ -12,7 +12,7 @@ from messages import PACKAGE, first_sentence, raised, warned
 ROOT = Path(__file__).parents[2]
 QUOTES = re.findall(r"^> (.+)$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
 REFUSALS = [PACKAGE / name for name in ("checks.py", "model/discovery.py", "model/stem.py", "model/units.py")]
-REFUSALS += [PACKAGE / "estimation" / name for name in ("loop.py", "task.py")]
+REFUSALS += [PACKAGE / "estimation" / name for name in ("__init__.py", "loop.py", "task.py")]
 REFUSALS += [PACKAGE / name for name in ("checkpoint.py", "run.py", "stages.py", "trainer.py", "cost/plotting.py")]
 REFUSALS += [PACKAGE / name for name in ("distributed/consensus.py", "policies/registry.py", "policies/static.py")]
 REFUSALS += [PACKAGE / name for name in ("predictor/hub.py", "report/figures.py", "report/runs.py")]
