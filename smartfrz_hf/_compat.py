@@ -347,23 +347,21 @@ def calling_trainer() -> Trainer | None:
 
 def resumed_checkpoint() -> str | None:
     """The checkpoint from which the Trainer that is calling a callback now resumes. No event passes it on."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        folder = frame.f_locals.get("resume_from_checkpoint")
-        if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(folder, str):
-            return folder
-        frame = frame.f_back
-    return None
+    folders = (known.get("resume_from_checkpoint") for known in _variables_of_callers(Trainer))
+    return next((folder for folder in folders if isinstance(folder, str)), None)
 
 
 def _calling(kind: type) -> Any:
-    frame: FrameType | None = sys._getframe(2)
+    return next((known["self"] for known in _variables_of_callers(kind)), None)
+
+
+def _variables_of_callers(kind: type) -> Iterator[dict[str, Any]]:
+    """The local variables of the methods of a kind of object that are being called now, the innermost one first."""
+    frame: FrameType | None = sys._getframe(0)
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, kind):
-            return caller
+        if isinstance(frame.f_locals.get("self"), kind):
+            yield frame.f_locals
         frame = frame.f_back
-    return None
 
 
 def after_model_card(trainer: Trainer, add: Callable[[Path], None]) -> None:

@@ -4,6 +4,8 @@ predictor on them, `card` writes its model card, and `push` uploads it.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +23,16 @@ RunsFolder = Annotated[
 EvaluationFile = Annotated[
     Path, typer.Option(help="JSON file that `smartfrz evaluate` wrote for these runs.", exists=True, dir_okay=False)
 ]
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    """Say what is wrong without a traceback, and exit with 1."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"{error}", err=True)
+        raise typer.Exit(1) from error
 
 
 def _import(module: str) -> ModuleType:
@@ -57,11 +69,8 @@ def report(
         raise typer.BadParameter("--out and --png are for one run; leave them out, or give one run.")
     for run in runs:
         page = out or run
-        try:
+        with _errors_told():
             typer.echo(write_report(run, page / "smartfrz_report.html" if page.is_dir() else page, plain, png))
-        except (ImportError, OSError, ValueError) as error:
-            typer.echo(f"{error}", err=True)
-            raise typer.Exit(1) from error
 
 
 @app.command()
@@ -116,7 +125,7 @@ def estimate(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
+    with _errors_told():
         config = SmartFRZConfig(operating_point=operating_point, target_saving=target_saving)
         with tempfile.TemporaryDirectory() as folder:
             trainer, rows = task_trainer(
@@ -135,9 +144,6 @@ def estimate(
                 bf16=bf16,
             )
             typer.echo(estimate(trainer, config, seconds=seconds, rows=rows))
-    except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"{error}", err=True)
-        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -292,11 +298,8 @@ def push(
     """Upload a predictor with its model card to the Hub, with the token of `hf auth login` or HF_TOKEN."""
     from .predictor import push_predictor
 
-    try:
+    with _errors_told():
         typer.echo(push_predictor(predictor, repo, private, revision, message=message))
-    except (OSError, ValueError) as error:
-        typer.echo(f"{error}", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from .distributed.consensus import Ranks
 from .distributed.fsdp import is_sharded
 from .freezing.adalora import leave_frozen_ranks
 from .freezing.compile import is_compiled
-from .freezing.steps import follow_steps, is_skipped
+from .freezing.steps import around_steps, follow_steps
 from .front import Front
 from .model.tracing import Inputs
 from .model.units import find_blocks
@@ -138,8 +138,7 @@ class FreezingRun:
         self.policy.reset()
         self._optimizer_stepped = False
         self._hooks = [
-            self._optimizer.register_step_pre_hook(self._before_optimizer_step),
-            self._optimizer.register_step_post_hook(self._after_optimizer_step),
+            *around_steps(self._optimizer, self._before_update, self._after_update),
             *follow_steps(
                 self.policy, self.stack, self._optimizer, lambda: (self.steps_done, total_steps, self.depth)
             ),
@@ -295,16 +294,12 @@ class FreezingRun:
             self.front.freeze(frozen)
         self.front.update_ledger(self.ledger)
 
-    def _before_optimizer_step(self, *_) -> None:
+    def _before_update(self) -> None:
         self._restored = {}
-        if is_skipped(self._optimizer):
-            return
         self.front.before_update()
         self.observer.before_update(self.steps_done)
 
-    def _after_optimizer_step(self, *_) -> None:
-        if is_skipped(self._optimizer):
-            return
+    def _after_update(self) -> None:
         self._optimizer_stepped = True
         self.front.after_update()
         self.front.update_ledger(self.ledger)

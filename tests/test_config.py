@@ -69,6 +69,11 @@ def test_saves_and_loads(tmp_path, caplog):
     assert sum("of_tomorrow" in record.message for record in caplog.records) == 1
 
 
+def test_a_folder_without_a_configuration_is_told(tmp_path):
+    with pytest.raises(OSError, match="has no smartfrz_config.json"):
+        SmartFRZConfig.from_pretrained(tmp_path)
+
+
 def test_needs_no_torch():
     code = (
         "import sys, importlib.util, types; "

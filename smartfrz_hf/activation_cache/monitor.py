@@ -68,7 +68,7 @@ class CacheMonitor:
         if self._losses < 2:
             return None
         if hits < rows / 2:
-            return f"looking rows up takes longer than it saves, as only {hits} of {rows} rows are in it"
+            return f"looking rows up takes longer than it saves: only {hits} of {rows} rows were in the cache"
         return "looking activations up takes longer than computing them"
 
     def _open_window(self) -> None:

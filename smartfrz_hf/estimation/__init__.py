@@ -51,6 +51,7 @@ def estimate(
         [`Estimate`]
 
     Raises:
+        TypeError: `trainer` is no Trainer.
         ValueError: the training cannot be measured, or SmartFRZ does not work with it; the message says why.
         OSError: the predictor's files are missing or damaged.
 
@@ -64,7 +65,7 @@ def estimate(
     ```
     """
     if not isinstance(trainer, Trainer):
-        raise ValueError(f"`trainer` is a {type(trainer).__name__}. Pass the Trainer itself, ready to train.")
+        raise TypeError(f"`trainer` is a {type(trainer).__name__}; it must be a `transformers.Trainer`.")
     policy: Policy | None = None
     if config is None and predictor is None:
         callbacks = (c for c in trainer.callback_handler.callbacks if isinstance(c, SmartFRZCallback))

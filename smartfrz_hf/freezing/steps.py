@@ -1,9 +1,10 @@
-"""What a policy does around each optimizer step: look at gradients, and set the learning rates of units."""
+"""What is done around each optimizer step: a policy looks at gradients, and sets the learning rates of units."""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..model.units import BlockStack
 from ..policies import Policy
@@ -30,29 +31,35 @@ def follow_steps(
     """
     handles: list[Any] = []
     if type(policy).before_update is not Policy.before_update:
-
-        def look(*_: Any) -> None:
-            if not is_skipped(optimizer):
-                policy.before_update(BeforeUpdate(*now(), stack))
-
-        handles.append(optimizer.register_step_pre_hook(look))
+        handles += around_steps(optimizer, lambda: policy.before_update(BeforeUpdate(*now(), stack)))
     if type(policy).rate_factors is not Policy.rate_factors:
         rates = _UnitRates(policy, stack, optimizer, now)
-        handles += [
-            optimizer.register_step_pre_hook(rates.split),
-            optimizer.register_step_post_hook(rates.join),
-            rates,
-        ]
+        handles += [*around_steps(optimizer, rates.split, rates.join), rates]
     return handles
 
 
-def is_skipped(optimizer: Optimizer) -> bool:
+def around_steps(
+    optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None] = lambda: None
+) -> list[RemovableHandle]:
     """
-    Whether the step that is being taken changes nothing, as the loss scaler of fp16 has found gradients that are not finite. It
-    still calls the step of a fused optimizer, and not that of others.
+    Call something before and after each optimizer step that changes weights.
+
+    A loss scaler of fp16 that has found gradients that are not finite does not call `step`, but for a fused optimizer, which then
+    leaves the weights as they are. So such steps are left out here, too.
     """
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
+
+    def unless_skipped(call: Callable[[], None]) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            found = getattr(optimizer, "found_inf", None)
+            if found is None or not bool(found):
+                call()
+
+        return hook
+
+    return [
+        optimizer.register_step_pre_hook(unless_skipped(before)),
+        optimizer.register_step_post_hook(unless_skipped(after)),
+    ]
 
 
 class _UnitRates:
@@ -66,7 +73,8 @@ class _UnitRates:
         self._whole: list[dict[str, Any]] = []
         self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
-    def split(self, *_: Any) -> None:
+    def split(self) -> None:
+        """To be called before a step."""
         self.join()  # after a step that was interrupted
         self._whole = self._optimizer.param_groups
         step, max_steps = self._now()[:2]
@@ -74,16 +82,15 @@ class _UnitRates:
         self._parts = [(group, part) for group in self._whole for part in _by_unit(group, self._unit_of, factors)]
         self._optimizer.param_groups = [part for _, part in self._parts]
 
-    def join(self, *_: Any) -> None:
+    def join(self) -> None:
+        """To be called after a step."""
         for group, part in self._parts:  # some optimizers keep numbers of their own in the groups
             group.update({key: value for key, value in part.items() if key not in ("params", "lr")})
         if self._parts:
             self._optimizer.param_groups = self._whole
         self._parts = []
 
-    def remove(self) -> None:
-        """As the hooks are removed."""
-        self.join()
+    remove = join  # as the hooks are removed: the last step may have been interrupted
 
 
 def _by_unit(group: dict[str, Any], unit_of: dict[Any, int], factors: list[float]) -> list[dict[str, Any]]:

@@ -75,11 +75,8 @@ class AutoFreezePolicy(Policy):
     def state_dict(self) -> dict[str, Any]:
         """`"norms"` of the last interval by unit, or `None`, and `"sums"`: `{"unit": int, "sum": torch.Tensor}` by name."""
         whole = not any(hasattr(total, "to_local") for total in self._sums.values())
-        sums = (
-            {name: {"unit": self._units[name], "sum": total.clone()} for name, total in self._sums.items()}
-            if whole
-            else {}
-        )
+        kept = self._sums if whole else {}
+        sums = {name: {"unit": self._units[name], "sum": total.clone()} for name, total in kept.items()}
         return {"norms": self._norms, "sums": sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -189,7 +189,7 @@ class Fresh(Dataset):
 
 def test_turns_itself_off_when_no_row_comes_again(tmp_path):
     trainer = run(tmp_path, True, dataset=Fresh(), policy="static", eval_strategy="no")
-    assert "rows are in it" in trainer.ledger.cache.off
+    assert "rows were in the cache" in trainer.ledger.cache.off
     assert "forward" not in trainer.model.bert.__dict__
 
 

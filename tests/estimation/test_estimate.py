@@ -68,6 +68,11 @@ def assert_equal(before, after):
         assert before == after or before is after
 
 
+def test_a_model_is_no_trainer():
+    with pytest.raises(TypeError, match="`trainer` is a BertForSequenceClassification"):
+        estimate(build("bert"))
+
+
 def test_everything_is_put_back(tmp_path):
     model = build("bert")
     model.bert.embeddings.requires_grad_(False)
