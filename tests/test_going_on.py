@@ -13,7 +13,7 @@ from training import Rows, train
 from transformers import TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 
 from smartfrz_hf import Decision, FreezingRun, Policy, SmartFRZCallback, SmartFRZConfig, SmartFRZTrainer
-from smartfrz_hf.checkpoint import load_state
+from smartfrz_hf.checkpoint import STATE_FILE, load_state, save_state
 from smartfrz_hf.policies import AutoFreezePolicy, EgeriaPolicy, FreezeOutPolicy, GradESPolicy, SelfCKAPolicy
 
 STEPS = 60
@@ -48,35 +48,45 @@ class HeadFirst(Policy):
 
 @pytest.mark.parametrize(
     ("policy", "config", "stop"),
-    [(None, FROM_THE_START, 25), (HeadFirst, {"activation_cache": False}, 30), (AutoFreezePolicy, {}, 11)],
+    [
+        (None, FROM_THE_START, 2),  # in the pilot
+        (None, FROM_THE_START, 25),
+        (HeadFirst, {}, 30),
+        (AutoFreezePolicy, {}, 11),
+    ],
 )
-def test_a_loop_goes_on_from_one_state_as_often_as_you_like(policy, config, stop):
+def test_a_loop_goes_on_from_one_state_as_often_as_you_like(tmp_path, policy, config, stop):
     """Its learning rate was lowered by hand, it has no scheduler, and the state stays in memory."""
 
-    def go(first, last, state=None, parts=None):
+    def go(saved=None):
         model = build("bert")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        if parts is not None:
-            model.load_state_dict(parts[0])
-            optimizer.load_state_dict(copy.deepcopy(parts[1]))
+        first = 0 if saved is None else stop
+        if saved is not None:
+            model.load_state_dict(saved[1])
+            optimizer.load_state_dict(copy.deepcopy(saved[2]))
         options = SmartFRZConfig(**{"activation_cache": False} | config)
         with FreezingRun(model, optimizer, STEPS, options, policy=policy and policy()) as run:
-            if state is not None:
-                run.load_state_dict(state)
-            for number in range(first, last):
+            if saved is not None:
+                run.load_state_dict(saved[0])
+            for number in range(first, STEPS):
+                if number == stop and saved is None:
+                    saved = run.state_dict(), *copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+                    save_state(saved[0], tmp_path / "then")
                 if number == 15:
                     optimizer.param_groups[0]["lr"] *= 0.1
                 torch.manual_seed(number)
                 step(model, optimizer, run)
-            copies = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
-            return run.state_dict(), copies, run.ledger
+        return saved, model.state_dict(), run.ledger
 
-    _, (whole, _), ledger = go(0, STEPS)
-    state, parts, _ = go(0, stop)
+    saved, whole, ledger = go()
     for _ in range(2):
-        _, (weights, _), resumed = go(stop, STEPS, state, parts)
+        _, weights, resumed = go(saved)
         assert stages(resumed) == stages(ledger) != []
         assert all(torch.equal(value, weights[key]) for key, value in whole.items())
+    save_state(saved[0], tmp_path / "now")
+    then, now = ((tmp_path / folder / STATE_FILE).read_text() for folder in ("then", "now"))
+    assert then == now, "it has changed with the run"  # the file has a digest of all tensors
 
 
 @pytest.mark.parametrize(
@@ -90,12 +100,13 @@ def test_a_loop_goes_on_from_one_state_as_often_as_you_like(policy, config, stop
     ids=lambda policy: type(policy).__name__,
 )
 def test_a_policy_serves_one_run_after_the_other(policy):
-    found = []
+    found, fresh = [], policy.state_dict()
     for _ in range(2):
         model = build("bert")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         scheduler = get_linear_schedule_with_warmup(optimizer, 2, STEPS)
         with FreezingRun(model, optimizer, STEPS, lr_scheduler=scheduler, policy=policy) as run:
+            assert policy.state_dict() == fresh
             for number in range(STEPS):
                 torch.manual_seed(number)
                 step(model, optimizer, run, scheduler)
