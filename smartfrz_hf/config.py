@@ -47,9 +47,9 @@ class SmartFRZConfig:
     Parameters that control the decision:
         policy (`str`, *optional*, defaults to `"smartfrz"`):
             What decides: `"smartfrz"` (the predictor), `"static"` (a fixed number of units from the start), `"linear"`
-            (a number that grows evenly, as in Composer's layer freezing), `"never"`, a rule of another paper with its
-            published settings (`"autofreeze"`, `"egeria"`, `"freezeout"`, `"grades"`, `"self_cka"`), `"random"`, or a name
-            that was given to [`register_policy`].
+            (a number that grows evenly, as in Composer's layer freezing), `"never"`, a rule of another paper, with its
+            published settings where they are known (`"autofreeze"`, `"egeria"`, `"freezeout"`, `"grades"`, `"self_cka"`),
+            `"random"`, or a name that was given to [`register_policy`].
         order (`str`, *optional*, defaults to `"front"`):
             Which units may freeze: `"front"`, those in front of all that train, or `"independent"`, any, one by one, as in the
             paper. A unit that is frozen behind one that trains saves its weight gradients and its optimizer steps only: the

@@ -119,7 +119,6 @@ class Ours(Method):
             self.config,
             lr_scheduler=scheduler,
             steps_per_epoch=ROWS // BATCH,
-            examples_per_step=BATCH,
         )
         self.run.begin(first_step)
         self.ends: list[tuple[int, float]] = []

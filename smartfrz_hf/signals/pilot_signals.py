@@ -7,7 +7,7 @@ import torch
 MAX_RATE_FACTOR = 4.0
 REACH_SHARE = 0.1
 # How far a step may move the weights, relative to them, at a rate that is raised because fewer units train. Where a step moves them
-# by 0.0003 to 0.0004 (SmolLM2, MiniLM), a rate 1.6 to 1.75 times as high is as good or better; at 0.0008 to 0.0012 (BERT) full training
+# by 0.0003 to 0.0005 (SmolLM2, MiniLM), a rate 1.6 to 1.75 times as high is as good or better; at 0.0008 to 0.0011 (BERT) full training
 # at 1.5 times its rate loses accuracy, and one of eight runs at 1.6 times stalled.
 MOST_MOTION = 0.001
 LEAST_AGREEMENT = -0.1  # over four steps, runs that learn have had -0.05 by chance
