@@ -76,8 +76,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def result(points, seconds=10.0, flops=100.0, share=None, peak=200):
-    cost = {"training": seconds, "overhead": 0.0, "evaluation": 0.0, "loading": 0.0}
+def result(points, seconds=10.0, flops=100.0, share=None, peak=200, evaluation=1.0):
+    cost = {"training": seconds, "overhead": 0.0, "evaluation": evaluation, "loading": 0.0}
     return {
         "evaluations": [{"step": 1, "points": 0.0}, {"step": 2, "points": points, "loss": 1 - points / 100}],
         "seconds": {"wall": cost, "processor": cost},
@@ -178,6 +178,21 @@ def test_the_report_has_the_paired_ratios_and_the_best_fixed_schedule(folder):
     assert (folder / "report" / "charts" / "dots.png").stat().st_size > 5000
     assert report.family("smartfrz-lora-8") == "smartfrz-lora" and report.family("linear-0-50") == "linear"
     assert report.family("grades-by-unit-tuned") == "grades-by-unit"
+
+
+def test_times_of_another_machine_are_marked(folder):
+    report, plan = module("report"), module("plan").Plan.read(folder / "plan")
+    names = {"full.1": 1.0, "full.2": 1.0, "static-50.1": 1.4, "static-50.2": 1.0, "full-50.1": 0.9, "full-50.2": 0.5}
+    write(folder, {f"dots/{name}": result(90.0, evaluation=seconds) for name, seconds in names.items()})
+    report.make(plan, folder / "out", folder / "report")
+    text = (folder / "report" / "report.md").read_text()
+    times = {
+        line.split("|")[1].strip(): line.split("|")[7:9]
+        for line in text.split("## dots")[1].splitlines()
+        if "| 90.00" in line
+    }
+    assert times["full-50"] == [" ~1.00 "] * 2
+    assert times["static-50"] == times["full"] == [" 1.00 "] * 2
 
 
 def test_results_of_other_runs_and_damaged_ones_are_refused(folder):

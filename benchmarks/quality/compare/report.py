@@ -22,6 +22,7 @@ from benchmarks.utils import markdown_table
 
 FULL, OURS, HINDSIGHT = "full", "smartfrz", "hindsight"
 RULES = ("autofreeze", "egeria", "freezeout", "grades", "grades-by-unit", "linear", "self_cka")
+SAME_SPEED = 1.6  # evaluations of two runs differ less in time, even with LoRA and on a busy machine
 SUFFIX = re.compile(r"-(tuned|conservative|balanced|aggressive|\d+)$")
 
 
@@ -38,6 +39,7 @@ class Row:
         compute, seconds, wall (`float`): FLOPs, processor and wall seconds of training as mean ratios to full training's.
         memory (`float`, *optional*): bytes that training adds, as a ratio to what full training adds.
         frozen (`float`, *optional*): mean fraction of the units that is frozen.
+        side_by_side (`bool`): whether its evaluations took about as long as those of full training, so that the seconds compare.
         runs (`dict[int, dict[str, float]]`): by seed, points `lost`, `loss`, `compute` and `seconds`.
     """
 
@@ -51,6 +53,7 @@ class Row:
     wall: float
     memory: float | None
     frozen: float | None
+    side_by_side: bool
     runs: dict[int, dict[str, float]]
 
     @property
@@ -115,6 +118,7 @@ def rows(results: dict[str, dict[int, Result]]) -> list[Row]:
                 wall=mean(_training(run, "wall") / _training(other, "wall") for run, other in pairs),
                 memory=_ratio([(_added(run), _added(other)) for run, other in pairs]),
                 frozen=mean(shares) if shares else None,
+                side_by_side=all(_equally_fast(*pair) for pair in pairs),
                 runs={
                     seed: {
                         "lost": points(other) - points(run),
@@ -131,6 +135,12 @@ def rows(results: dict[str, dict[int, Result]]) -> list[Row]:
 
 def _training(result: Result, kind: str) -> float:
     return max(result["seconds"][kind]["training"], 1e-9)
+
+
+def _equally_fast(run: Result, other: Result) -> bool:
+    """Whether two runs were made on equally fast machines: they evaluate the same model on the same rows."""
+    one, two = (max(result["seconds"]["processor"]["evaluation"], 1e-9) for result in (run, other))
+    return 1 / SAME_SPEED < one / two < SAME_SPEED
 
 
 def hindsight(plan: Plan, found: list[Row]) -> Row | None:
@@ -167,6 +177,8 @@ def table(found: list[Row]) -> str:
         added = f"{row.loss:+.3f}" if row.arm != FULL else ""
         name = f"**{row.arm}**" if row.ours else row.arm
         numbers = [number(value) for value in (row.compute, row.seconds, row.wall, row.memory, row.frozen)]
+        if not row.side_by_side:
+            numbers[1:3] = [f"~{value}" for value in numbers[1:3]]
         equal = "yes" if row.equal else "no" if row.seeds > 1 else "one seed"
         body.append(
             [
@@ -327,7 +339,8 @@ def make(plan: Plan, out: Path, report: Path) -> None:
 INTRODUCTION = f"""Written by `make bench-report` from the files in `results/`; never edited by hand. Costs are means over seeds of ratios to full
 training with the same seed: FLOPs, processor seconds and wall seconds of training without evaluations. Points are accuracy in
 percent, 100 times Spearman's correlation, or -100 times the loss of a language model. `loss added` is the held-out loss, less that of
-full training. `points lost` has a {LEVEL:.0%} bootstrap
+full training. A time with `~` does not compare: evaluations took much longer or shorter than those of full training, so the runs
+come from different machines, or one was busier. `points lost` has a {LEVEL:.0%} bootstrap
 interval over seeds; with three seeds it is their range, and holds the true mean in about three cases of four. Accuracy counts as equal if the mean lost is below {MEAN_LOST} and the interval ends below {MOST_LOST}. `fewer steps`
 is what full training with so few steps loses that it costs as much, by straight lines between the lengths that were run.
 `hindsight` is the best fixed schedule, chosen after all were run."""
