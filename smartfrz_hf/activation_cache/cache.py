@@ -49,7 +49,7 @@ class ActivationCache:
         store ([`ActivationStore`]): where activations are kept; closed with the cache.
         meter ([`ComputeMeter`], *optional*): told what did not run.
         total_steps (`float`, *optional*): optimizer steps of the run. Without it, nothing is judged.
-        steps_per_epoch (`float`, *optional*): optimizer steps in one pass over the data. A quarter of the run when not known.
+        steps_per_epoch (`float`, *optional*): optimizer steps in one pass over the data, if known.
         weights ([`FrozenWeights`], *optional*): offloaded while all rows that come are found.
         ranks (`int`, *optional*, defaults to `1`): processes that share the rows of an epoch.
 
@@ -74,8 +74,7 @@ class ActivationCache:
         self._closed = False
         self._enter(entry_of(stack), weights)
         self._padding = PaddingWatch()
-        # How long a pass over an iterable dataset is, nobody knows; a quarter of the run is time enough for rows to come again.
-        self._monitor = CacheMonitor(total_steps, total_steps / 4 if steps_per_epoch is None else steps_per_epoch)
+        self._monitor = CacheMonitor(total_steps, steps_per_epoch)
         self.checks = SpotChecks(self.savings, store.dtype)
         self._reasons: Counter[str] = Counter()
         self._pending: tuple[Call, int, torch.Tensor] | None = None

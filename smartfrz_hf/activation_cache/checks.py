@@ -1,8 +1,9 @@
 """Checks of what is about to be served."""
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
+from statistics import median
 from time import perf_counter
 
 import torch
@@ -16,6 +17,7 @@ from .rows import Span, cut
 # Batches that are computed and compared: the first ones of each kind after each growth, then one in so many. All but the very
 # first after a growth wait until they fit into this share of the time.
 FIRST_CHECKS, CHECK_EVERY, CHECK_TIME = 2, 100, 0.01
+TIMES = 25  # of the front that are remembered: one slow moment of a busy machine is not what it takes
 KINDS = 3  # of batches at one depth, as a rule: all rows found, some, and some at another depth
 
 
@@ -32,25 +34,28 @@ class SpotChecks:
         kept_as (`str`): format in which rows are kept.
 
     Attributes:
-        row_seconds (`float`, *optional*): what the front takes for a row, a running mean.
+        row_seconds (`float`, *optional*): what the front takes for a row, the median of the last batches.
     """
 
     def __init__(self, savings: CacheSavings, kept_as: str):
         self.savings, self.kept_as = savings, kept_as
-        self.row_seconds: float | None = None
+        self._times: deque[float] = deque(maxlen=TIMES)
         self._done: Counter[tuple] = Counter()
         self._served, self._random = 0, random.Random(0)
         self._began = self._last = perf_counter()
 
+    @property
+    def row_seconds(self) -> float | None:
+        return median(self._times) if self._times else None
+
     def start(self) -> None:
         """Begin anew, at another depth."""
         self._done.clear()
-        self.row_seconds = None
+        self._times.clear()
 
     def time_rows(self, seconds: float, rows: int) -> None:
         """Note what the front has taken for some rows."""
-        last, now = self.row_seconds, seconds / rows
-        self.row_seconds = now if last is None else 0.8 * last + 0.2 * now
+        self._times.append(seconds / rows)
 
     def are_finite(self, values: Iterable[torch.Tensor]) -> bool:
         """Whether all elements of some activations are finite. The time is counted."""

@@ -9,11 +9,15 @@ class CacheMonitor:
 
     Args:
         total_steps (`float`): optimizer steps of the run.
-        steps_per_epoch (`float`): optimizer steps in one pass over the data.
+        steps_per_epoch (`float`, *optional*):
+            Optimizer steps in one pass over the data. Where it is not known, a quarter of the run is time enough for rows to come
+            again, and any epoch may have another one behind it.
     """
 
-    def __init__(self, total_steps: float, steps_per_epoch: float):
-        self.total_steps, self.steps_per_epoch = total_steps, max(1.0, steps_per_epoch)
+    def __init__(self, total_steps: float, steps_per_epoch: float | None):
+        self.total_steps = total_steps
+        self._counts_epochs = steps_per_epoch is not None
+        self.steps_per_epoch = max(1.0, total_steps / 4 if steps_per_epoch is None else steps_per_epoch)
         self.step = self.rows = self.hits = 0
         self._losses, self._judge_at = 0, float("inf")
         self._begun = False
@@ -26,9 +30,9 @@ class CacheMonitor:
 
     @property
     def last_epoch(self) -> bool:
-        """Whether no training row comes again."""
+        """Whether no training row comes again, as far as is known."""
         epochs = -(-self.total_steps // self.steps_per_epoch)
-        return self.step >= (epochs - 1) * self.steps_per_epoch
+        return self._counts_epochs and self.step >= (epochs - 1) * self.steps_per_epoch
 
     def start(self) -> None:
         """Begin anew, at another depth. The first pass over the data is not judged: no row has come before."""
