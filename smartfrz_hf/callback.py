@@ -4,11 +4,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ._compat import resumed_checkpoint
+from ._compat import calling_handler, resumed_checkpoint
 from .checkpoint import load_renamed, load_run, save_state
 from .checks import check_only_callback, check_restart, check_stack, check_trainer
 from .config import SmartFRZConfig
@@ -66,14 +66,14 @@ class SmartFRZCallback(TrainerCallback):
         self.run: FreezingRun | None = None
         self.trainer: Trainer | None = None
         self.resume_from: str | None = None
-        self._reporter = Reporter(self.config)
+        self._reporter = Reporter()
         self._saved_step = -1
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Refuse what cannot work before any time is spent."""
         args, model = _of_body(args, model, kwargs)
+        self._check(args, model)
         self._reporter.attach()
-        self._check(args, control, model)
         with suppress(NoOrderError):  # the first rows of the training data may show the order
             check_stack(find_blocks(model, self.config.blocks, self.config.stem))
 
@@ -84,7 +84,7 @@ class SmartFRZCallback(TrainerCallback):
         args, model = _of_body(args, model, kwargs)
         if self.run is not None and self.run.active and self.trainer is None:
             check_restart(args, self.run.frozen_units)
-        self._check(args, control, model)
+        self._check(args, model)
         epochs = state.num_train_epochs
         self.run = FreezingRun(
             model if self.trainer is None else self.trainer.model_wrapped,
@@ -160,8 +160,10 @@ class SmartFRZCallback(TrainerCallback):
         if not state.is_hyper_param_search:
             self.save(_checkpoint(args, state), args.should_save)
 
-    def _check(self, args: TrainingArguments, control: TrainerControl, model: Any) -> None:
-        check_only_callback(control, self)
+    def _check(self, args: TrainingArguments, model: Any) -> None:
+        handler = calling_handler()
+        if handler is not None:
+            check_only_callback(sum(isinstance(callback, SmartFRZCallback) for callback in handler.callbacks))
         check_trainer(args, model, self.config, with_mixin=self.trainer is not None)
         interrupted = FreezingRun.of(unwrap_model(model))
         if interrupted is not None:

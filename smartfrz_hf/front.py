@@ -66,7 +66,12 @@ class Front:
         self.rate = RateFactor(getattr(optimizer, "optimizer", optimizer))  # inside Accelerate's wrapper
         self._graphs = GraphLimits(compiled)
         self._cache_options = (total_steps, steps_per_epoch, compiled)
-        self.cache = self._make_cache()
+        self.cache: ActivationCache | None = None
+        try:
+            self.cache = self._make_cache()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def depth(self) -> int:

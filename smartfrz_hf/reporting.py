@@ -30,13 +30,9 @@ class Reporter(TrainerCallback):
     Shows in a Trainer what a run freezes. Made and told by [`SmartFRZCallback`].
 
     It puts itself in front of the Trainer's other callbacks, so that trackers log the figures of [`Ledger.logs`], too.
-
-    Args:
-        config ([`SmartFRZConfig`]): of the runs.
     """
 
-    def __init__(self, config: SmartFRZConfig):
-        self.config = config
+    def __init__(self) -> None:
         self.run: FreezingRun | None = None
         self._handler: CallbackHandler | None = None
         self._shown = -1
@@ -45,8 +41,8 @@ class Reporter(TrainerCallback):
         """Take a place in front of the callbacks of the Trainer that is calling now."""
         handler = calling_handler()
         if handler is not None and self not in handler.callbacks:
-            # A new list: the Trainer is going through the old one.
-            handler.callbacks = [self, *handler.callbacks]
+            # A new list: the Trainer is going through the old one. Another reporter is that of a callback that was removed.
+            handler.callbacks = [self, *(one for one in handler.callbacks if not isinstance(one, Reporter))]
         self._handler = handler
 
     def begin(self, state: TrainerState, run: FreezingRun) -> None:
@@ -55,11 +51,11 @@ class Reporter(TrainerCallback):
         self.run, self._shown = run, -1
         trainer = calling_trainer()
         if trainer is not None:
-            after_model_card(trainer, lambda card: add_to_model_card(card, run.ledger, self.config))
+            after_model_card(trainer, lambda card: add_to_model_card(card, run.ledger, run.configuration))
         if state.is_world_process_zero:
             _say(opening_line(run))
             for callback in [] if self._handler is None else self._handler.callbacks:
-                share_configuration(self.config, callback)
+                share_configuration(run.configuration, callback)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Add the figures of the ledger to training logs, before any tracker sees them, and to `log_history`."""
@@ -85,6 +81,7 @@ class Reporter(TrainerCallback):
             _say(closing_line(self.run.ledger, state.global_step))
         if hasattr(model, "add_model_tags") and TAG not in (getattr(model, "model_tags", None) or []):
             model.add_model_tags([TAG])
+        self.run = None
 
 
 def _say(line: str) -> None:
@@ -132,17 +129,17 @@ def closing_line(ledger: Ledger, steps: int) -> str:
     return f"{line}."
 
 
-def share_configuration(config: SmartFRZConfig, callback: TrainerCallback) -> None:
+def share_configuration(config: dict[str, Any], callback: TrainerCallback) -> None:
     """
     Give the configuration to a tracker: to the `config` of W&B and Trackio, the parameters of MLflow, the texts of
     TensorBoard. Does nothing for other callbacks. A tracker that refuses it is worth a warning only.
 
     Args:
-        config ([`SmartFRZConfig`]): of the run.
+        config (`dict`): of the run, [`FreezingRun.configuration`].
         callback ([`~transformers.TrainerCallback`]): any callback of the Trainer, after its `on_train_begin`.
     """
     names = {cls.__name__ for cls in type(callback).__mro__}
-    values = {f"smartfrz/{name}": value for name, value in config.to_dict().items()}
+    values = {f"smartfrz/{name}": value for name, value in config.items()}
     try:
         if "WandbCallback" in names and (wandb := sys.modules.get("wandb")) and wandb.run is not None:
             wandb.config.update(values, allow_val_change=True)
@@ -158,13 +155,14 @@ def share_configuration(config: SmartFRZConfig, callback: TrainerCallback) -> No
         )
 
 
-def model_card_section(ledger: Ledger, config: SmartFRZConfig, picture: str | None = None) -> str:
+def model_card_section(ledger: Ledger, config: SmartFRZConfig | dict[str, Any], picture: str | None = None) -> str:
     """
     A section for a model card: what froze when, and what it saved.
 
     Args:
         ledger ([`Ledger`]): of the run.
-        config ([`SmartFRZConfig`]): of the run; options that are not the default ones are listed.
+        config ([`SmartFRZConfig`] or `dict`): of the run, or its [`FreezingRun.configuration`]; options that are not the default
+            ones are listed.
         picture (`str`, *optional*): path of the timeline, relative to the card.
 
     Returns:
@@ -176,7 +174,8 @@ def model_card_section(ledger: Ledger, config: SmartFRZConfig, picture: str | No
         for unit in (*ledger.units, HEAD)
     ]
     defaults = SmartFRZConfig().to_dict()
-    options = [f"`{name}={value!r}`" for name, value in config.to_dict().items() if value != defaults[name]]
+    values = config if isinstance(config, dict) else config.to_dict()
+    options = [f"`{name}={value!r}`" for name, value in values.items() if value != defaults[name]]
     lines = [
         "<!-- smartfrz -->",
         "## Layer freezing",
@@ -194,7 +193,7 @@ def model_card_section(ledger: Ledger, config: SmartFRZConfig, picture: str | No
     return "\n".join(lines)
 
 
-def add_to_model_card(path: str | os.PathLike, ledger: Ledger, config: SmartFRZConfig) -> None:
+def add_to_model_card(path: str | os.PathLike, ledger: Ledger, config: SmartFRZConfig | dict[str, Any]) -> None:
     """
     Add the tag `smartfrz` and a section on freezing to a model card, in place of the section of an earlier run. With
     matplotlib, a picture of the timeline is written beside it.
@@ -202,7 +201,7 @@ def add_to_model_card(path: str | os.PathLike, ledger: Ledger, config: SmartFRZC
     Args:
         path (`str`): Markdown file of the card, such as the `README.md` that `Trainer.create_model_card` writes.
         ledger ([`Ledger`]): of the run.
-        config ([`SmartFRZConfig`]): of the run.
+        config ([`SmartFRZConfig`] or `dict`): of the run, or its [`FreezingRun.configuration`].
 
     Raises:
         FileNotFoundError: there is no card.

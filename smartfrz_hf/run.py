@@ -1,7 +1,7 @@
 """One run: what is observed, decided, frozen and accounted for, whatever loop trains the model."""
 
 import weakref
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ from .freezing.steps import around_steps, follow_steps
 from .front import Front
 from .model.tracing import Inputs
 from .model.units import find_blocks
-from .policies import Policy, resolve
+from .policies import Policy, policy_name, resolve
 from .predictor import SmartFRZPredictor
 from .signals.observer import Observer
 from .signals.pilot import pilot_steps
@@ -58,6 +58,7 @@ class FreezingRun:
 
     Attributes:
         ledger ([`Ledger`]): what froze when and why, and what it saved.
+        configuration (`dict`): all options, with the class of a policy that was passed as an instance.
         depth (`int`): frozen units of the front now.
         steps_done (`int`): optimizer steps so far.
         should_stop (`bool`): whether nothing is left to train and `when_all_frozen="stop"` asks to stop then.
@@ -99,6 +100,7 @@ class FreezingRun:
     ):
         config, self.policy = resolve(config, predictor, policy)
         self.config = config
+        self.configuration = config.to_dict() | {"policy": policy_name(config, self.policy)}
         self.stack = find_blocks(model, config.blocks, config.stem, inputs)
         if self.stack.problem:
             logger.warning(self.stack.problem)
@@ -110,39 +112,47 @@ class FreezingRun:
         self._begun = False
         between_stages = config.steps("decide_every", total_steps)
         self.rates = LearningRates.planned(lr_scheduler, total_steps)
-        self.ranks = Ranks(timeout)
-        compiled = is_compiled(model) if compiled is None else compiled
-        self.front = Front(model, self.stack, optimizer, config, self.ranks, total_steps, steps_per_epoch, compiled)
-        self._patches = leave_frozen_ranks(model, lambda: self.front.freezer.frozen_adapters)
-        sizes = self.front.meter.unit_parameters
-        self.ledger = Ledger(self.stack.names, sizes, total_steps, trainable_parameters=sum(sizes.values()))
-        self.front.update_ledger(self.ledger)
-        self.observer = Observer(
-            self.stack,
-            self.policy.history_size,
-            config.steps("record_every", total_steps),
-            config.sampling_seed,
-            config.probe_examples if self.policy.front_probe else 0,
-            self.policy.min_probe_examples,
-            lambda rows: between_stages * batches_per_step * rows,
-            pilot_steps(self.policy.pilot, total_steps),
-            self.front.beside_training,
-            self.front.meter.add_forward,
-        )
-        self._stages = StageRunner(
-            config, self.policy, self.front, self.observer, self.rates, self.ranks, self.ledger, total_steps
-        )
+        self.policy.reset()
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
+        self._optimizer_stepped = False
         self._last_state: dict[str, Any] | None = None
         self._restored: dict[Any, Any] = {}  # the optimizer's state before the first step
-        self.policy.reset()
-        self._optimizer_stepped = False
-        self._hooks = [
-            *around_steps(self._optimizer, self._before_update, self._after_update),
-            *follow_steps(
-                self.policy, self.stack, self._optimizer, lambda: (self.steps_done, total_steps, self.depth)
-            ),
-        ]
+        compiled = is_compiled(model) if compiled is None else compiled
+        with ExitStack() as undo:  # whatever fails here leaves nothing behind on the model
+            self.ranks = Ranks(timeout)
+            undo.callback(self.ranks.close)
+            self.front = Front(
+                model, self.stack, optimizer, config, self.ranks, total_steps, steps_per_epoch, compiled
+            )
+            undo.callback(self.front.close)
+            sizes = self.front.meter.unit_parameters
+            self.ledger = Ledger(self.stack.names, sizes, total_steps, trainable_parameters=sum(sizes.values()))
+            self.front.update_ledger(self.ledger)
+            self.observer = Observer(
+                self.stack,
+                self.policy.history_size,
+                config.steps("record_every", total_steps),
+                config.sampling_seed,
+                config.probe_examples if self.policy.front_probe else 0,
+                self.policy.min_probe_examples,
+                lambda rows: between_stages * batches_per_step * rows,
+                pilot_steps(self.policy.pilot, total_steps),
+                self.front.beside_training,
+                self.front.meter.add_forward,
+            )
+            undo.callback(self.observer.close)
+            self._stages = StageRunner(
+                config, self.policy, self.front, self.observer, self.rates, self.ranks, self.ledger, total_steps
+            )
+            for hook in (
+                *leave_frozen_ranks(model, lambda: self.front.freezer.frozen_adapters),
+                *around_steps(self._optimizer, self._before_update, self._after_update),
+                *follow_steps(
+                    self.policy, self.stack, self._optimizer, lambda: (self.steps_done, total_steps, self.depth)
+                ),
+            ):
+                undo.callback(hook.remove)
+            self._undo = undo.pop_all()
         self.active = True
         _active[self.stack.model] = weakref.ref(self)
 
@@ -230,11 +240,7 @@ class FreezingRun:
             with suppress(Exception):  # what failed may have no state
                 self._last_state = self.state_dict()
         self.active = False
-        for hook in [*self._hooks, *self._patches]:
-            hook.remove()
-        self.front.close()
-        self.observer.close()
-        self.ranks.close()
+        self._undo.close()
 
     def state_dict(self) -> dict[str, Any]:
         """
@@ -258,7 +264,7 @@ class FreezingRun:
             "units": self.stack.names,
             "depth": self.depth,
             "apart": sorted(self.front.freezer.apart),
-            "config": self.config.to_dict(),
+            "config": self.configuration,
             "ledger": self.ledger.state_dict(),
             "meter": self.front.meter.state_dict(),
             "policy": self.policy.state_dict(),
@@ -277,7 +283,7 @@ class FreezingRun:
         Raises:
             ValueError: it is of another model, or of another policy or history; the message says which.
         """
-        check_state(state, self.stack.names, self.observer.history_shape, self.config.to_dict())
+        check_state(state, self.stack.names, self.observer.history_shape, self.configuration)
         self._begun, self.steps_done = True, state["step"]
         if self.front.unfreeze():  # what froze as the run began has lost its state
             self._optimizer.state.update(self._restored)

@@ -294,6 +294,22 @@ def test_a_second_callback_that_comes_later_is_refused(tmp_path):
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
+def test_a_callback_can_be_replaced(tmp_path):
+    """Its place is free again, and its figures are no longer logged."""
+    first, second = (
+        SmartFRZCallback(policy="static", static_depth=3, first_decision=1),
+        SmartFRZCallback(policy="never"),
+    )
+    trainer = Trainer(build("bert"), arguments(tmp_path), train_dataset=Rows(), callbacks=[first])
+    trainer.train()
+    trainer.remove_callback(first)
+    trainer.train()
+    assert "freeze/depth" not in trainer.state.log_history[-1]
+    trainer.add_callback(second)
+    trainer.train()
+    assert trainer.state.log_history[-1]["freeze/depth"] == 0
+
+
 class Interrupt(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 8:

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from smartfrz_hf import Decision, FreezingRun, Policy, SmartFRZCallback, SmartFRZConfig
 from smartfrz_hf.checkpoint import load_state, save_state
+from smartfrz_hf.policies import AutoFreezePolicy, EgeriaPolicy
 
 STEPS = 20
 OPTIONS = {"record_every": 1, "freeze_threshold": 0.5, "first_decision": 5, "decide_every": 2}
@@ -270,3 +271,34 @@ def test_the_probe_takes_a_hundredth_of_the_time_whatever_a_row_is(rows):
         loop(model, optimizer, scheduler, DataLoader(Rows(40), batch_size=rows), run, 200)
         assert run.observer.probe.probe.ready == (rows == 4)
     assert 1 <= run.ledger.spent.total / run.ledger.full.total < 1.011
+
+
+def test_a_run_that_cannot_be_made_leaves_nothing_on_the_model(monkeypatch):
+    model = build("bert")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    monkeypatch.setattr("smartfrz_hf.front.make_cache", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        FreezingRun(model, optimizer, 10)
+    monkeypatch.undo()
+    monkeypatch.setattr("smartfrz_hf.run.StageRunner", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        FreezingRun(model, optimizer, 10)
+    monkeypatch.undo()
+    assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in vars(m) for m in model.modules())
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    with FreezingRun(model, optimizer, 10):
+        pass
+
+
+def test_a_policy_that_is_passed_is_named(tmp_path):
+    """Else a state of one rule would be loaded into another one, and trackers and the report would name the predictor."""
+    model = build("bert")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    with FreezingRun(model, optimizer, 10, policy=EgeriaPolicy()) as run:
+        save_state(run.state_dict(), tmp_path)
+    assert run.configuration["policy"] == "EgeriaPolicy"
+    with (
+        FreezingRun(model, optimizer, 10, policy=AutoFreezePolicy()) as run,
+        pytest.raises(ValueError, match="`policy` was 'EgeriaPolicy' and is 'AutoFreezePolicy' now"),
+    ):
+        run.load_state_dict(load_state(tmp_path))

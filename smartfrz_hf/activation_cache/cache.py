@@ -14,6 +14,7 @@ from ..cost.flops import ComputeMeter
 from ..cost.ledger import CacheSavings
 from ..freezing.compile import is_compiled
 from ..freezing.weights import FrozenWeights
+from ..model.generators import random_state, set_random_state
 from ..model.units import BlockStack
 from .calls import Call, name_rows, read_call
 from .checks import SpotChecks, WrongActivationError, time_of
@@ -26,7 +27,6 @@ from .proof import Kind, Verdict, Verdicts
 from .rows import Span, assemble, cut, left_out, plan
 from .state import FrontState
 from .store import ActivationStore
-from .trial import random_state, set_random_state
 
 logger = logging.get_logger(__name__)
 

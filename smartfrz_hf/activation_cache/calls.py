@@ -13,6 +13,7 @@ import torch
 NOT_READ = ("num_items_in_batch", "return_dict", "return_loss")
 # What they ask for comes from inside the front, so the front has to run.
 NEEDS_FULL_FORWARD = ("output_attentions", "output_hidden_states", "output_router_logits", "use_cache")
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -187,12 +188,11 @@ def _seeds(name: bytes) -> list[int]:
     return [int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8)]
 
 
-def _bits(value: torch.Tensor) -> torch.Tensor:
-    """The bits of each element as an integer."""
-    if not value.is_floating_point():
-        return value.long()
-    sizes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return value.contiguous().view(sizes[value.element_size()]).long()
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of each element as an integer of the same size; a complex one has two, in a last dimension more."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(INTEGERS[tensor.element_size()])
 
 
 def name_rows(
@@ -232,7 +232,7 @@ def name_rows(
         if not shifts_freely:
             hashes = hashes + starts * _factors("start", 1, device)
     for name, value in call.tensors.items():
-        bits = _bits(value)
+        bits = as_integers(value.detach()).long()
         if trimmed and call.is_aligned(name, value):
             shape = (*inside.shape, *[1] * (bits.ndim - 2))
             bits = bits.gather(1, order.view(shape).expand_as(bits)) * inside.view(shape)

@@ -32,9 +32,6 @@ class SpotChecks:
     Args:
         savings ([`CacheSavings`]): where rows and seconds are counted.
         kept_as (`str`): format in which rows are kept.
-
-    Attributes:
-        row_seconds (`float`, *optional*): what the front takes for a row, the median of the last batches.
     """
 
     def __init__(self, savings: CacheSavings, kept_as: str):
@@ -46,6 +43,7 @@ class SpotChecks:
 
     @property
     def row_seconds(self) -> float | None:
+        """What the front takes for a row: the median of the last batches, `None` before the first."""
         return median(self._times) if self._times else None
 
     def start(self) -> None:

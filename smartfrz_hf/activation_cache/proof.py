@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 
 from ..cost.ledger import CacheSavings
+from ..model.generators import generators_left_as_found, random_state, random_states, set_random_state
 from .calls import Call, content
 from .front import Front, Pass, UnsupportedModelError
 from .outputs import tensors_in
-from .trial import generators_left_as_found, model_left_as_found, random_state, random_states, set_random_state
+from .trial import model_left_as_found
 
 # Relative error, in the norm of a row, that the order of sums can make, by what the front computes in.
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}

@@ -20,6 +20,7 @@ from .._compat import (
 )
 from ..model.forward_patch import ForwardPatch
 from ..model.units import BlockStack
+from .calls import as_integers
 
 # Fields of every module; what others a module has are its settings.
 # `FrozenWeights` puts `__getstate__` there.
@@ -27,7 +28,6 @@ COMMON_FIELDS = frozenset(vars(nn.Module())) - {"training"} | {OUTPUTS_RECORDED,
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 # In each call, at most about so many elements of the weights are compared with what they were, evenly spread; of small fronts all.
 PROBED_ELEMENTS = 2**18
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class FrontState:
@@ -205,7 +205,7 @@ class FrontState:
         views: dict[tuple, list[torch.Tensor]] = {}
         for tensor in flat:
             if tensor.numel() and _is_dense(tensor):
-                bits = _as_integers(tensor.detach().as_strided((tensor.numel(),), (1,)))
+                bits = as_integers(tensor.detach().as_strided((tensor.numel(),), (1,))).reshape(-1)
                 step = -(-len(bits) // count)
                 views.setdefault((bits.dtype, bits.device), []).append(bits[::step])
         self._probes = list(views.values())
@@ -241,15 +241,8 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return last + 1 == tensor.numel()
 
 
-def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of each element as an integer of the same size."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor).reshape(-1)
-    return tensor.view(INTEGERS[tensor.element_size()])
-
-
 def _checksums(tensors: list[torch.Tensor]) -> list[int]:
-    sums = [_as_integers(tensor.detach().contiguous().reshape(-1)).sum(dtype=torch.int64) for tensor in tensors]
+    sums = [as_integers(tensor.detach().contiguous().reshape(-1)).sum(dtype=torch.int64) for tensor in tensors]
     return [int(value) for value in _to_host(sums)]
 
 

@@ -1,48 +1,13 @@
 """Running a model now and then beside its training, without a trace."""
 
 import contextlib
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from .._compat import TorchDispatchMode, written_arguments
-
-
-def random_state(device: torch.device) -> torch.Tensor:
-    """State of the generator from which a model on a device draws."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def set_random_state(state: torch.Tensor, device: torch.device) -> None:
-    """Set what [`random_state`] returns."""
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
-
-
-def random_states(device: torch.device) -> tuple[Any, ...]:
-    """All generators that a model may draw from, as values to compare."""
-    torch_states = [state.numpy().tobytes() for state in (torch.get_rng_state(), random_state(device))]
-    numpy_state = np.random.get_state(legacy=False)["state"]
-    return *torch_states, random.getstate(), numpy_state["key"].tobytes(), numpy_state["pos"]
-
-
-@contextlib.contextmanager
-def generators_left_as_found(device: torch.device) -> Iterator[None]:
-    """Draw no random number, as seen from outside."""
-    states = torch.get_rng_state(), random_state(device), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        set_random_state(states[1], device)
-        random.setstate(states[2])
-        np.random.set_state(states[3])
 
 
 @contextlib.contextmanager

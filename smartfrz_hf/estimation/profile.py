@@ -14,9 +14,9 @@ from transformers import Trainer
 
 from .._compat import training_checkpointing
 from ..activation_cache.cache import MIN_DEPTH
-from ..activation_cache.trial import generators_left_as_found
 from ..checks import check_trainer
 from ..config import SmartFRZConfig
+from ..model.generators import generators_left_as_found
 from ..model.nested import main_input_elements
 from ..policies import Decision, Observation, Policy
 from ..run import FreezingRun

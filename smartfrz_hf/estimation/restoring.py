@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 
 from .._compat import prepared_objects
-from ..activation_cache.trial import generators_left_as_found
+from ..model.generators import generators_left_as_found
 from ..model.tracing import set_modes
 
 DATA = ("train_dataset", "eval_dataset")  # may be long lists, and nothing changes them

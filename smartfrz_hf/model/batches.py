@@ -10,6 +10,8 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .generators import generators_left_as_found
+
 logger = logging.get_logger(__name__)
 
 AUDIO_SAMPLES, AUDIO_FRAMES = 4000, 64
@@ -72,6 +74,6 @@ def first_rows_of(loader: Any, device: torch.device) -> Mapping[str, Any] | None
     dataset = getattr(loader, "dataset", None)
     if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         return None
-    with torch.random.fork_rng():
+    with generators_left_as_found(device):
         batch = loader.collate_fn([dataset[row] for row in range(min(ROWS, len(dataset)))])
     return send_to_device(batch, device) if isinstance(batch, Mapping) else None

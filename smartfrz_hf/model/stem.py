@@ -152,7 +152,7 @@ class _UntracedAssigner(_Assigner):
             raise NoOrderError(
                 f"{type(self.model).__name__} does not run on a small batch ({self.traced.problem or 'none could be made'}), and "
                 f"{name!r} ({type(module).__name__}) is registered in front of the blocks: it may feed the first block (the stem), "
-                "or belong to the head. Pass a batch of your own, `find_blocks(model, inputs=batch)`, or name all that feeds the "
+                "or belong to the head. Pass a batch of your own, `FreezingRun(..., inputs=batch)`, or name all that feeds the "
                 'first block, with dotted names or shell patterns: `SmartFRZConfig(stem=["embeddings"])`.'
             )
 

@@ -18,6 +18,7 @@ from ..distributed.fsdp import is_sharded, reshard
 from .batches import tiny_batches
 from .discovery import base_model
 from .forward_patch import ForwardPatch
+from .generators import device_of, generators_left_as_found
 from .nested import float_tensors
 
 logger = logging.get_logger(__name__)
@@ -62,7 +63,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), generators_left_as_found(device_of(model)):
             yield
     finally:
         set_modes(modes)

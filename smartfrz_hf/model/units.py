@@ -236,7 +236,7 @@ def find_blocks(
     elif len(stacks) > 1:
         raise NoOrderError(
             f"{kind} has {len(stacks)} stacks of blocks, and does not run on a small batch ({why}), so it is not known in which "
-            f"order they run. Pass a batch of your own, `find_blocks(model, inputs=batch)`, or name what can freeze, front first: "
+            f"order they run. Pass a batch of your own, `FreezingRun(..., inputs=batch)`, or name what can freeze, front first: "
             f"{describe(stacks)}."
         )
     else:

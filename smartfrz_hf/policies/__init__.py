@@ -8,7 +8,7 @@ from .grades import GradESPolicy
 from .linear import LinearPolicy
 from .never import NeverPolicy
 from .random import RandomPolicy
-from .registry import PEERS, make_policy, register_policy, resolve
+from .registry import PEERS, make_policy, policy_name, register_policy, resolve
 from .self_cka import SelfCKAPolicy
 from .smartfrz import SmartFRZPolicy
 from .static import StaticPolicy
@@ -29,6 +29,7 @@ __all__ = [
     "SmartFRZPolicy",
     "StaticPolicy",
     "make_policy",
+    "policy_name",
     "register_policy",
     "resolve",
 ]

@@ -110,6 +110,12 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
     )
 
 
+def policy_name(config: SmartFRZConfig, policy: Policy) -> str:
+    """What a policy is called: the name by which the configuration asks for it, or the class of an instance that was passed."""
+    by_name = config.policy != "smartfrz" or isinstance(policy, SmartFRZPolicy)
+    return config.policy if by_name else type(policy).__name__
+
+
 def resolve(
     config: SmartFRZConfig | dict[str, Any] | None,
     predictor: SmartFRZPredictor | str | None = None,

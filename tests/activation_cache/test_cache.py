@@ -13,9 +13,12 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from training import Rows, train
 
-from smartfrz_hf import Freezer, SmartFRZConfig, SmartFRZTrainer, find_blocks
+from smartfrz_hf import Freezer, FreezingRun, SmartFRZConfig, SmartFRZTrainer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
+from smartfrz_hf.activation_cache.calls import Call, name_rows
+from smartfrz_hf.activation_cache.checks import SpotChecks
 from smartfrz_hf.activation_cache.monitor import CacheMonitor
+from smartfrz_hf.cost.ledger import CacheSavings
 
 # Its one block runs several times.
 REFUSED = {"albert"}
@@ -231,6 +234,40 @@ def test_knows_when_no_row_comes_again(total, per_epoch, last_from):
     for step in range(total):
         monitor.end_of_step(step)
         assert monitor.last_epoch == (step >= last_from)
+
+
+def test_no_epoch_is_the_last_where_nobody_knows_how_long_it_is(tmp_path):
+    """A loop of one's own without `steps_per_epoch`, whose rows come again to the end: frozen late, they are found."""
+    torch.manual_seed(0)
+    model = build("bert")
+    rows = [{"input_ids": ids, "labels": ids[:, 0] % 2} for ids in torch.randint(30, (4, 8, 16))]
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    options = {"policy": "static", "static_depth": 3, "first_decision": 0.8}
+    with FreezingRun(model, optimizer, 60, options) as run:
+        for step in range(60):
+            model(**rows[step % 4]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step()
+    assert run.ledger.cache.hits > 0.5 * run.ledger.cache.rows > 0 and run.ledger.cache.off is None
+
+
+def test_one_slow_moment_is_not_taken_for_what_the_front_costs():
+    checks = SpotChecks(CacheSavings(), "exact")
+    for seconds in (0.01, 5.0, 0.01, 0.01):
+        checks.time_rows(seconds, rows=10)
+    assert checks.row_seconds == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.bool, torch.int16, torch.float64])
+def test_rows_of_any_type_have_names_of_their_own(dtype):
+    """A complex row was named by the whole part of its real part."""
+    values = torch.rand(6, 4, 2) < 0.5 if dtype == torch.bool else 8 * torch.rand(6, 4, 2)
+    values = torch.view_as_complex(values) if dtype.is_complex else values.to(dtype)
+    call = Call({"x": values}, {}, len(values), None, ())
+    names, _ = name_rows(call, b"", False, False)
+    different = torch.unique(torch.view_as_real(values) if dtype.is_complex else values.float(), dim=0)
+    assert len(set(names)) == len(different) > 1
 
 
 @pytest.mark.parametrize(
