@@ -73,6 +73,11 @@ def has_global_forward_hooks() -> bool:
     return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
 
 
+def without_torch_function() -> AbstractContextManager[None]:
+    """Run operations on subclasses of `torch.Tensor` without their `__torch_function__`. Its documentation has no other name for it."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
 # torch.compile
 
 
@@ -110,6 +115,11 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
     ddp._has_rebuilt_buckets = False
     for hook, state in hooks:
         ddp.register_comm_hook(state, hook)
+
+
+def joins_uneven_inputs(model: nn.Module) -> bool:
+    """Whether a module is within `join()`, where processes that have no more rows only answer the others. It does not tell."""
+    return getattr(getattr(model, "_join_config", None), "enable", False)
 
 
 def gathered_modules(module: FSDPModule) -> tuple[nn.Module, ...]:

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ._compat import checkpoints_activations, other_parallel_sizes
+from ._compat import checkpoints_activations, joins_uneven_inputs, other_parallel_sizes
 from .config import SmartFRZConfig
 from .model.units import BlockStack
 
@@ -94,6 +94,23 @@ def check_only_callback(count: int) -> None:
         raise ValueError(
             "The Trainer has two `SmartFRZCallback`s, which would freeze the model twice. Pass one callback to a plain "
             "Trainer, or none to a `SmartFRZTrainer`, which has its own (`SmartFRZTrainer(..., smartfrz=...)`)."
+        )
+
+
+def check_even_inputs(model: nn.Module) -> None:
+    """
+    Refuse a loop in which some processes have fewer batches than others.
+
+    Args:
+        model (`torch.nn.Module`): what the training loop calls.
+
+    Raises:
+        ValueError: it is within `join()`.
+    """
+    if joins_uneven_inputs(model):
+        raise ValueError(
+            "SmartFRZ does not work within `join()` (`join_uneven_inputs`): all processes decide together, and one that has no "
+            "more batches would not answer. Give all of them equally many (`drop_last=True`, or `even_batches=True` in Accelerate)."
         )
 
 

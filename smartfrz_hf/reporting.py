@@ -135,7 +135,7 @@ def share_configuration(config: dict[str, Any], callback: TrainerCallback) -> No
     TensorBoard. Does nothing for other callbacks. A tracker that refuses it is worth a warning only.
 
     Args:
-        config (`dict`): of the run, [`FreezingRun.configuration`].
+        config (`dict`): of the run, `FreezingRun.configuration`.
         callback ([`~transformers.TrainerCallback`]): any callback of the Trainer, after its `on_train_begin`.
     """
     names = {cls.__name__ for cls in type(callback).__mro__}
@@ -161,7 +161,7 @@ def model_card_section(ledger: Ledger, config: SmartFRZConfig | dict[str, Any], 
 
     Args:
         ledger ([`Ledger`]): of the run.
-        config ([`SmartFRZConfig`] or `dict`): of the run, or its [`FreezingRun.configuration`]; options that are not the default
+        config ([`SmartFRZConfig`] or `dict`): of the run, or its `FreezingRun.configuration`; options that are not the default
             ones are listed.
         picture (`str`, *optional*): path of the timeline, relative to the card.
 
@@ -201,7 +201,7 @@ def add_to_model_card(path: str | os.PathLike, ledger: Ledger, config: SmartFRZC
     Args:
         path (`str`): Markdown file of the card, such as the `README.md` that `Trainer.create_model_card` writes.
         ledger ([`Ledger`]): of the run.
-        config ([`SmartFRZConfig`] or `dict`): of the run, or its [`FreezingRun.configuration`].
+        config ([`SmartFRZConfig`] or `dict`): of the run, or its `FreezingRun.configuration`.
 
     Raises:
         FileNotFoundError: there is no card.

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .checks import check_loop, check_other_run, check_stack, check_state, check_wrapper
+from .checks import check_even_inputs, check_loop, check_other_run, check_stack, check_state, check_wrapper
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger
 from .distributed.consensus import Ranks
@@ -108,7 +108,7 @@ class FreezingRun:
         check_stack(self.stack)
         check_other_run(self.stack.model, FreezingRun.of(self.stack.model))
         check_loop(self.stack.model, optimizer, total_steps)
-        self.total_steps, self.steps_done = total_steps, 0
+        self._model, self.total_steps, self.steps_done = model, total_steps, 0
         self._begun = False
         between_stages = config.steps("decide_every", total_steps)
         self.rates = LearningRates.planned(lr_scheduler, total_steps)
@@ -221,6 +221,8 @@ class FreezingRun:
         if steps_done == self.steps_done:
             return
         self._optimizer_stepped = False
+        if self.ranks.count > 1:
+            check_even_inputs(self._model)
         self.steps_done = steps_done
         if self.front.cache is not None:
             self.front.cache.end_of_step(steps_done)

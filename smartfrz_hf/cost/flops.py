@@ -162,6 +162,12 @@ class ComputeMeter:
         self._collect()
         if self._optimizer is None:
             return
+        if not self._elements.total() and not self._steps:
+            logger.warning(
+                f"The optimizer has taken a step, but {type(self._stack.model).__name__} has not run in training mode. What such "
+                "passes cost is not counted, and the front probe gets no rows from them. Call `model.train()`, with dropout set to 0 "
+                "if there is to be none."
+            )
         if not self._update.any():
             self._update[:] = count_update(self._optimizer, self._weights, self._frozen)
         self._steps[self._frozen] += 1

@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,14 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
+from .._compat import without_torch_function
 from ..model.forward_patch import ForwardPatch, LeftBehind
 from ..model.nested import named_tensors
 from ..model.units import Unit
+
+logger = logging.get_logger(__name__)
 
 # The layers that autocast runs in lower precision, too.
 LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -26,6 +30,53 @@ class _Held:
     original: torch.Tensor
     device: torch.device
     dtype: torch.dtype
+
+
+# What tells of a parameter without reading its weights.
+_TELLS = {
+    getattr(torch.Tensor, name).__get__
+    for name in (
+        "device",
+        "dtype",
+        "grad",
+        "is_leaf",
+        "layout",
+        "ndim",
+        "requires_grad",
+        "shape",
+        "_version",
+    )
+} | {
+    torch.Tensor.data_ptr,
+    torch.Tensor.dim,
+    torch.Tensor.element_size,
+    torch.Tensor.is_complex,
+    torch.Tensor.is_contiguous,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_inference,
+    torch.Tensor.numel,
+    torch.Tensor.requires_grad_,
+    torch.Tensor.size,
+    torch.Tensor.stride,
+}
+
+
+class OffloadedParameter(nn.Parameter):
+    """
+    The class of a parameter while its weights are in host memory only. Whoever reads it, such as a moving average of the model,
+    gets all of them back first.
+    """
+
+    bring_back: Callable[[], None]
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function not in _TELLS:
+            for _, tensor in named_tensors((args, kwargs or {})):
+                if isinstance(tensor, OffloadedParameter):
+                    tensor.bring_back()
+        with without_torch_function():
+            return function(*args, **(kwargs or {}))
 
 
 class FrozenWeights:
@@ -48,6 +99,7 @@ class FrozenWeights:
         self._owners = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
         self._held: dict[nn.Parameter, _Held] = {}
         self._offloaded: set[nn.Parameter] = set()
+        self._read = False
         self._hooked: dict[nn.Module, list[torch.utils.hooks.RemovableHandle]] = {}
         self._patches: dict[nn.Module, ForwardPatch] = {}
 
@@ -92,18 +144,25 @@ class FrozenWeights:
                 self._patches.pop(module).remove()
 
     def offload(self, modules: Iterable[nn.Module]) -> None:
-        """Keep the weights of modules that do not run in host memory only. NaN that takes no memory replaces them."""
+        """
+        Keep the weights of modules that do not run in host memory only. NaN that takes no memory replaces them. Does nothing
+        once somebody has read weights that were away, since they would come back each time.
+        """
+        if self._read:
+            return
         for child in {child for module in modules for child in module.modules()}:
             for parameter in self._replaceable(child):
                 self._hold(child, parameter, parameter.dtype)
                 blank = parameter.data.new_full((), float("nan") if parameter.is_floating_point() else 0)
                 parameter.data = blank.expand(parameter.shape)
+                parameter.__class__, parameter.bring_back = OffloadedParameter, self._bring_all_back
                 self._offloaded.add(parameter)
 
     def reload(self) -> None:
         """Bring offloaded weights back."""
         for parameter in self._offloaded:
             held = self._held[parameter]
+            parameter.__class__ = nn.Parameter
             parameter.data = held.original.to(held.device, held.dtype)
             if held.dtype == held.original.dtype:
                 del self._held[parameter]
@@ -111,13 +170,26 @@ class FrozenWeights:
 
     def _replaceable(self, module: nn.Module) -> list[nn.Parameter]:
         parameters = module.parameters(recurse=False)
-        return [p for p in parameters if self._owners[p] == 1 and p.device.type != "meta" and not p.requires_grad]
+        return [
+            p
+            for p in parameters
+            if self._owners[p] == 1 and p.device.type != "meta" and not p.requires_grad and type(p) is nn.Parameter
+        ]
+
+    def _bring_all_back(self) -> None:
+        if not self._read:
+            self._read = True
+            logger.warning(
+                "`offload_frozen`: the weights of the frozen front are read outside the forward pass, so they stay on the device."
+            )
+        self.reload()
 
     def _hold(self, module: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> None:
         if parameter not in self._held:
             self._held[parameter] = _Held(parameter.data.cpu(), parameter.device, dtype)
         if module not in self._hooked:
             self._hooked[module] = [
+                module.register_state_dict_pre_hook(LeftBehind(lambda module, *_: self._mark(module, nn.Parameter))),
                 module.register_state_dict_post_hook(LeftBehind(self._give_originals)),
                 module.register_load_state_dict_pre_hook(LeftBehind(lambda module, *_: self._bring_back(module))),
             ]
@@ -140,12 +212,19 @@ class FrozenWeights:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in self._held and prefix + name in state_dict:
                 state_dict[prefix + name] = self._held[parameter].original
+        self._mark(module, OffloadedParameter)
+
+    def _mark(self, module: nn.Module, kind: type[nn.Parameter]) -> None:
+        """Have the offloaded weights of one module bring themselves back when they are read, or not."""
+        for parameter in self._offloaded.intersection(module.parameters(recurse=False)):
+            parameter.__class__ = kind
 
     def _bring_back(self, module: nn.Module) -> None:
         """Give a module its own weights."""
         for parameter in module.parameters(recurse=False):
             held = self._held.pop(parameter, None)
             if held is not None:
+                parameter.__class__ = nn.Parameter
                 parameter.data = held.original.to(held.device)
                 self._offloaded.discard(parameter)
 

@@ -6,11 +6,14 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, build
 from safetensors.torch import load_file
+from torch.nn.utils import parameters_to_vector
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training import Rows, train
 
 from smartfrz_hf import Freezer, SmartFRZConfig, SmartFRZTrainer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
 from smartfrz_hf.activation_cache.monitor import CacheMonitor
+from smartfrz_hf.freezing.weights import OffloadedParameter
 
 
 def go(folder, smartfrz=None, **changes):
@@ -84,7 +87,7 @@ def test_offloading_changes_nothing(tmp_path, monkeypatch):
 
     def training_step(self, *args, **kwargs):
         weights = self.smartfrz.run.front.freezer.weights
-        blank = [p for p in self.model.parameters() if p.numel() > 1 and p.isnan().any()]
+        blank = [p for p in self.model.parameters() if isinstance(p, OffloadedParameter)]
         offloaded.append(len(blank))
         assert bool(blank) == weights.offloaded
         return real(self, *args, **kwargs)
@@ -99,6 +102,38 @@ def test_offloading_changes_nothing(tmp_path, monkeypatch):
         assert torch.equal(value, on.model.state_dict()[key]), key
     for checkpoint in (tmp_path / "on").glob("checkpoint-*"):
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("read", ["average", "foreach", "penalty", "data", "vector"])
+def test_whoever_reads_offloaded_weights_gets_them(read, caplog):
+    """A moving average had NaN in it for good."""
+    model = build("bert")
+    stack = find_blocks(model)
+    expected = [parameter.detach().clone() for parameter in model.parameters()]
+    freezer = Freezer(stack)
+    freezer.freeze_to(3)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9) if read == "foreach" else None)
+    freezer.weights.offload(stack.blocks[:2])
+    away = [parameter for parameter in model.parameters() if isinstance(parameter, OffloadedParameter)]
+    told = [(p.shape, p.dtype, p.numel(), p.grad, p.requires_grad, p.device) for p in model.parameters()]
+    assert len(away) == 32 and freezer.weights.offloaded and told
+    if read in ("average", "foreach"):
+        averaged.update_parameters(model)
+        found = list(averaged.module.parameters())
+    elif read == "penalty":
+        assert torch.stack([(p**2).sum() for p in model.parameters()]).isfinite().all()
+        found = list(model.parameters())
+    elif read == "data":
+        found = [p.data for p in model.parameters()]
+    else:
+        vector = parameters_to_vector(model.parameters())
+        found = vector.split([p.numel() for p in expected])
+    assert not freezer.weights.offloaded and not any(isinstance(p, OffloadedParameter) for p in model.parameters())
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.reshape(-1), other.reshape(-1))
+    freezer.weights.offload(stack.blocks[:2])
+    assert not freezer.weights.offloaded and "read outside the forward pass" in caplog.text
 
 
 @torch.no_grad()
