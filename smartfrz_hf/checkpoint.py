@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .config import SmartFRZConfig
 from .cost.format_1 import upgrade_meter_state
 from .distributed.fsdp import is_sharded
+from .model.tracing import Inputs
+from .model.units import find_blocks
 from .run import FreezingRun
 
 logger = logging.get_logger(__name__)
@@ -217,6 +222,61 @@ def load_run(run: FreezingRun, folder: str | os.PathLike, step: int) -> bool:
         logger.warning(f"{folder} holds no optimizer state: the optimizer starts anew, frozen units stay frozen.")
     run.load_state_dict(state)
     return True
+
+
+@contextmanager
+def frozen_as_saved(
+    model: nn.Module,
+    state: dict[str, Any] | None,
+    config: SmartFRZConfig | None = None,
+    inputs: Inputs = None,
+) -> Iterator[None]:
+    """
+    Meanwhile, what had no optimizer state when a checkpoint was written requires no gradient. Under FSDP2, the optimizer of a
+    checkpoint in which something is frozen loads in this context only; elsewhere it makes no difference.
+
+    Args:
+        model (`torch.nn.Module`): what the loop calls.
+        state (`dict`, *optional*): of [`load_state`]. Without one, nothing is done.
+        config ([`SmartFRZConfig`], *optional*): of the run; `blocks` and `stem` are read.
+        inputs (`Mapping` or `Callable`, *optional*): as of [`FreezingRun`].
+
+    Raises:
+        ValueError: the model has no repeated blocks.
+
+    Example:
+
+    ```python
+    state = load_state(folder)
+    with frozen_as_saved(model, state):
+        accelerator.load_state(folder)
+    with FreezingRun(model, optimizer, total_steps) as run:
+        run.load_state_dict(state)
+        ...
+    ```
+    """
+    parameters: list[nn.Parameter] = []
+    if state is not None and is_sharded(model):
+        config = config or SmartFRZConfig()
+        stack = find_blocks(model, config.blocks, config.stem, inputs)
+        # What trains again since this very step has no state yet.
+        before = [stage for stage in state["ledger"]["stages"] if stage["step"] < state["step"]]
+        depth = max([state["depth"], *(stage["depth"] for stage in before[-1:])])
+        apart = {name for stage in before[-1:] for name in stage.get("apart", ())}
+        apart |= {stack.names[index] for index in state.get("apart", ())}
+        parameters = [
+            parameter
+            for index, unit in enumerate(stack)
+            for parameter in unit.named_parameters().values()
+            if (index < depth or unit.name in apart) and parameter.requires_grad
+        ]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def load_renamed(model: nn.Module, folder: str | os.PathLike) -> bool:

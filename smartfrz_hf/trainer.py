@@ -9,12 +9,11 @@ from transformers import Trainer
 
 from ._compat import TrainerHooks
 from .callback import SmartFRZCallback
-from .checkpoint import last_complete_checkpoint, load_state
+from .checkpoint import frozen_as_saved, last_complete_checkpoint, load_state
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger
 from .distributed.fsdp import is_sharded, reshard
 from .model.batches import first_rows_of
-from .model.units import find_blocks
 from .policies import Policy
 from .predictor import SmartFRZPredictor
 
@@ -95,34 +94,11 @@ class SmartFRZMixin(TrainerHooks):
 
     @contextmanager
     def around_loading(self, checkpoint: str | None) -> Iterator[None]:
-        """
-        Under FSDP2, the optimizer state of all parameters that require a gradient has to be in a checkpoint, or it does
-        not load. So those whose state it does not hold require none meanwhile.
-        """
+        """Tell the callback which checkpoint it is, and let its optimizer load under FSDP2."""
         self.smartfrz.resume_from = checkpoint
         state = load_state(checkpoint) if checkpoint and is_sharded(self.model_wrapped) else None
-        parameters = []
-        if state is not None:
-            config = self.smartfrz.config
-            stack = find_blocks(self.model_wrapped, config.blocks, config.stem, self._first_rows)
-            # What trains again since this very step has no state yet.
-            before = [stage for stage in state["ledger"]["stages"] if stage["step"] < state["step"]]
-            depth = max([state["depth"], *(stage["depth"] for stage in before[-1:])])
-            apart = {name for stage in before[-1:] for name in stage.get("apart", ())}
-            apart |= {stack.names[index] for index in state.get("apart", ())}
-            parameters = [
-                p
-                for index, unit in enumerate(stack)
-                for p in unit.named_parameters().values()
-                if (index < depth or unit.name in apart) and p.requires_grad
-            ]
-        try:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
+        with frozen_as_saved(self.model_wrapped, state, self.smartfrz.config, self._first_rows):
             yield
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
 
     def _first_rows(self) -> Mapping[str, Any] | None:
         return first_rows_of(self.get_train_dataloader(), self.args.device)

@@ -155,14 +155,15 @@ class FrozenWeights:
                 self._hold(child, parameter, parameter.dtype)
                 blank = parameter.data.new_full((), float("nan") if parameter.is_floating_point() else 0)
                 parameter.data = blank.expand(parameter.shape)
-                parameter.__class__, parameter.bring_back = OffloadedParameter, self._bring_all_back
+                parameter.__class__ = OffloadedParameter
+                vars(parameter)["bring_back"] = self._bring_all_back
                 self._offloaded.add(parameter)
 
     def reload(self) -> None:
         """Bring offloaded weights back."""
         for parameter in self._offloaded:
             held = self._held[parameter]
-            parameter.__class__ = nn.Parameter
+            _make_plain(parameter)
             parameter.data = held.original.to(held.device, held.dtype)
             if held.dtype == held.original.dtype:
                 del self._held[parameter]
@@ -224,7 +225,7 @@ class FrozenWeights:
         for parameter in module.parameters(recurse=False):
             held = self._held.pop(parameter, None)
             if held is not None:
-                parameter.__class__ = nn.Parameter
+                _make_plain(parameter)
                 parameter.data = held.original.to(held.device)
                 self._offloaded.discard(parameter)
 
@@ -238,3 +239,8 @@ class FrozenWeights:
         with torch.autocast(device, self.dtype):
             output = patch.original(*args, **kwargs)
         return recursively_apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, output)
+
+
+def _make_plain(parameter: nn.Parameter) -> None:
+    parameter.__class__ = nn.Parameter
+    vars(parameter).pop("bring_back", None)
