@@ -328,5 +328,8 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    checkpoints = [path for path in Path(folder).glob("checkpoint-*") if step(path) >= 0 and complete(path)]
-    return str(max(checkpoints, key=step)) if checkpoints else None
+    checkpoints = sorted((path for path in Path(folder).glob("checkpoint-*") if step(path) >= 0), key=step)
+    found = next((path for path in reversed(checkpoints) if complete(path)), None)
+    if found is not None and found != checkpoints[-1]:
+        logger.warning(f"{checkpoints[-1]} was not written to its end. The run goes on from {found}.")
+    return None if found is None else str(found)

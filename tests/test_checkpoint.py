@@ -186,7 +186,7 @@ def test_best_model(tmp_path, name, alone):
     assert (best / STATE_FILE).is_file() and all(p.requires_grad for p in trainer.model.parameters())
 
 
-def test_last_complete_checkpoint(tmp_path):
+def test_last_complete_checkpoint(tmp_path, caplog):
     assert last_complete_checkpoint(tmp_path) is None
     for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob'), (14, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -194,6 +194,7 @@ def test_last_complete_checkpoint(tmp_path):
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-last").mkdir()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert "checkpoint-14 was not written to its end" in caplog.text
 
 
 OLD = Path(__file__).parent / "data" / "checkpoint_format_1"
