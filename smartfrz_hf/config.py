@@ -3,7 +3,9 @@
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -20,9 +22,21 @@ OPERATING_POINTS = ("conservative", "balanced", "aggressive")
 # `register_policy` adds to it.
 POLICIES = ["linear", "never", "smartfrz", "static"]
 POLICIES += ["autofreeze", "egeria", "freezeout", "grades", "random", "self_cka"]
+WITHOUT_TARGET = frozenset(POLICIES) - {"smartfrz"}
 FROZEN_DTYPES = ("float16", "bfloat16")
 CACHE_DTYPES = ("exact", "float16", "bfloat16", "int8")
 CONFIG_NAME = "smartfrz_config.json"
+
+
+def closest(word: object, known: Collection[str]) -> str | None:
+    """The known name that a misspelled one probably stands for."""
+    return next(iter(get_close_matches(str(word), known, n=1)), None)
+
+
+def one_of(value: object, legal: Collection[str]) -> str:
+    """What an option must be, with its full stop: the legal values, and the one that was probably meant."""
+    close = closest(value, legal)
+    return f"one of {', '.join(map(repr, legal))}" + (f"; did you mean {close!r}?" if close else ".")
 
 
 def _is_share_or_count(value: float) -> bool:
@@ -183,9 +197,9 @@ class SmartFRZConfig:
                 )
                 raise TypeError(f"`{name}` is {value!r}, of type {type(value).__name__}; it must be of type {wanted}.")
         for name, option in self.__dataclass_fields__.items():
-            choices = option.metadata.get("choices", [getattr(self, name)])
-            legal = getattr(self, name) in (*choices, option.default)
-            self._require(name, legal, f"one of {', '.join(map(repr, choices))}")
+            value, choices = getattr(self, name), option.metadata.get("choices")
+            if choices is not None and value not in (*choices, option.default):
+                raise ValueError(f"`{name}` is {value!r}; it must be {one_of(value, choices)}")
         for name in ("cache_memory", "cache_disk"):
             try:
                 setattr(self, name, float(Size(getattr(self, name))))
@@ -206,7 +220,7 @@ class SmartFRZConfig:
         self._require("blocks", self.blocks != [], "at least one name or pattern, or left out")
         if self.offload_frozen and not self.activation_cache:
             raise ValueError("`offload_frozen` needs `activation_cache`: without it the front runs in every step.")
-        if self.target_saving is not None and self.policy in ("linear", "never", "static"):
+        if self.target_saving is not None and self.policy in WITHOUT_TARGET:
             raise ValueError(f'`target_saving` needs the policy "smartfrz"; `policy` is {self.policy!r}.')
 
     def _require(self, name: str, legal: bool, wanted: str) -> None:

@@ -27,6 +27,14 @@ from smartfrz_hf import SmartFRZConfig
         ({"linear_depth": 2}, r"between 0 and 1"),
         ({"max_depth": -1}, "at least 0"),
         ({"blocks": []}, "at least one name"),
+        ({"policy": "statc"}, "; did you mean 'static'?"),
+        ({"order": "independant"}, "'front', 'independent'; did you mean 'independent'?"),
+        ({"operating_point": "blanced"}, "'aggressive'; did you mean 'balanced'?"),
+        ({"operating_point": "Balanced"}, "; did you mean 'balanced'?"),
+        ({"operating_point": "xyz"}, "'aggressive'.$"),
+        ({"when_all_frozen": "keeplast"}, "; did you mean 'keep_last'?"),
+        ({"cache_dtype": "float61"}, "; did you mean 'float16'?"),
+        ({"frozen_dtype": "bflot16"}, "; did you mean 'bfloat16'?"),
     ],
 )
 def test_values_that_cannot_work_are_refused(values, message):
