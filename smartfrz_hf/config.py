@@ -39,6 +39,11 @@ def one_of(value: object, legal: Collection[str]) -> str:
     return f"one of {', '.join(map(repr, legal))}" + (f"; did you mean {close!r}?" if close else ".")
 
 
+def part(share: float, whole: float) -> int:
+    """A share of a number, rounded down. `0.29 * 100` is 29, although the product of these floats is a little less."""
+    return int(share * whole + 1e-9)
+
+
 def _is_share_or_count(value: float) -> bool:
     return 0 <= value < 1 or (value >= 1 and value % 1 == 0)
 
@@ -239,7 +244,7 @@ class SmartFRZConfig:
             `int`: at least 1. Fractions are rounded down.
         """
         value = getattr(self, name)
-        return max(1, int(value * total_steps) if value < 1 else int(value))
+        return max(1, part(value, total_steps) if value < 1 else int(value))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

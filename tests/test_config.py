@@ -49,6 +49,14 @@ def test_steps():
     assert config.steps("decide_every", 1000) == 7
 
 
+def test_a_fraction_loses_no_step_to_rounding():
+    """`0.29 * 100` is 28.999999999999996."""
+    steps = [
+        SmartFRZConfig(first_decision=hundredths / 100).steps("first_decision", 100) for hundredths in range(1, 100)
+    ]
+    assert steps == list(range(1, 100))
+
+
 def test_is_a_command_line_beside_training_arguments(tmp_path):
     parser = HfArgumentParser((TrainingArguments, SmartFRZConfig))
     words = ["--output_dir", str(tmp_path), "--policy", "static", "--static_depth", "2", "--blocks", "a.*", "b.*"]
