@@ -1,6 +1,7 @@
 """The configuration validates itself, says the remedy, and is a command line."""
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import fields
@@ -8,7 +9,7 @@ from dataclasses import fields
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from smartfrz_hf import SmartFRZConfig
+from smartfrz_hf import SmartFRZArguments, SmartFRZConfig
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,12 @@ def test_is_a_command_line_beside_training_arguments(tmp_path):
     assert parser.parse_args_into_dataclasses(["--output_dir", "x"])[1] == SmartFRZConfig()
     help_text = parser.format_help()
     assert "How early units freeze: " in " ".join(help_text.split())
+
+
+@pytest.mark.parametrize("options", [SmartFRZConfig(policy="linear"), SmartFRZArguments(smartfrz_policy="linear")])
+def test_options_can_be_pickled(options):
+    """As a launcher does that starts processes."""
+    assert pickle.loads(pickle.dumps(options)) == options
 
 
 def test_every_option_is_explained_in_the_docstring():
