@@ -11,11 +11,8 @@ from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from huggingface_hub import HfApi, hf_hub_download
-from transformers.utils import logging
 
 from .sizes import Size
-
-logger = logging.get_logger(__name__)
 
 ORDERS = ("front", "independent")
 OPERATING_POINTS = ("conservative", "balanced", "aggressive")
@@ -256,6 +253,9 @@ class SmartFRZConfig:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
+            from transformers.utils import logging  # which imports torch, in earlier versions of Transformers
+
+            logger = logging.get_logger(__name__)
             logger.warning(
                 f"SmartFRZConfig ignores {', '.join(unknown)}, which this version of smartfrz_hf does not know. Was the "
                 "file written by another version?"
