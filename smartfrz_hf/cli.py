@@ -15,7 +15,25 @@ import typer
 
 DEFAULT_LABEL, DEFAULT_TARGET = "rewind-shift-0.03", "kept"
 
-app = typer.Typer(help="Adaptive layer freezing for Hugging Face Transformers.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        typer.echo(f"smartfrz_hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Adaptive layer freezing for Hugging Face Transformers."""
+
 
 RunsFolder = Annotated[
     Path, typer.Argument(help="Folder of the runs that `smartfrz harvest` recorded.", exists=True, file_okay=False)

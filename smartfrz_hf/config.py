@@ -3,26 +3,42 @@
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from huggingface_hub import HfApi, hf_hub_download
-from transformers.utils import logging
 
 from .sizes import Size
-
-logger = logging.get_logger(__name__)
 
 ORDERS = ("front", "independent")
 OPERATING_POINTS = ("conservative", "balanced", "aggressive")
 # `register_policy` adds to it.
 POLICIES = ["linear", "never", "smartfrz", "static"]
 POLICIES += ["autofreeze", "egeria", "freezeout", "grades", "random", "self_cka"]
+WITHOUT_TARGET = frozenset(POLICIES) - {"smartfrz"}
 FROZEN_DTYPES = ("float16", "bfloat16")
 CACHE_DTYPES = ("exact", "float16", "bfloat16", "int8")
 CONFIG_NAME = "smartfrz_config.json"
+
+
+def closest(word: object, known: Collection[str]) -> str | None:
+    """The known name that a misspelled one probably stands for."""
+    return next(iter(get_close_matches(str(word), known, n=1)), None)
+
+
+def one_of(value: object, legal: Collection[str]) -> str:
+    """What an option must be, with its full stop: the legal values, and the one that was probably meant."""
+    close = closest(value, legal)
+    return f"one of {', '.join(map(repr, legal))}" + (f"; did you mean {close!r}?" if close else ".")
+
+
+def part(share: float, whole: float) -> int:
+    """A share of a number, rounded down. `0.29 * 100` is 29, although the product of these floats is a little less."""
+    return int(share * whole + 1e-9)
 
 
 def _is_share_or_count(value: float) -> bool:
@@ -183,9 +199,9 @@ class SmartFRZConfig:
                 )
                 raise TypeError(f"`{name}` is {value!r}, of type {type(value).__name__}; it must be of type {wanted}.")
         for name, option in self.__dataclass_fields__.items():
-            choices = option.metadata.get("choices", [getattr(self, name)])
-            legal = getattr(self, name) in (*choices, option.default)
-            self._require(name, legal, f"one of {', '.join(map(repr, choices))}")
+            value, choices = getattr(self, name), option.metadata.get("choices")
+            if choices is not None and value not in (*choices, option.default):
+                raise ValueError(f"`{name}` is {value!r}; it must be {one_of(value, choices)}")
         for name in ("cache_memory", "cache_disk"):
             try:
                 setattr(self, name, float(Size(getattr(self, name))))
@@ -206,7 +222,7 @@ class SmartFRZConfig:
         self._require("blocks", self.blocks != [], "at least one name or pattern, or left out")
         if self.offload_frozen and not self.activation_cache:
             raise ValueError("`offload_frozen` needs `activation_cache`: without it the front runs in every step.")
-        if self.target_saving is not None and self.policy in ("linear", "never", "static"):
+        if self.target_saving is not None and self.policy in WITHOUT_TARGET:
             raise ValueError(f'`target_saving` needs the policy "smartfrz"; `policy` is {self.policy!r}.')
 
     def _require(self, name: str, legal: bool, wanted: str) -> None:
@@ -225,7 +241,7 @@ class SmartFRZConfig:
             `int`: at least 1. Fractions are rounded down.
         """
         value = getattr(self, name)
-        return max(1, int(value * total_steps) if value < 1 else int(value))
+        return max(1, part(value, total_steps) if value < 1 else int(value))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -237,6 +253,9 @@ class SmartFRZConfig:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
+            from transformers.utils import logging  # which imports torch, in earlier versions of Transformers
+
+            logger = logging.get_logger(__name__)
             logger.warning(
                 f"SmartFRZConfig ignores {', '.join(unknown)}, which this version of smartfrz_hf does not know. Was the "
                 "file written by another version?"

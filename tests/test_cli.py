@@ -6,6 +6,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+import smartfrz_hf
 from smartfrz_hf.cli import app
 
 COMMANDS = ["estimate", "report", "harvest", "evaluate", "fit", "card", "push"]
@@ -14,6 +15,11 @@ COMMANDS = ["estimate", "report", "harvest", "evaluate", "fit", "card", "push"]
 def test_help_lists_the_commands():
     done = CliRunner().invoke(app, ["--help"], env={"TERM": "dumb"})
     assert done.exit_code == 0 and all(command in done.output for command in COMMANDS)
+
+
+def test_version():
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"smartfrz_hf {smartfrz_hf.__version__}\n")
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """The wheel holds all it needs: the package, the predictor's weights, and no use of what is not required."""
 
+import ast
+import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,6 +73,29 @@ def test_wheel_holds_every_module_and_the_default_predictor(wheel: Path) -> None
     weights = "smartfrz_hf/predictor_weights/smartfrz-base"
     assert {f"{weights}/{name}" for name in ("config.json", "model.safetensors", "README.md")} <= packed
     assert {name.split("/")[0].split("-")[0] for name in packed} == {"smartfrz_hf"}
+
+
+def extras() -> dict[str, list[str]]:
+    setup = configparser.ConfigParser()
+    setup.read(REPO / "setup.cfg")
+    return {extra: names.split() for extra, names in setup["options.extras_require"].items()}
+
+
+@pytest.mark.parametrize(
+    ("extra", "folder"), [("estimate", "estimation"), ("predictor-training", "predictor_training")]
+)
+def test_an_extra_lists_what_its_folder_imports(extra: str, folder: str) -> None:
+    listed = {name: {re.split("[><=]", package)[0] for package in packages} for name, packages in extras().items()}
+    nodes = [n for file in (REPO / "smartfrz_hf" / folder).glob("*.py") for n in ast.walk(ast.parse(file.read_text()))]
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    imported = {module.partition(".")[0].replace("sklearn", "scikit-learn") for module in modules}
+    imported |= {"pillow"}  # which `datasets` reads images with
+    assert imported & set.union(*listed.values()) == listed[extra]
+
+
+def test_data_sets_are_loaded_with_a_version_that_runs_no_code_of_a_repository() -> None:
+    assert [extra for extra, packages in extras().items() if "datasets" in packages] == []
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from .cache import ActivationCache
 from .sharing import share
 from .store import ActivationStore
 
-__all__ = ["ActivationCache", "ActivationStore", "make_cache"]
+__all__ = ["ActivationCache", "ActivationStore", "budgets", "make_cache"]
 
 logger = logging.get_logger(__name__)
 
@@ -55,6 +55,28 @@ def make_cache(
         return None
     if steps_per_epoch is not None and total_steps <= steps_per_epoch:
         logger.info("The activation cache serves evaluation only: no training row comes again in a run of one epoch.")
+    memory, disk = budgets(config)
+    store: ActivationStore | None = None
+    if ranks.count > 1:
+        store = share(ranks, memory, disk, config.cache_folder, config.cache_dtype)
+        if store is None:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count))
+            memory, disk = memory // here, disk // here
+    if store is None:
+        store = ActivationStore(memory, disk, config.cache_folder, config.cache_dtype)
+    weights = freezer.weights if config.offload_frozen else None
+    return ActivationCache(freezer.stack, store, meter, total_steps, steps_per_epoch, weights, ranks.count)
+
+
+def budgets(config: SmartFRZConfig) -> tuple[int, int]:
+    """
+    What the activation cache may use on this machine: bytes of memory, and bytes of disk.
+
+    A folder that cannot be used leaves it no disk, with a warning.
+
+    Args:
+        config ([`SmartFRZConfig`]): of the run.
+    """
     memory, disk = float(config.cache_memory), float(config.cache_disk)
     if memory < 1:
         memory *= psutil.virtual_memory().available
@@ -64,13 +86,4 @@ def make_cache(
         except OSError as error:
             logger.warning(f"The activation cache stays in memory, as its folder cannot be used: {error}")
             disk = 0
-    store: ActivationStore | None = None
-    if ranks.count > 1:
-        store = share(ranks, int(memory), int(disk), config.cache_folder, config.cache_dtype)
-        if store is None:
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count))
-            memory, disk = memory / here, disk / here
-    if store is None:
-        store = ActivationStore(int(memory), int(disk), config.cache_folder, config.cache_dtype)
-    weights = freezer.weights if config.offload_frozen else None
-    return ActivationCache(freezer.stack, store, meter, total_steps, steps_per_epoch, weights, ranks.count)
+    return int(memory), int(disk)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.utils import logging
 
+from ..config import one_of
 from .codec import FORMATS, PackedRow, pack, packed_bytes
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class ActivationStore:
             if value < 0:
                 raise ValueError(f"`{name}` is {value}; it must be at least 0.")
         if dtype not in FORMATS:
-            raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(map(repr, FORMATS))}.")
+            raise ValueError(f"`dtype` is {dtype!r}; it must be {one_of(dtype, FORMATS)}")
         self.full, self.dtype = False, dtype
         self.trouble: str | None = None
         self._memory: MemoryTier | LmdbTier = MemoryTier(memory_bytes)

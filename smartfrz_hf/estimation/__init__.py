@@ -1,13 +1,11 @@
 """What SmartFRZ would save in a training, before it is run."""
 
-import shutil
-import tempfile
 from dataclasses import replace
 from typing import Any
 
-import psutil
 from transformers import Trainer
 
+from ..activation_cache import budgets
 from ..callback import SmartFRZCallback
 from ..config import OPERATING_POINTS, SmartFRZConfig
 from ..policies import Policy, SmartFRZPolicy, resolve
@@ -101,11 +99,4 @@ def _policies(config: SmartFRZConfig, predictor: SmartFRZPredictor) -> tuple[dic
 
 def _room(config: SmartFRZConfig) -> int:
     """Bytes that the activation cache may use."""
-    if not config.activation_cache:
-        return 0
-    memory, disk = float(config.cache_memory), float(config.cache_disk)
-    if memory < 1:
-        memory *= psutil.virtual_memory().available
-    if 0 < disk < 1:
-        disk *= shutil.disk_usage(config.cache_folder or tempfile.gettempdir()).free
-    return int(memory + disk)
+    return sum(budgets(config)) if config.activation_cache else 0

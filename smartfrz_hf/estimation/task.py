@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -52,10 +53,11 @@ def task_trainer(
         `tuple[Trainer, int]`: the Trainer, and the rows of the run.
 
     Raises:
+        OSError: the model or the data is not found. The model is looked for first.
         ImportError: the package `datasets` is missing.
         ValueError: the data cannot be used; the message says why.
-        OSError: the model or the data is not found.
     """
+    _check_model(model)
     args = TrainingArguments(**arguments)
     args.dataloader_pin_memory = args.device.type != "cpu"
     data = _load(task, data_dir)
@@ -68,12 +70,32 @@ def task_trainer(
     _check_complete(data, task, [*(texts if image is None else []), *([label] if label else [])])
     if image is not None:
         args.remove_unused_columns = False  # the collator reads them
-        trained = _images(model, data, image, label, from_scratch)
+        trained = _images(model, task, data, image, label, from_scratch)
     else:
         trained = _texts(model, task, data, texts, label, from_scratch, max_length)
     network, prepared, collator = trained
     network.accepts_loss_kwargs = False  # heads that ignore `num_items_in_batch` would get a wrong loss
     return Trainer(network, args, train_dataset=prepared, data_collator=collator), rows
+
+
+def _check_model(model: str) -> None:
+    """Refuse a folder that cannot hold a model, before any data is read."""
+    if not Path(model).is_dir():
+        if not _may_be_on_the_hub(model):
+            raise OSError(
+                f"There is no folder {model} with a model. Give a folder, or the name of a model on the Hub."
+            )
+    elif not (Path(model) / "config.json").is_file():
+        raise OSError(f"The folder {model} holds no model: it has no config.json, which `save_pretrained` writes.")
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Whether the Hub allows such a name. Most paths are none."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _load(task: str, data_dir: Path | None) -> Any:
@@ -82,19 +104,24 @@ def _load(task: str, data_dir: Path | None) -> Any:
         from datasets import disable_progress_bars, load_dataset
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise ImportError("`smartfrz estimate` reads its data with `datasets`: pip install datasets.") from error
+        raise ImportError(
+            "`smartfrz estimate` reads its data with `datasets`: pip install 'smartfrz_hf[estimate]'"
+        ) from error
     disable_progress_bars()
     name = task.removeprefix("glue/")
     places = [Path(task)] if data_dir is None else [data_dir / task, data_dir / "glue" / name, data_dir / name]
     place = next((place for place in places if place.exists()), None)
     if place is None and data_dir is not None:
-        raise ValueError(f"There is no {task} in {data_dir}: none of {', '.join(map(str, places))} exists.")
+        tried = dict.fromkeys(map(str, places))  # without those that are the same
+        raise ValueError(f"There is no {task} in {data_dir}: not found: {', '.join(tried)}.")
+    if place is None and (Path(task).suffix[1:] in BUILDERS or not _may_be_on_the_hub(task)):
+        raise OSError(f"There is no file or folder {task}. Give one, a GLUE task, or a data set on the Hub.")
     if place is None:
         try:
             return load_dataset(*(("nyu-mll/glue", name) if name in GLUE else (task,)), split="train")
         except (OSError, ValueError) as error:
             raise OSError(
-                f"The data {task} cannot be loaded from the Hub: {error}. Check the name and the connection, or give a local "
+                f"The data {task} cannot be loaded from the Hub: {_quoted(error)}. Check the name and the connection, or give a local "
                 "file or folder as `--task`, or the folder that holds it as `--data_dir`."
             ) from error
     files = [place] if place.is_file() else [file for file in sorted(place.rglob("*")) if file.is_file()]
@@ -104,13 +131,24 @@ def _load(task: str, data_dir: Path | None) -> Any:
         raise ValueError(f"{place} holds no file of training data. Files end in {', '.join(BUILDERS)}.")
     kind = train[0].suffix[1:]
     options = {"sep": "\t"} if kind == "tsv" else {}
-    same = [str(file) for file in train if file.suffix == train[0].suffix]
+    same = [file for file in train if file.suffix == train[0].suffix]
+    names = ", ".join(map(str, same))
+    full = [str(file) for file in same if file.stat().st_size]
+    if not full:
+        raise ValueError(f"The data in {names} is empty.")
     try:
-        return load_dataset(BUILDERS[kind], data_files=same, split="train", **options)
-    except (DatasetsError, OSError, ValueError) as error:
+        return load_dataset(BUILDERS[kind], data_files=full, split="train", **options)
+    except (DatasetsError, OSError, StopIteration, ValueError) as error:
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+            raise ValueError(f"The data in {names} has no rows.") from error
         raise ValueError(
-            f"The data in {', '.join(same)} cannot be read: {error.__cause__ or error}. Mend the file, or leave it out."
+            f"The data in {names} cannot be read: {_quoted(error.__cause__ or error)}. Mend the file, or leave it out."
         ) from error
+
+
+def _quoted(error: BaseException) -> str:
+    """What another library says, to be followed by a full stop."""
+    return str(error).strip().rstrip(".!")
 
 
 def _make(auto: Any, name: str, from_scratch: bool, **options: Any) -> Any:
@@ -122,15 +160,16 @@ def _make(auto: Any, name: str, from_scratch: bool, **options: Any) -> Any:
     )
 
 
-def _numbered(data: Any, label: str) -> tuple[list[int], int]:
-    """Labels as numbers, and how many there are."""
-    feature, values = data.features[label], data[label]
-    if hasattr(feature, "num_classes"):
-        return list(values), feature.num_classes
-    if any(isinstance(value, str) for value in values):
+def _numbered(data: Any, task: str, label: str) -> tuple[list[int], int]:
+    """Labels as numbers from 0 on, and how many there are."""
+    feature, values = data.features[label], list(data[label])
+    count = getattr(feature, "num_classes", None)
+    if count is None:
         numbers = {value: number for number, value in enumerate(sorted(set(values)))}
-        return [numbers[value] for value in values], len(numbers)
-    return [int(value) for value in values], int(max(values)) + 1
+        values, count = [numbers[value] for value in values], len(numbers)
+    if count < 2:  # one output would be a regression
+        raise ValueError(f"The {len(data)} rows of {task} have only one class in column `{label}`.")
+    return values, count
 
 
 def _is_text(feature: Any) -> bool:
@@ -167,17 +206,17 @@ def _texts(
     if data.features[label].dtype.startswith("float"):
         labels, count = list(data[label]), 1
     else:
-        labels, count = _numbered(data, label)
+        labels, count = _numbered(data, task, label)
     network = _make(AutoModelForSequenceClassification, model, from_scratch, num_labels=count)
     if network.config.pad_token_id is None:
         network.config.pad_token_id = tokenizer.pad_token_id
     return network, prepared.add_column("labels", labels), DataCollatorWithPadding(tokenizer)
 
 
-def _images(model: str, data: Any, image: str, label: str | None, from_scratch: bool) -> tuple:
+def _images(model: str, task: str, data: Any, image: str, label: str | None, from_scratch: bool) -> tuple:
     if label is None:
         raise ValueError(f"The images have no column {' or '.join(LABELS)}, but {', '.join(data.column_names)}.")
-    labels, count = _numbered(data, label)
+    labels, count = _numbered(data, task, label)
     network = _make(AutoModelForImageClassification, model, from_scratch, num_labels=count)
     processor = AutoImageProcessor.from_pretrained(model)
     rows = [{"picture": number, "labels": value} for number, value in enumerate(labels)]

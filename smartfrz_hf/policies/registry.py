@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from typing import Any
 
-from ..config import POLICIES, SmartFRZConfig
+from ..config import POLICIES, SmartFRZConfig, closest
 from ..predictor import SmartFRZPredictor, load_predictor
 from .autofreeze import AutoFreezePolicy
 from .base import Policy
@@ -154,8 +153,8 @@ def resolve(
     known = [f.name for f in fields(SmartFRZConfig)]
     for name in options:
         if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"the options are {', '.join(known)}."
+            close = closest(name, known)
+            hint = f"did you mean `{close}`?" if close else f"the options are {', '.join(known)}."
             raise TypeError(f"There is no option `{name}`; {hint}")
     config = replace(config or SmartFRZConfig(), **options)
     policy = policy or make_policy(config, predictor)

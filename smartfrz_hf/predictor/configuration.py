@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..config import OPERATING_POINTS
+from ..config import OPERATING_POINTS, one_of
 
 logger = logging.get_logger(__name__)
 
@@ -119,7 +119,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
                 "newer version of smartfrz_hf: pip install --upgrade smartfrz_hf"
             )
         if self.form not in FORMS:
-            raise ValueError(f"`form` is {self.form!r}; it must be one of {', '.join(map(repr, FORMS))}.")
+            raise ValueError(f"`form` is {self.form!r}; it must be {one_of(self.form, FORMS)}")
         if self.front_probe and self.form == "weights":
             raise ValueError('`front_probe=True` needs `form="dynamics"`; set it to False for `form="weights"`.')
         for name in SIZES:

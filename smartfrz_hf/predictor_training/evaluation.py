@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..config import one_of
 from ..policies import Observation, SmartFRZPolicy
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
 from ..signals.schedule import LearningRates
@@ -91,7 +92,7 @@ def evaluate(
     """
     for kind, name, known in (("label", label, LABELS), ("target", target, TARGETS)):
         if name not in known:
-            raise ValueError(f"The {kind} is {name!r}; it must be one of {', '.join(known)}.")
+            raise ValueError(f"The {kind} is {name!r}; it must be {one_of(name, known)}")
     runs = read_runs(folder)
     stages = FreezingStages(runs, config, label, SPACINGS, target)
     held_out = {name: cross_validate(stages, config, key, options, name) for name, key in GROUPS.items()}

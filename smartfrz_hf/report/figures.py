@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-from transformers.utils import is_matplotlib_available
-
 from .charts import short
 from .runs import SavedRun
 
@@ -26,6 +24,8 @@ def save_figures(run: SavedRun, folder: str | os.PathLike, plain: SavedRun | Non
     Raises:
         ImportError: matplotlib is missing.
     """
+    from transformers.utils import is_matplotlib_available  # which imports torch, in earlier versions of Transformers
+
     if not is_matplotlib_available():
         raise ImportError("PNG files need matplotlib: `pip install matplotlib`.")
     folder = Path(folder)

@@ -178,6 +178,12 @@ def test_nothing_is_promised_for_later_where_the_threshold_stays(tmp_path, pretr
     assert chosen.rate_factor > 1.25 and chosen.later_saved == chosen.time_saved
 
 
+def test_a_cache_folder_that_cannot_be_used_costs_its_room_only(tmp_path):
+    """As in a run."""
+    options = {"cache_memory": 1000.0, "cache_disk": 0.5, "cache_folder": "/nope"}
+    assert estimate(trainer_of(tmp_path), options, seconds=0.5).cache_room == 1000
+
+
 def test_a_saving_that_is_asked_for(tmp_path):
     result = estimate(trainer_of(tmp_path), {"target_saving": 0.3}, predictor_that_says(0.1), seconds=1)
     assert [point.name for point in result.points] == ["30%"] and result.chosen.compute_saved >= 0.3

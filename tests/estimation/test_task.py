@@ -123,7 +123,23 @@ def test_images(tmp_path):
         (["--task", "{folder}"], "{folder} holds no file of training data"),
         (["--task", "{folder}/../numbers.csv"], "has no column of texts or images, but x, label"),
         (["--task", "mrpc", "--operating-point", "bold"], "`operating_point` is 'bold'"),
-        (["--task", "{folder}/../nothing.csv"], "nothing.csv cannot be read: No columns to parse from file"),
+        (["--task", "mrpc", "--data_dir", "{folder}"], "not found: {folder}/mrpc, {folder}/glue/mrpc."),
+        (["--task", "no/such-data"], "(OfflineModeIsEnabled). Check the name"),
+        (["--task", "nofile.csv"], "There is no file or folder nofile.csv."),
+        (["--task", "./nowhere"], "There is no file or folder ./nowhere."),
+        (["--task", "{folder}/../nothing.csv"], "The data in {folder}/../nothing.csv is empty."),
+        (["--task", "{folder}/../nothing.txt"], "The data in {folder}/../nothing.txt is empty."),
+        (["--task", "{folder}/../header.csv"], "The data in {folder}/../header.csv has no rows."),
+        (["--task", "{folder}/../blank.jsonl"], "The data in {folder}/../blank.jsonl has no rows."),
+        (["--task", "{folder}/../broken.json"], "in row 1. Mend the file"),
+        (
+            ["--task", "{folder}/../same.csv"],
+            "The 8 rows of {folder}/../same.csv have only one class in column `label`.",
+        ),
+        (
+            ["--task", "{folder}/../yes.csv"],
+            "The 8 rows of {folder}/../yes.csv have only one class in column `label`.",
+        ),
         (["--task", "{folder}/../broken.json"], "broken.json cannot be read"),
         (["--task", "{folder}/../gaps.csv"], "2 of 8 rows of {folder}/../gaps.csv have no `label`"),
         (["--task", "{folder}/../silent.csv"], "1 of 8 rows of {folder}/../silent.csv have no `text`"),
@@ -135,9 +151,33 @@ def test_what_cannot_work(bert, tmp_path, words, said):
     write_table(tmp_path / "numbers.csv", ("x", "label"), [(i, i % 2) for i in range(8)])
     write_table(tmp_path / "gaps.csv", ("text", "label"), [(sentence(i), i % 2 if i > 1 else "") for i in range(8)])
     write_table(tmp_path / "silent.csv", ("text", "label"), [(sentence(i) if i else "", i % 2) for i in range(8)])
-    (tmp_path / "nothing.csv").write_text("")
+    write_table(tmp_path / "header.csv", ("text", "label"), [])
+    write_table(tmp_path / "same.csv", ("text", "label"), [(sentence(i), 0) for i in range(8)])
+    write_table(tmp_path / "yes.csv", ("text", "label"), [(sentence(i), "yes") for i in range(8)])
+    for name, content in {"nothing.csv": "", "nothing.txt": "", "blank.jsonl": "\n"}.items():
+        (tmp_path / name).write_text(content)
     (tmp_path / "broken.json").write_text('{"text": "a", "label": 0}\n{"text": \n')
     done = run("--model", bert, *(word.format(folder=folder) for word in words))
     assert done.exit_code != 0 and said.format(folder=folder) in " ".join(done.output.split()).replace("│ ", ""), (
         done.output
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("/nonexist", "There is no folder /nonexist with a model."),
+        ("../nonexist", "There is no folder ../nonexist with a model."),
+        ("{folder}", "The folder {folder} holds no model: it has no config.json"),
+    ],
+)
+def test_a_folder_without_a_model_is_told_before_the_data_is_read(tmp_path, model, said):
+    done = run("--model", model.format(folder=tmp_path), "--task", "nofile.csv")
+    assert done.exit_code == 1 and done.output.startswith(said.format(folder=tmp_path)), done.output
+
+
+def test_numbers_are_classes_whatever_they_begin_with(bert, tmp_path):
+    write_table(tmp_path / "signs.csv", ("text", "label"), [(sentence(i), i % 2 * 2 - 1) for i in range(8)])
+    options = {"output_dir": tmp_path / "out", "use_cpu": True, "report_to": "none"}
+    trainer, _ = task_trainer(str(bert), str(tmp_path / "signs.csv"), **options)
+    assert trainer.model.config.num_labels == 2 and set(trainer.train_dataset["labels"]) == {0, 1}

@@ -41,6 +41,7 @@ def test_static():
     assert StaticPolicy(0.5).decide(seen(units=7)).depth == 3
     assert StaticPolicy(4.0).decide(seen(units=7)).depth == 4
     assert StaticPolicy(0.0).decide(seen(units=7)).depth == 0
+    assert StaticPolicy(0.29).decide(seen(units=100)).depth == 29, "the product of these floats is a little less"
     with pytest.raises(ValueError, match="at most 7"):
         StaticPolicy(8).decide(seen(units=7))
 
@@ -48,6 +49,7 @@ def test_static():
 def test_linear():
     policy = LinearPolicy(start=0.2, level=0.5)
     assert [policy.decide(seen(step, units=10)).depth for step in (0, 20, 37, 61, 100)] == [0, 0, 1, 2, 5]
+    assert LinearPolicy(start=0.0, level=0.29).decide(seen(100, units=100)).depth == 29
     assert policy.decide(seen(36, depth=4, units=10)).depth == 4, "what is frozen stays frozen"
 
 

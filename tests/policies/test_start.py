@@ -17,7 +17,7 @@ from smartfrz_hf import (
     find_blocks,
     load_predictor,
 )
-from smartfrz_hf.policies.registry import make_policy
+from smartfrz_hf.policies.registry import PEERS, make_policy
 from smartfrz_hf.predictor import StartPredictor
 from smartfrz_hf.signals import pilot
 from smartfrz_hf.signals.pilot_signals import PilotSignals
@@ -95,9 +95,10 @@ def test_a_target_is_met_by_the_fewest_units(tmp_path, target):
     assert shallower.ledger.compute_saved * 36 / STEPS < target
 
 
-def test_a_target_needs_our_policy():
+@pytest.mark.parametrize("policy", sorted({"linear", "never", "static", *PEERS}))
+def test_a_target_needs_our_policy(policy):
     with pytest.raises(ValueError, match='`target_saving` needs the policy "smartfrz"'):
-        SmartFRZConfig(policy="static", target_saving=0.3)
+        SmartFRZConfig(policy=policy, target_saving=0.3)
 
 
 @pytest.mark.parametrize("target", [None, 0.3])
