@@ -108,8 +108,8 @@ class SmartFRZMixin(TrainerHooks):
             # What trains again since this very step has no state yet.
             before = [stage for stage in state["ledger"]["stages"] if stage["step"] < state["step"]]
             depth = max([state["depth"], *(stage["depth"] for stage in before[-1:])])
-            apart = {name for stage in before[-1:] for name in stage.get("apart", ())}
-            apart |= {stack.names[index] for index in state.get("apart", ())}
+            apart = {name for stage in before[-1:] for name in stage["apart"]}
+            apart |= {stack.names[index] for index in state["apart"]}
             parameters = [
                 p
                 for index, unit in enumerate(stack)

@@ -244,5 +244,4 @@ class SmartFRZPolicy(Policy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self._started = state.get("started", False)  # checkpoints of earlier versions have none
-        self._raised = state.get("raised", False)
+        self._started, self._raised = state["started"], state["raised"]

@@ -19,7 +19,6 @@ DEFAULT_LIMITS = {
     "aggressive": {"points": 1.0, "share": 0.4, "blocks": 0.5},
 }
 SIZES = ("window", "weights_per_unit", "encoder_size", "attention_size", "unit_size", "head_size")
-RENAMED = {"samples": "weights_per_unit"}
 
 # Numbers per snapshot that describe how the weights move, per unit that say where it stands, and of the front probe.
 DYNAMICS_SIZE, CONTEXT_SIZE, PROBE_SIZE = 10, 4, 7
@@ -36,7 +35,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             of the weights, together with the position of the unit in the model and in the run.
         window (`int`, *optional*, defaults to `20`): number of snapshots in a history.
         weights_per_unit (`int`, *optional*, defaults to `1024`):
-            Number of sampled weights in a snapshot. Predictors saved under its former name, `samples`, still load.
+            Number of sampled weights in a snapshot.
         encoder_size (`int`, *optional*, defaults to `16`):
             Width of the hidden layers of the query, key and value MLPs.
         attention_size (`int`, *optional*, defaults to `8`): size of queries, keys and values.
@@ -106,9 +105,6 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
         )
         self.start_stage = start_stage
         self.start_limits = dict(DEFAULT_LIMITS if start_limits is None else start_limits)
-        for old, new in RENAMED.items():
-            if old in kwargs:
-                setattr(self, new, kwargs.pop(old))
         # Keys that any configuration has, or that `from_pretrained` adds. The Trainer writes `use_cache` into any.
         known = {*dir(PreTrainedConfig()), "attn_implementation", "experts_implementation", "use_cache"}
         super().__init__(**kwargs)

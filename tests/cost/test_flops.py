@@ -1,7 +1,6 @@
 """FLOPs by unit: they add up to what torch counts at every depth, follow from the shapes, and leave the run alone."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +15,9 @@ from versions import checkpoint_activations
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks
 from smartfrz_hf._compat import has_input_grads
 from smartfrz_hf.cost.flops import ComputeMeter
-from smartfrz_hf.cost.format_1 import upgrade_meter_state
 from smartfrz_hf.cost.ledger import Flops
 
 BERT_HEAD = 2 * ROWS * (HIDDEN**2 + 2 * HIDDEN)
-FORMAT_1 = Path(__file__).parents[1] / "data" / "checkpoint_format_1" / "smartfrz_state.json"
 
 
 @pytest.mark.parametrize("depth", ["none", "one", "half", "all"])
@@ -366,31 +363,6 @@ def test_state_goes_through_json():
         assert getattr(other.meter, name) == getattr(bench.meter, name)
     assert bench.step() == other.step()
     assert not any(name.startswith("_") for name in state)
-
-
-def test_a_meter_goes_on_from_a_checkpoint_of_format_1():
-    old = json.loads(FORMAT_1.read_text())["meter"]
-    bench = Bench.of("bert", torch.optim.AdamW)
-    bench.freeze_to(2)
-    bench.meter.load_state_dict(upgrade_meter_state(old))
-    assert bench.meter.spent == Flops(**old["spent"]) and bench.meter.full == Flops(**old["full"])
-    fresh = Bench.of("bert", torch.optim.AdamW)
-    fresh.freeze_to(2)
-    fresh.step()
-    cost = bench.step()
-    # It was counted on other rows, of another length.
-    assert cost.forward == pytest.approx(fresh.meter.spent.forward, rel=0.05)
-    assert cost.backward == pytest.approx(fresh.meter.spent.backward, rel=0.1)
-    gone_on = bench.meter.spent.optimizer - old["spent"]["optimizer"]
-    assert gone_on == pytest.approx(fresh.meter.spent.optimizer)
-
-
-def test_a_meter_that_had_counted_nothing_starts_anew():
-    old = json.loads(FORMAT_1.read_text())["meter"] | {"_full_pass": None, "_full_step": None}
-    bench = Bench.of("bert")
-    bench.meter.load_state_dict(upgrade_meter_state(old))
-    bench.step()
-    assert bench.meter.unit_flops["bert.encoder.layer.0"].forward == pytest.approx(BERT_LAYER)
 
 
 PVT = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4], "image_size": 32}
