@@ -27,7 +27,8 @@ TENSOR = "__tensor__"  # {TENSOR: name} stands in the JSON file for the tensor `
 
 
 def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _version() -> str:
@@ -83,7 +84,7 @@ def save_state(state: dict[str, Any], folder: str | os.PathLike) -> None:
     content["state"] = values
     partial.replace(folder / TENSORS_FILE)
     partial = folder / f".{STATE_FILE}.partial"
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -109,7 +110,7 @@ def load_state(folder: str | os.PathLike) -> dict[str, Any] | None:
         return None
     remedy = f"Resume from another checkpoint, or delete {STATE_FILE} there to go on with nothing frozen."
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(
                 f"{path} was written by version {content['version']} of smartfrz_hf, in format {content['format']}; this "
@@ -163,7 +164,7 @@ def load_run(run: FreezingRun, folder: str | os.PathLike, step: int) -> bool:
     return True
 
 
-def load_renamed(model: nn.Module, folder: str | os.PathLike) -> bool:
+def load_renamed(model: nn.Module, folder: str | os.PathLike) -> None:
     """
     Load the weights of a checkpoint whose tensors have other names than the model's.
 
@@ -173,24 +174,20 @@ def load_renamed(model: nn.Module, folder: str | os.PathLike) -> bool:
     Args:
         model (`torch.nn.Module`): what the Trainer trains.
         folder (`str`): of the checkpoint.
-
-    Returns:
-        `bool`: whether there was something to mend.
     """
     files = list(Path(folder).glob("model*.safetensors"))
     # Checkpoints of FSDP2 are read by Accelerate, by the names that the model has.
     if not isinstance(model, PreTrainedModel) or not files or is_sharded(model):
-        return False
+        return
     names: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             names |= set(tensors.keys())
     if names <= set(model.state_dict()):
-        return False
+        return
     renamed = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
     model.load_state_dict(renamed.state_dict())
     logger.warning(f"The Trainer did not find the weights in {folder} by their names; they are loaded now.")
-    return True
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
@@ -208,7 +205,7 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
 
     def complete(path: Path) -> bool:
         try:
-            return json.loads((path / "trainer_state.json").read_text())["global_step"] == step(path)
+            return json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step(path)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

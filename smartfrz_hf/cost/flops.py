@@ -44,16 +44,9 @@ class ComputeMeter:
         model ([`~torch.nn.Module`]): the model that the training loop calls.
         stack ([`BlockStack`]): its units, before any is frozen.
         optimizer (`torch.optim.Optimizer`, *optional*): without it the optimizer's FLOPs are left out.
-        first_batch ([`FirstBatch`], *optional*): where the rows come from; by default the meter keeps some of its own.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stack: BlockStack,
-        optimizer: Optimizer | None = None,
-        first_batch: FirstBatch | None = None,
-    ):
+    def __init__(self, model: nn.Module, stack: BlockStack, optimizer: Optimizer | None = None):
         # DDP hands the batch on to the module inside it.
         model = model.module if isinstance(model, DistributedDataParallel) else model
         self._model, self._stack, self._optimizer = model, stack, optimizer
@@ -70,7 +63,7 @@ class ComputeMeter:
         self._passes = self._forward_only = self._aside = 0
         self._new_elements = self._new_passes = self._new_forward_only = 0  # since `_collect`
         self._taken = Flops()
-        self._first_batch = first_batch or FirstBatch(model, ROWS, without=())  # some models need the labels to run
+        self._first_batch = FirstBatch(model, ROWS, without=())  # some models need the labels to run
         self._hook = model.register_forward_pre_hook(LeftBehind(self._before_pass), with_kwargs=True)
 
     @property

@@ -25,12 +25,6 @@ class Flops:
         """All three."""
         return self.forward + self.backward + self.optimizer
 
-    def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.forward + other.forward, self.backward + other.backward, self.optimizer + other.optimizer)
-
-    def __mul__(self, factor: float) -> "Flops":
-        return Flops(self.forward * factor, self.backward * factor, self.optimizer * factor)
-
 
 @dataclass
 class CacheSavings:

@@ -157,7 +157,7 @@ def read_run(folder: Path) -> SavedRun:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds {str(content)[:40]!r}, not an object")
     except (OSError, ValueError) as error:
