@@ -13,9 +13,10 @@ from torch import nn
 
 from .._compat import forward_without_autocast
 from ..model.forward_patch import ForwardPatch
+from ..model.nested import tensors_in
 from ..model.units import BlockStack
 from .calls import Call, bind
-from .outputs import Shape, alike, find_hidden, replace_hidden, tensors_in
+from .outputs import Shape, alike, find_hidden, replace_hidden
 
 
 class UnsupportedModelError(Exception):

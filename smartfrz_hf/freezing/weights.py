@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..model.forward_patch import ForwardPatch, LeftBehind
-from ..model.nested import named_tensors
+from ..model.nested import tensors_in
 from ..model.units import Unit
 
 # The layers that autocast runs in lower precision, too.
@@ -151,7 +151,7 @@ class FrozenWeights:
 
     def _run(self, patch: ForwardPatch, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of a frozen module."""
-        tensors = [tensor for _, tensor in named_tensors((args, kwargs))]
+        tensors = tensors_in((args, kwargs))
         dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
         device = tensors[0].device.type
         if torch.is_autocast_enabled(device):

@@ -13,9 +13,10 @@ from zoo import build_tiny, loss_of, make_batch
 
 from smartfrz_hf import BlockStack, Freezer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
+from smartfrz_hf.model.discovery import NoOrderError
 from smartfrz_hf.model.forward_patch import ForwardPatch
 from smartfrz_hf.model.nested import float_tensors
-from smartfrz_hf.model.units import NoOrderError, evaluation_mode
+from smartfrz_hf.model.tracing import evaluation_mode
 
 
 def prove(model_type: str, **build: Any) -> dict[str, Any]:
