@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +76,7 @@ class FrozenWeights:
                 self._hold(layer, parameter, self.dtype)
                 parameter.data = parameter.data.to(self.dtype)
             if larger:
-                patch = ForwardPatch(module, lambda *args, **kwargs: None)
-                patch.forward = functools.partial(self._run, patch)
-                self._patches[module] = patch
+                self._patches[module] = ForwardPatch(module, self._run)
 
     def restore(self, unit: Unit) -> None:
         """Undo everything for one unit."""
@@ -149,13 +147,13 @@ class FrozenWeights:
                 parameter.data = held.original.to(held.device)
                 self._offloaded.discard(parameter)
 
-    def _run(self, patch: ForwardPatch, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of a frozen module."""
         tensors = tensors_in((args, kwargs))
         dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
         device = tensors[0].device.type
         if torch.is_autocast_enabled(device):
-            return patch.original(*args, **kwargs)
+            return original(*args, **kwargs)
         with torch.autocast(device, self.dtype):
-            output = patch.original(*args, **kwargs)
+            output = original(*args, **kwargs)
         return recursively_apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, output)
