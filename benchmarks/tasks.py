@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from smartfrz_hf.model.units import evaluation_mode
+from smartfrz_hf.model.tracing import evaluation_mode
 
 Row = dict[str, Any]
 MAX_HELD_OUT = 1000

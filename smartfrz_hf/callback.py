@@ -14,7 +14,8 @@ from .checks import check_only_callback, check_restart, check_stack, check_train
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger
 from .model.batches import first_rows_of
-from .model.units import NoOrderError, find_blocks, unwrap_model
+from .model.discovery import NoOrderError
+from .model.units import find_blocks, unwrap_model
 from .policies import Policy, resolve
 from .predictor import SmartFRZPredictor
 from .reporting import Reporter

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .config import SmartFRZConfig
-from .cost.format_1 import upgrade_meter_state
 from .distributed.fsdp import is_sharded
 from .model.tracing import Inputs
 from .model.units import find_blocks
@@ -33,7 +32,8 @@ TENSOR = "__tensor__"  # {TENSOR: name} stands in the JSON file for the tensor `
 
 
 def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _version() -> str:
@@ -89,7 +89,7 @@ def save_state(state: dict[str, Any], folder: str | os.PathLike) -> None:
     content["state"] = values
     partial.replace(folder / TENSORS_FILE)
     partial = folder / f".{STATE_FILE}.partial"
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -98,7 +98,7 @@ def save_state(state: dict[str, Any], folder: str | os.PathLike) -> None:
 
 def load_state(folder: str | os.PathLike) -> dict[str, Any] | None:
     """
-    Read what [`save_state`] wrote, in this version's format or an earlier one's.
+    Read what [`save_state`] wrote.
 
     Args:
         folder (`str`): of the checkpoint.
@@ -107,7 +107,7 @@ def load_state(folder: str | os.PathLike) -> dict[str, Any] | None:
         `dict` for [`FreezingRun.load_state_dict`], with tensors on the CPU, or `None` if the folder holds no state.
 
     Raises:
-        ValueError: the files are damaged, do not belong together, or were written by a newer version.
+        ValueError: the files are damaged, do not belong together, or were written in another format.
     """
     folder = Path(folder)
     path = folder / STATE_FILE
@@ -115,14 +115,12 @@ def load_state(folder: str | os.PathLike) -> dict[str, Any] | None:
         return None
     remedy = f"Resume from another checkpoint, or delete {STATE_FILE} there to go on with nothing frozen."
     try:
-        content = json.loads(path.read_text())
-        if content["format"] > FORMAT:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
             raise ValueError(
                 f"{path} was written by version {content['version']} of smartfrz_hf, in format {content['format']}; this "
-                f"version reads formats up to {FORMAT}. Install that version. {remedy}"
+                f"version reads format {FORMAT} only. Install that version. {remedy}"
             )
-        if content["format"] == 1:
-            return _load_format_1(content, folder, remedy)
         file = _checked(folder / TENSORS_FILE, content["tensors"], remedy)
         return _join(content["state"], load_file(file))
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -133,59 +131,6 @@ def _checked(file: Path, digest: str, remedy: str) -> Path:
     if not file.is_file() or _digest(file) != digest:
         raise ValueError(f"{file} is missing, or not the one that {STATE_FILE} was written with. {remedy}")
     return file
-
-
-def _load_format_1(content: dict[str, Any], folder: Path, remedy: str) -> dict[str, Any]:
-    """Format 1 (smartfrz_hf 0.1): one file for the weight history, one for the probe, and metadata in JSON in both."""
-    state = {key: content[key] for key in ("step", "units", "depth", "config", "ledger")}
-    renamed = {"samples": "weights_per_unit", "probe_rows": "probe_examples"}
-    state["config"] = {renamed.get(key, key): value for key, value in state["config"].items()}
-    state |= {
-        "meter": upgrade_meter_state(content["meter"]),
-        "policy": {},
-        "learning_rates": None,
-        "weight_history": None,
-        "probe_history": None,
-    }
-    if content["history"] is not None:
-        tensors, metadata = _read(_checked(folder / TENSORS_FILE, content["history"], remedy))
-        steps, window = json.loads(metadata["steps"]), tensors["ring"].shape[1]
-        snapshots = tensors["ring"].roll(-(len(steps) % window), dims=1)  # format 1 kept the ring buffer as it lay
-        state["weight_history"] = {"snapshots": snapshots, "start": tensors["start"], "steps": steps}
-    if content.get("front") is not None:
-        tensors, metadata = _read(_checked(folder / "smartfrz_probe.safetensors", content["front"], remedy))
-        known = json.loads(metadata["known"])
-        units = range(len(state["units"]))
-        state["probe_history"] = {
-            "steps": known["steps"],
-            "changes": tensors.get("changes"),
-            "inputs": _inputs_of_format_1(known["probe"], tensors),
-            "snapshots": {
-                str(number): {
-                    "hidden": {str(unit): tensors[f"{number}.{unit}"] for unit in units},
-                    "output": tensors[f"{number}.output"],
-                }
-                for number in known["looks"]
-            },
-        }
-    return state
-
-
-def _inputs_of_format_1(packed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
-    """The inputs of the probe, from `{kind: content}` to the form of [`~smartfrz_hf.model.nested.to_state`]."""
-    ((kind, value),) = packed.items()
-    if kind == "tensor":
-        return tensors[value]
-    if kind == "mapping":
-        return {"dict": {key: _inputs_of_format_1(part, tensors) for key, part in value.items()}}
-    if kind in ("list", "tuple"):
-        return {kind: {str(i): _inputs_of_format_1(part, tensors) for i, part in enumerate(value)}}
-    return value
-
-
-def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    with safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
 
 
 def load_run(run: FreezingRun, folder: str | os.PathLike, step: int) -> bool:
@@ -206,7 +151,7 @@ def load_run(run: FreezingRun, folder: str | os.PathLike, step: int) -> bool:
     """
     load_renamed(run.stack.model, folder)
     state = load_state(folder)
-    frozen = -1 if state is None else [state["depth"], *state.get("apart", ())]
+    frozen = -1 if state is None else [state["depth"], *state["apart"]]
     run.ranks.check_equal(frozen, f"the depth saved in {folder} (-1 without a state)")
     if state is None:
         logger.warning(
@@ -262,8 +207,8 @@ def frozen_as_saved(
         # What trains again since this very step has no state yet.
         before = [stage for stage in state["ledger"]["stages"] if stage["step"] < state["step"]]
         depth = max([state["depth"], *(stage["depth"] for stage in before[-1:])])
-        apart = {name for stage in before[-1:] for name in stage.get("apart", ())}
-        apart |= {stack.names[index] for index in state.get("apart", ())}
+        apart = {name for stage in before[-1:] for name in stage["apart"]}
+        apart |= {stack.names[index] for index in state["apart"]}
         parameters = [
             parameter
             for index, unit in enumerate(stack)
@@ -279,7 +224,7 @@ def frozen_as_saved(
             parameter.requires_grad_(True)
 
 
-def load_renamed(model: nn.Module, folder: str | os.PathLike) -> bool:
+def load_renamed(model: nn.Module, folder: str | os.PathLike) -> None:
     """
     Load the weights of a checkpoint whose tensors have other names than the model's.
 
@@ -289,24 +234,20 @@ def load_renamed(model: nn.Module, folder: str | os.PathLike) -> bool:
     Args:
         model (`torch.nn.Module`): what the Trainer trains.
         folder (`str`): of the checkpoint.
-
-    Returns:
-        `bool`: whether there was something to mend.
     """
     files = list(Path(folder).glob("model*.safetensors"))
     # Checkpoints of FSDP2 are read by Accelerate, by the names that the model has.
     if not isinstance(model, PreTrainedModel) or not files or is_sharded(model):
-        return False
+        return
     names: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             names |= set(tensors.keys())
     if names <= set(model.state_dict()):
-        return False
+        return
     renamed = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
     model.load_state_dict(renamed.state_dict())
     logger.warning(f"The Trainer did not find the weights in {folder} by their names; they are loaded now.")
-    return True
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
@@ -324,7 +265,7 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
 
     def complete(path: Path) -> bool:
         try:
-            return json.loads((path / "trainer_state.json").read_text())["global_step"] == step(path)
+            return json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step(path)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

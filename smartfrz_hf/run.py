@@ -295,9 +295,9 @@ class FreezingRun:
         self.policy.load_state_dict(state["policy"])
         if state["learning_rates"] is not None:
             self.rates.load_state_dict(state["learning_rates"])
-        self.front.rate.factor = state.get("rate_factor", 1.0)  # checkpoints of earlier versions have none
+        self.front.rate.factor = state["rate_factor"]
         self.observer.load_state_dict(state)
-        frozen = [*range(state["depth"]), *state.get("apart", ())]  # checkpoints of earlier versions have none apart
+        frozen = [*range(state["depth"]), *state["apart"]]
         if frozen:
             self.front.freeze(frozen)
         self.front.update_ledger(self.ledger)

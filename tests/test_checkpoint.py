@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 from versions import RENAMED
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZConfig
 from smartfrz_hf.checkpoint import STATE_FILE, TENSORS_FILE, last_complete_checkpoint, load_state, save_state
 
 SETTINGS = {
@@ -144,8 +142,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
     refused("its model has the units")
     change(step=5)
     refused("is of step 5")
-    change(format=99, version="9.9")
-    refused("written by version 9.9 of smartfrz_hf")
     (checkpoint / STATE_FILE).write_bytes(kept[STATE_FILE][:100])
     refused("damaged")
     (checkpoint / TENSORS_FILE).write_bytes(kept[TENSORS_FILE][:-1] + b"\0")
@@ -197,39 +193,13 @@ def test_last_complete_checkpoint(tmp_path, caplog):
     assert "checkpoint-14 was not written to its end" in caplog.text
 
 
-OLD = Path(__file__).parent / "data" / "checkpoint_format_1"
-
-
-def decided(stage):
-    """What a checkpoint of the first format says of a stage."""
-    return stage.step, stage.depth, stage.units, stage.reason
-
-
-def test_checkpoints_of_the_first_format_resume(tmp_path):
-    """The files were written by smartfrz_hf 0.1, with a weight history and a front probe."""
-    options = {"max_depth": 2, "first_decision": 4, "decide_every": 4, "record_every": 1}
-
-    def go(resume=None):
-        callback = SmartFRZCallback(SmartFRZConfig(**options), predictor_that_says(0.9, front_probe=True))
-        changes = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10, "resume": resume}
-        return train(tmp_path, [callback], **changes), callback
-
-    whole = go()
-    checkpoint = tmp_path / "checkpoint-10"
-    for file in checkpoint.glob("smartfrz_*"):
-        file.unlink()
-    for file in OLD.iterdir():
-        shutil.copy(file, checkpoint)
-    again = go(str(checkpoint))
-    assert losses(whole[0]) | losses(again[0]) == losses(whole[0])
-    for key, value in whole[0].model.state_dict().items():
-        assert torch.equal(value, again[0].model.state_dict()[key]), key
-    assert [*map(decided, whole[1].ledger.stages)] == [*map(decided, again[1].ledger.stages)]
-    assert whole[1].ledger.decisions == again[1].ledger.decisions
-    probes = [callback.run.observer for _, callback in (whole, again)]
-    difference = (probes[0].history.snapshots() - probes[1].history.snapshots()).abs().max()
-    assert difference <= (0 if RENAMED else 1e-4)  # the files were written with a later torch
-    assert 0 < again[1].ledger.compute_saved < 1
+@pytest.mark.parametrize("number", [1, 99])
+def test_another_format_is_refused(tmp_path, number):
+    save_state({"step": 3}, tmp_path)
+    content = json.loads((tmp_path / STATE_FILE).read_text())
+    (tmp_path / STATE_FILE).write_text(json.dumps(content | {"format": number, "version": "0.0.9"}))
+    with pytest.raises(ValueError, match=f"version 0.0.9 of smartfrz_hf, in format {number}; .* Install that version"):
+        load_state(tmp_path)
 
 
 def test_any_nested_state_comes_back(tmp_path):

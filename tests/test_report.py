@@ -163,6 +163,14 @@ def test_a_damaged_state_is_refused(runs, tmp_path, missing):
         read_run(file.parent)
 
 
+def test_another_format_is_refused(runs, tmp_path):
+    shutil.copytree(runs / "frozen", tmp_path / "run")
+    file = max((tmp_path / "run").glob("**/smartfrz_state.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1, "version": "0.0.9"}))
+    with pytest.raises(ValueError, match=r"version 0.0.9 of smartfrz_hf, in format 1; .* Install that version"):
+        read_run(file.parent)
+
+
 class Odd(Policy):
     """Freezes units that are not next to each other, with numbers of NumPy and half of what a report would show."""
 

@@ -1,7 +1,7 @@
 """The activation cache: what the frozen front returns is computed once per row, and then looked up."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -149,20 +149,20 @@ class ActivationCache:
             return self._reasons.most_common(1)[0][0]
         return f"the forward pass of {type(self.stack.backbone).__name__} was not called, or no row came again"
 
-    def _forward(self, /, *args, **kwargs) -> Any:
+    def _forward(self, original: Callable[..., Any], /, *args, **kwargs) -> Any:
         """Stands in for the forward pass of the backbone."""
         front = self._front
         if self._bypassed or front.busy or torch.compiler.is_compiling():
-            return front.plain(*args, **kwargs)
+            return original(*args, **kwargs)
         training = front.entry.training
         self._padding.settle()
         if self.depth < MIN_DEPTH and (self._padding.unread is not None or not training):
-            return front.plain(*args, **kwargs)
+            return original(*args, **kwargs)
         call = read_call(front.signature, args, kwargs, getattr(front.entry, "config", None))
         if isinstance(call, str):
             return self._stand_aside(call, args, kwargs)
         if self.depth < MIN_DEPTH:
-            output = front.plain(*args, **kwargs)
+            output = original(*args, **kwargs)
             if any(call.padding[:2]):
                 self._padding.watch(call, output)
             return output
@@ -177,7 +177,7 @@ class ActivationCache:
         except WrongActivationError as error:
             self._turn_off(str(error))
         set_random_state(state, call.device)  # what runs again draws the same numbers again
-        return front.plain(*args, **kwargs)
+        return original(*args, **kwargs)
 
     def _stand_aside(self, reason: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._reasons[reason] += 1

@@ -13,9 +13,10 @@ from torch import nn
 
 from .._compat import forward_without_autocast
 from ..model.forward_patch import ForwardPatch
+from ..model.nested import tensors_in
 from ..model.units import BlockStack
 from .calls import Call, bind
-from .outputs import Shape, alike, find_hidden, replace_hidden, tensors_in
+from .outputs import Shape, alike, find_hidden, replace_hidden
 
 
 class UnsupportedModelError(Exception):
@@ -69,7 +70,7 @@ class Front:
     Args:
         stack ([`BlockStack`]): the units of the model.
         entry (`torch.nn.Module`): runs the front, see [`~smartfrz_hf.activation_cache.outputs.entry_of`].
-        forward (`Callable`): stands in for the forward pass of `entry`.
+        forward (`Callable`): stands in for the forward pass of `entry`, which it is given first.
         before_block (`Callable`): called before a frozen block really runs.
 
     Attributes:
@@ -104,11 +105,8 @@ class Front:
         """Take in all units before `depth`."""
         for index in range(max(1, self.depth), depth):
             block = self.stack.blocks[index - 1]
-            if block in self.patches:
-                continue
-            patch = ForwardPatch(block, lambda *args, **kwargs: None)
-            patch.forward = functools.partial(self._run_or_skip, index, patch)
-            self.patches[block] = patch
+            if block not in self.patches:
+                self.patches[block] = ForwardPatch(block, functools.partial(self._run_or_skip, index))
         self.depth = depth
 
     def close(self) -> None:
@@ -203,9 +201,7 @@ class Front:
         finally:
             self._pass = before
 
-    def _call_model(self, /, *args, **kwargs) -> Any:
-        assert self._model_patch is not None
-        original = self._model_patch.original
+    def _call_model(self, original: Callable[..., Any], /, *args, **kwargs) -> Any:
         if self.busy or torch.compiler.is_compiling():
             return original(*args, **kwargs)
         self.outer_call = bind(self._model_signature, args, kwargs)
@@ -214,16 +210,16 @@ class Front:
         finally:
             self.outer_call = None
 
-    def _run_or_skip(self, index: int, patch: ForwardPatch, /, *args, **kwargs) -> Any:
+    def _run_or_skip(self, index: int, original: Callable[..., Any], /, *args, **kwargs) -> Any:
         """Stands in for the forward pass of the block of unit `index`."""
         if torch.compiler.is_compiling():
-            return patch.original(*args, **kwargs)
+            return original(*args, **kwargs)
         one = self._pass
         if one is not None:
             one.started.append(index)
         if one is None or one.hidden is not None:  # behind the boundary, which try_pass will refuse
             self._before_block()
-            return patch.original(*args, **kwargs)
+            return original(*args, **kwargs)
         last = index == self.depth - 1
         if index < one.skip:
             output = self._stand_in(index, one, args, kwargs)
@@ -232,7 +228,7 @@ class Front:
                 one.hidden = one.enters if last else None
             return output
         self._before_block()
-        output = patch.original(*args, **kwargs)
+        output = original(*args, **kwargs)
         self._learn(index, one, output, args, kwargs)
         if last:
             one.hidden = tensors_in(output)[0].detach()

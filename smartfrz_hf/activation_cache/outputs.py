@@ -21,13 +21,6 @@ class Shape:
     by_row: bool
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """All tensors in nested tuples, lists and mappings."""
-    found: list[torch.Tensor] = []
-    recursively_apply(found.append, value)
-    return found
-
-
 def entry_of(stack: BlockStack, depth: int = 0) -> nn.Module:
     """
     The innermost module that runs the whole front and has a forward pass of its own.

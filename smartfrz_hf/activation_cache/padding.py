@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from ..model.nested import tensors_in
 from .calls import Call, content
-from .outputs import tensors_in
 
 
 class PaddingWatch:

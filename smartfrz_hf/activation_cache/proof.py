@@ -9,9 +9,9 @@ import torch
 
 from ..cost.ledger import CacheSavings
 from ..model.generators import generators_left_as_found, random_state, random_states, set_random_state
+from ..model.nested import tensors_in
 from .calls import Call, content
 from .front import Front, Pass, UnsupportedModelError
-from .outputs import tensors_in
 from .trial import model_left_as_found
 
 # Relative error, in the norm of a row, that the order of sums can make, by what the front computes in.

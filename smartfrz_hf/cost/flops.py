@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -45,16 +44,9 @@ class ComputeMeter:
         model ([`~torch.nn.Module`]): the model that the training loop calls.
         stack ([`BlockStack`]): its units, before any is frozen.
         optimizer (`torch.optim.Optimizer`, *optional*): without it the optimizer's FLOPs are left out.
-        first_batch ([`FirstBatch`], *optional*): where the rows come from; by default the meter keeps some of its own.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stack: BlockStack,
-        optimizer: Optimizer | None = None,
-        first_batch: FirstBatch | None = None,
-    ):
+    def __init__(self, model: nn.Module, stack: BlockStack, optimizer: Optimizer | None = None):
         # DDP hands the batch on to the module inside it.
         model = model.module if isinstance(model, DistributedDataParallel) else model
         self._model, self._stack, self._optimizer = model, stack, optimizer
@@ -70,21 +62,19 @@ class ComputeMeter:
         self._skipped = np.zeros(units)
         self._passes = self._forward_only = self._aside = 0
         self._new_elements = self._new_passes = self._new_forward_only = 0  # since `_collect`
-        # Sums from a checkpoint of format 1.
-        self._earlier = {"spent": Flops(), "full": Flops()}
         self._taken = Flops()
-        self._first_batch = first_batch or FirstBatch(model, ROWS, without=())  # some models need the labels to run
+        self._first_batch = FirstBatch(model, ROWS, without=())  # some models need the labels to run
         self._hook = model.register_forward_pre_hook(LeftBehind(self._before_pass), with_kwargs=True)
 
     @property
     def spent(self) -> Flops:
         """FLOPs of the training so far."""
-        return _total(self._spent_by_unit()) + self._earlier["spent"]
+        return _total(self._spent_by_unit())
 
     @property
     def full(self) -> Flops:
         """FLOPs that the training so far would have cost with nothing frozen and no activation cache."""
-        return _total(self._full_by_unit()) + self._earlier["full"]
+        return _total(self._full_by_unit())
 
     @property
     def unit_parameters(self) -> dict[str, int]:
@@ -202,8 +192,7 @@ class ComputeMeter:
         """
         JSON values: `costs` (`forward` and `backward` of [`PassCosts`]; `None` until counted), `update` (FLOPs of an
         optimizer step by unit), `elements` and `steps` (by the frozen units, a hexadecimal bit mask), `passes`, `forward_elements` (of passes without
-        gradients), `probe_elements`, `skipped_elements` (by unit), `earlier` (`spent` and `full` of a run whose
-        checkpoint holds only these sums).
+        gradients), `probe_elements`, `skipped_elements` (by unit).
         """
         self._collect()
         return {
@@ -215,7 +204,6 @@ class ComputeMeter:
             "forward_elements": self._forward_only,
             "probe_elements": self._aside,
             "skipped_elements": self._skipped.tolist(),
-            "earlier": {name: asdict(flops) for name, flops in self._earlier.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -226,7 +214,6 @@ class ComputeMeter:
         self._steps = Counter({int(frozen, 16): steps for frozen, steps in state["steps"].items()})
         self._passes, self._forward_only = state["passes"], state["forward_elements"]
         self._aside = state["probe_elements"]
-        self._earlier = {name: Flops(**flops) for name, flops in state["earlier"].items()}
         self._taken = self.spent
         if self._costs is not None:
             self._first_batch.close()

@@ -25,12 +25,6 @@ class Flops:
         """All three."""
         return self.forward + self.backward + self.optimizer
 
-    def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.forward + other.forward, self.backward + other.backward, self.optimizer + other.optimizer)
-
-    def __mul__(self, factor: float) -> "Flops":
-        return Flops(self.forward * factor, self.backward * factor, self.optimizer * factor)
-
 
 @dataclass
 class CacheSavings:
@@ -269,10 +263,9 @@ class Ledger:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned. A cache starts empty, but its sums go on."""
         self.stages = [Stage(**stage) for stage in state["stages"]]
-        self.records = [StageRecord(**record) for record in state.get("records", ())]  # none in earlier versions
-        start = state.get("start")
-        self.start = None if start is None else StartStage(**start)
-        self._started = time.perf_counter() - state.get("seconds", 0.0)
+        self.records = [StageRecord(**record) for record in state["records"]]
+        self.start = None if state["start"] is None else StartStage(**state["start"])
+        self._started = time.perf_counter() - state["seconds"]
         self.decisions, self.frozen_parameters = state["decisions"], state["frozen_parameters"]
         if self.cache is not None and state["cache"] is not None:
             for name, value in state["cache"].items():

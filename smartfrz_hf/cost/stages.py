@@ -90,7 +90,7 @@ def frozen_spans(stages: Iterable[Mapping[str, Any]], end: int) -> dict[str, lis
     spans: dict[str, list[tuple[int, int]]] = {}
     before = 0
     for stage in stages:
-        frozen = stage["depth"] + len(stage.get("apart", ()))  # earlier versions have none
+        frozen = stage["depth"] + len(stage["apart"])
         for unit in stage["units"]:
             if frozen > before:
                 spans.setdefault(unit, []).append((stage["step"], end))

@@ -20,8 +20,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .._compat import has_input_grads, uses_reentrant_checkpointing
 from ..distributed.fsdp import reshard
 from ..freezing.kept import kept_parameters
-from ..model.nested import named_tensors
-from ..model.units import BlockStack, evaluation_mode
+from ..model.nested import tensors_in
+from ..model.tracing import evaluation_mode
+from ..model.units import BlockStack
 from .passes import PassCosts, backward_of_chain
 
 CONSTANT = 0  # the units of a tensor that no trainable weight has gone into
@@ -106,7 +107,7 @@ class _Tracer(TorchFunctionMode):
         with sdpa_kernel(SDPBackend.MATH) if attention else nullcontext():
             result = func(*args, **kwargs)
         flops: float = self.counter.get_total_flops() - before
-        tensors = [t for _, t in named_tensors((args, kwargs)) if t.is_floating_point()]
+        tensors = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
         units = reduce(or_, map(self._mark_of, tensors), CONSTANT)
         operands = sorted(self._mark_of(t) for t in tensors if t.dim() > 1)[-2:]
         if attention:  # a fused kernel computes all gradients, whichever are needed
@@ -121,7 +122,7 @@ class _Tracer(TorchFunctionMode):
 
     def mark(self, value: Any, units: int) -> None:
         """Mark nested tensors."""
-        for _, tensor in named_tensors(value):
+        for tensor in tensors_in(value):
             self._marks[id(tensor)] = weakref.ref(tensor), units if tensor.is_floating_point() else CONSTANT
 
     def mark_weights(self, module: nn.Module, *_: Any) -> None:
@@ -140,7 +141,7 @@ class _Tracer(TorchFunctionMode):
 
     def begin_block(self, units: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before a block runs whose input needs a gradient if any of these units trains, whatever went into it."""
-        for _, tensor in named_tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             self.mark(tensor, self._mark_of(tensor) | units)
 
     def begin_checkpoint(self, *_: Any) -> None:
@@ -155,7 +156,7 @@ class _Tracer(TorchFunctionMode):
         again = sum(self.forward) - self._started.pop()
         if not uses_reentrant_checkpointing(module):
             again -= self._tail
-        marks = (self._mark_of(t) for _, t in named_tensors(output) if t.is_floating_point())
+        marks = (self._mark_of(t) for t in tensors_in(output) if t.is_floating_point())
         if units := reduce(or_, marks, CONSTANT):
             self.backward[self._unit][units] += again
 

@@ -24,21 +24,17 @@ def leave_frozen_ranks(model: nn.Module, frozen: Callable[[], Iterable[nn.Parame
         `list[MethodPatch]`: to be removed at the end. Empty for a model without AdaLoRA.
     """
 
-    def allocate(patch: Callable[[], MethodPatch], *args: Any, **kwargs: Any) -> Any:
+    def allocate(original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         values = {parameter: parameter.detach().clone() for parameter in frozen() if parameter.grad is None}
         try:
             for parameter in values:
                 parameter.grad = torch.zeros_like(parameter)
-            return patch().original(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             for parameter, value in values.items():
                 parameter.grad = None
                 if not torch.equal(parameter, value):
                     parameter.data.copy_(value)
 
-    patches: list[MethodPatch] = []
-    for tuner in [module for module in model.modules() if hasattr(module, "rankallocator")]:
-        place = len(patches)
-        run = lambda *args, place=place, **kwargs: allocate(lambda: patches[place], *args, **kwargs)  # noqa: E731
-        patches.append(MethodPatch(tuner, "update_and_allocate", run))
-    return patches
+    tuners = [module for module in model.modules() if hasattr(module, "rankallocator")]
+    return [MethodPatch(tuner, "update_and_allocate", allocate) for tuner in tuners]

@@ -225,7 +225,7 @@ class Freezer:
         for module in unit.modules.values():
             module.eval()
             # The Trainer calls `model.train()` at each step.
-            before.patches.append(MethodPatch(module, "train", lambda mode=True, module=module: module))
+            before.patches.append(MethodPatch(module, "train", lambda original, mode=True, module=module: module))
         if unit is not self.stack.stem:  # some models read the type of their inputs from the stem's weights
             self.weights.cast(unit)
 

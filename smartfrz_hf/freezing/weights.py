@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .._compat import without_torch_function
 from ..model.forward_patch import ForwardPatch, LeftBehind
-from ..model.nested import named_tensors
+from ..model.nested import tensors_in
 from ..model.units import Unit
 
 logger = logging.get_logger(__name__)
@@ -72,7 +72,7 @@ class OffloadedParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function not in _TELLS:
-            for _, tensor in named_tensors((args, kwargs or {})):
+            for tensor in tensors_in((args, kwargs or {})):
                 if isinstance(tensor, OffloadedParameter):
                     tensor.bring_back()
         with without_torch_function():
@@ -128,9 +128,7 @@ class FrozenWeights:
                 self._hold(layer, parameter, self.dtype)
                 parameter.data = parameter.data.to(self.dtype)
             if larger:
-                patch = ForwardPatch(module, lambda *args, **kwargs: None)
-                patch.forward = functools.partial(self._run, patch)
-                self._patches[module] = patch
+                self._patches[module] = ForwardPatch(module, self._run)
 
     def restore(self, unit: Unit) -> None:
         """Undo everything for one unit."""
@@ -229,15 +227,15 @@ class FrozenWeights:
                 parameter.data = held.original.to(held.device)
                 self._offloaded.discard(parameter)
 
-    def _run(self, patch: ForwardPatch, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of a frozen module."""
-        tensors = [tensor for _, tensor in named_tensors((args, kwargs))]
+        tensors = tensors_in((args, kwargs))
         dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
         device = tensors[0].device.type
         if torch.is_autocast_enabled(device):
-            return patch.original(*args, **kwargs)
+            return original(*args, **kwargs)
         with torch.autocast(device, self.dtype):
-            output = patch.original(*args, **kwargs)
+            output = original(*args, **kwargs)
         return recursively_apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, output)
 
 

@@ -42,7 +42,7 @@ class MethodPatch:
     Args:
         module (`torch.nn.Module`): the module.
         name (`str`): name of the method.
-        replacement (`Callable`): called with the arguments of the method.
+        replacement (`Callable`): called with the original method, and the arguments.
 
     Attributes:
         original (`Callable`): the method as it was, bound to the module.
@@ -59,7 +59,7 @@ class MethodPatch:
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:  # methods may have an argument `self` of their own
         """Run the replacement."""
-        return self.replacement(*args, **kwargs)
+        return self.replacement(self.original, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self._previous is not None:
@@ -75,7 +75,7 @@ class MethodPatch:
     def remove(self) -> None:
         """Give the module its own method back. Under a later patch of somebody else's, this one does nothing more."""
         if self.module.__dict__.get(self.name) is not self:
-            self.replacement = self.original
+            self.replacement = _run
             return
         del self.module.__dict__[self.name]
         if self._previous is not None:
@@ -88,20 +88,15 @@ class ForwardPatch(MethodPatch):
 
     Args:
         module (`torch.nn.Module`): the module.
-        forward (`Callable`): called with the arguments of the forward pass.
+        forward (`Callable`): called with the original forward pass, and the arguments.
     """
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]):
         super().__init__(module, "forward", forward)
 
-    @property
-    def forward(self) -> Callable[..., Any]:
-        """What runs in place of the forward pass."""
-        return self.replacement
 
-    @forward.setter
-    def forward(self, forward: Callable[..., Any]) -> None:
-        self.replacement = forward
+def _run(original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs)
 
 
 def _same(value: Any) -> Any:

@@ -21,9 +21,14 @@ def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tenso
             yield from named_tensors(part, name)
 
 
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors of nested lists, tuples and dictionaries, in order."""
+    return [tensor for _, tensor in named_tensors(value)]
+
+
 def float_tensors(value: Any) -> list[torch.Tensor]:
     """The floating-point tensors with at least one dimension, in order."""
-    return [tensor for _, tensor in named_tensors(value) if tensor.is_floating_point() and tensor.dim()]
+    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point() and tensor.dim()]
 
 
 def block_input(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -34,7 +39,7 @@ def block_input(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
 
 def batch_size(inputs: Any) -> int:
     """Number of rows of a batch: the length that most of its tensors have."""
-    lengths = [len(tensor) for _, tensor in named_tensors(inputs) if tensor.dim()]
+    lengths = [len(tensor) for tensor in tensors_in(inputs) if tensor.dim()]
     return max(lengths, key=lengths.count, default=0)
 
 

@@ -189,7 +189,7 @@ class _Tracer:
     def __enter__(self) -> "_Tracer":
         for module in self.backbone.modules():
             if module in self.blocks:  # SqueezeBERT calls the forward pass of its blocks without their hooks
-                self._hooks.append(ForwardPatch(module, partial(self._run_block, module, module.forward)))
+                self._hooks.append(ForwardPatch(module, partial(self._run_block, module)))
             else:
                 self._hooks.append(module.register_forward_pre_hook(self._start, with_kwargs=True))
             if next(module.parameters(), None) is None:

@@ -7,11 +7,9 @@ from typing import Any, overload
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from .discovery import NoOrderError as NoOrderError
-from .discovery import describe, find_stacks, match, stack_of
+from .discovery import NoOrderError, describe, find_stacks, match, stack_of
 from .stem import STEM, assign
 from .tracing import Inputs, trace
-from .tracing import evaluation_mode as evaluation_mode
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -115,8 +115,7 @@ class EgeriaPolicy(Policy):
         """Go on from what `state_dict` gave."""
         self._reference, self._plasticity = list(state["reference"]), [list(v) for v in state["plasticity"]]
         self._steepest, self._stages = list(state["steepest"]), state["stages"]
-        # Checkpoints of earlier versions have no step.
-        self._window, self._froze_at = state["window"], state.get("froze_at")
+        self._window, self._froze_at = state["window"], state["froze_at"]
 
 
 def normalized_gram(hidden: torch.Tensor) -> torch.Tensor:

@@ -89,17 +89,11 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
         return _makers[config.policy](config)
     if predictor is None:
         predictor = load_predictor(config.predictor, revision=config.predictor_revision)
-    threshold = config.freeze_threshold
+    threshold, after_start = config.freeze_threshold, None
     if threshold is None:
-        threshold = predictor.config.operating_points[config.operating_point]
-    after_start = None
-    if config.freeze_threshold is None:
-        known = predictor.config
-        raised, kept = (
-            known.operating_points_after_start[config.operating_point],
-            known.operating_points["conservative"],
-        )
-        after_start = raised if config.compensate_rate else kept
+        points, later = predictor.config.operating_points, predictor.config.operating_points_after_start
+        threshold = points[config.operating_point]
+        after_start = later[config.operating_point] if config.compensate_rate else points["conservative"]
     return SmartFRZPolicy(
         predictor,
         threshold,

@@ -101,9 +101,8 @@ class SmartFRZPolicy(Policy):
         if history is None or history.filled < MIN_SNAPSHOTS or depth == observation.units:
             return Decision(depth, "not enough history")
         if self._started and observation.progress < EARLY_AFTER_START:
-            return Decision(
-                depth, "after a front has frozen from the start, nothing more freezes before 65% of the run"
-            )
+            waits = f"nothing more freezes before {EARLY_AFTER_START:.0%} of the run"
+            return Decision(depth, f"after a front has frozen from the start, {waits}")
         if observation.progress < EARLY and observation.rates.relative[observation.step] >= PEAK:
             return Decision(depth, "early in the run and near the peak of the learning rate")
         snapshots = history.snapshots()[depth:]
@@ -244,5 +243,4 @@ class SmartFRZPolicy(Policy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self._started = state.get("started", False)  # checkpoints of earlier versions have none
-        self._raised = state.get("raised", False)
+        self._started, self._raised = state["started"], state["raised"]

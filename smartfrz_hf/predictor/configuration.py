@@ -1,5 +1,6 @@
 """Configuration of the predictor."""
 
+import copy
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -19,7 +20,6 @@ DEFAULT_LIMITS = {
     "aggressive": {"points": 1.0, "share": 0.4, "blocks": 0.5},
 }
 SIZES = ("window", "weights_per_unit", "encoder_size", "attention_size", "unit_size", "head_size")
-RENAMED = {"samples": "weights_per_unit"}
 
 # Numbers per snapshot that describe how the weights move, per unit that say where it stands, and of the front probe.
 DYNAMICS_SIZE, CONTEXT_SIZE, PROBE_SIZE = 10, 4, 7
@@ -36,7 +36,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             of the weights, together with the position of the unit in the model and in the run.
         window (`int`, *optional*, defaults to `20`): number of snapshots in a history.
         weights_per_unit (`int`, *optional*, defaults to `1024`):
-            Number of sampled weights in a snapshot. Predictors saved under its former name, `samples`, still load.
+            Number of sampled weights in a snapshot.
         encoder_size (`int`, *optional*, defaults to `16`):
             Width of the hidden layers of the query, key and value MLPs.
         attention_size (`int`, *optional*, defaults to `8`): size of queries, keys and values.
@@ -61,8 +61,8 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             prediction, its `share` in the contributions of all units, and its fraction of the `blocks`.
 
     Raises:
-        ValueError: `form` is unknown or has no front probe, a size is below 1, or an operating point is no
-            probability or missing.
+        ValueError: `form` is unknown or has no front probe, a size is below 1, an operating point is no
+            probability or missing, or a limit is no number or missing.
 
     Example:
 
@@ -105,10 +105,7 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
             DEFAULT_POINTS_AFTER_START if operating_points_after_start is None else operating_points_after_start
         )
         self.start_stage = start_stage
-        self.start_limits = dict(DEFAULT_LIMITS if start_limits is None else start_limits)
-        for old, new in RENAMED.items():
-            if old in kwargs:
-                setattr(self, new, kwargs.pop(old))
+        self.start_limits = copy.deepcopy(DEFAULT_LIMITS if start_limits is None else start_limits)
         # Keys that any configuration has, or that `from_pretrained` adds. The Trainer writes `use_cache` into any.
         known = {*dir(PreTrainedConfig()), "attn_implementation", "experts_implementation", "use_cache"}
         super().__init__(**kwargs)
@@ -133,9 +130,11 @@ class SmartFRZPredictorConfig(PreTrainedConfig):
                     f"`{name}` is {points!r}; it must have a probability for each of {', '.join(OPERATING_POINTS)}."
                 )
         limits = self.start_limits
-        if set(limits) != set(OPERATING_POINTS) or any(set(limit) != set(START_LIMITS) for limit in limits.values()):
+        numbers = all(isinstance(value, int | float) for limit in limits.values() for value in limit.values())
+        complete = all(set(limit) == set(START_LIMITS) for limit in limits.values())
+        if set(limits) != set(OPERATING_POINTS) or not complete or not numbers:
             raise ValueError(
-                f"`start_limits` is {limits!r}; it must have {', '.join(START_LIMITS)} for each of "
+                f"`start_limits` is {limits!r}; it must have the numbers {', '.join(START_LIMITS)} for each of "
                 f"{', '.join(OPERATING_POINTS)}."
             )
 

@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from inspect import signature
 from statistics import median
@@ -150,10 +150,10 @@ def fit_evaluated(folder: str | os.PathLike, evaluation: dict[str, Any], out: st
         )
     points = {name: point["threshold"] for name, point in evaluation["operating_points"].items()}
     config = SmartFRZPredictorConfig(**evaluation["config"], operating_points=points)
-    options = {key: value for key, value in evaluation["fit"].items() if key != "spacings"}
+    options = FitOptions(**{option.name: evaluation["fit"][option.name] for option in fields(FitOptions)})
     stages = FreezingStages(runs, config, evaluation["label"], evaluation["fit"]["spacings"], evaluation["target"])
     all_rows = torch.ones(len(stages), dtype=torch.bool)
-    predictor = fit(stages.select(all_rows, augment=True), config, FitOptions(**options))
+    predictor = fit(stages.select(all_rows, augment=True), config, options)
     predictor.offset.fill_(evaluation["calibration"]["offset"])
     predictor.temperature.fill_(evaluation["calibration"]["temperature"])
     predictor.save_pretrained(out)

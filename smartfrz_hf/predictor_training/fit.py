@@ -22,7 +22,6 @@ class FitOptions:
         learning_rate (`float`, *optional*, defaults to `3e-3`): peak of the cosine schedule.
         weight_decay (`float`, *optional*, defaults to `1.0`): weight decay of AdamW.
         seed (`int`, *optional*, defaults to `0`): seed of the initial weights and the order of the stages.
-        progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
     """
 
     epochs: int = 20
@@ -30,7 +29,6 @@ class FitOptions:
     learning_rate: float = 3e-3
     weight_decay: float = 1.0
     seed: int = 0
-    progress: bool = False
 
 
 def fit(
@@ -67,7 +65,7 @@ def fit(
             remove_unused_columns=False,
             save_strategy="no",
             logging_strategy="no",
-            disable_tqdm=not options.progress,
+            disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
         trainer = Trainer(predictor, args, train_dataset=stages, data_collator=_as_batch)

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..model.units import BlockStack, evaluation_mode, find_blocks
+from ..model.nested import block_input
+from ..model.tracing import evaluation_mode
+from ..model.units import BlockStack, find_blocks
 from ..signals.probe import FrontProbe, shift, spread_tokens
 from ..signals.probe_history import ProbeHistory, compared_snapshots
 from ..signals.weights import WeightSampler
@@ -111,7 +113,7 @@ class HeldOutBatches:
         def stem_hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             nonlocal mask
             mask = next(batches).get("attention_mask")
-            keep(0, args[0] if args else kwargs["hidden_states"])
+            keep(0, block_input(args, kwargs))
 
         def block_hook(unit: int) -> Callable:
             return lambda module, args, output: keep(unit, output[0] if isinstance(output, tuple) else output)

@@ -75,11 +75,9 @@ class _OutputReplay:
         self._outputs: dict[int, list[Any]] = {index: [] for index in self._blocks}
 
     def __enter__(self) -> "_OutputReplay":
-        self._patches = []
-        for index, block in self._blocks.items():
-            patch = ForwardPatch(block, lambda *args, **kwargs: None)
-            patch.forward = partial(self._run_or_replay, index, patch.original)
-            self._patches.append(patch)
+        self._patches = [
+            ForwardPatch(block, partial(self._run_or_replay, index)) for index, block in self._blocks.items()
+        ]
         return self
 
     def __exit__(self, *_) -> None:

@@ -78,7 +78,7 @@ def read_specs(path: str | os.PathLike) -> list[RunSpec]:
     Raises:
         ValueError: two runs share a name, or a run has an unknown key or lacks one.
     """
-    entries = json.loads(Path(path).read_text())
+    entries = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
         specs = [RunSpec(**entry) for entry in entries]
     except TypeError as error:

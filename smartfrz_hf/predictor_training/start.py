@@ -261,7 +261,7 @@ def evaluate_start(pairs: Sequence[StartPair]) -> dict[str, Any]:
 
     Returns:
         `dict`: `pairs` and `runs` (counts), `limits` (by operating point), and by `"family"` and `"task"`:
-        `operating_points`, and for each rule and tolerance what [`judge`] gives.
+        `"operating points"`, and for each rule and tolerance what [`judge`] gives.
     """
     held_out = {group: cross_validate(pairs, group) for group in ("family", "task")}
     limits = choose_limits(list(held_out.values()), pairs)

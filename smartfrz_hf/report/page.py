@@ -113,7 +113,7 @@ def _charts(key: str, run: SavedRun, plain: SavedRun | None) -> list[str]:
 
 def _frozen(stage: dict[str, Any]) -> int:
     """Units that are frozen from a stage on, also those behind units that train."""
-    return stage["depth"] + len(stage.get("apart", ()))
+    return stage["depth"] + len(stage["apart"])
 
 
 def _headline(run: SavedRun) -> str:
@@ -211,7 +211,7 @@ def _attention(run: SavedRun) -> str:
 def _start(run: SavedRun) -> str:
     """What the start stage saw and decided."""
     start = run.ledger.get("start")
-    if start is None:  # of an earlier version, or without a pilot
+    if start is None:  # without a pilot
         return ""
     assert run.state is not None
     units, lost = ["nothing", *run.state["units"]], start["points_lost"] or []

@@ -9,6 +9,7 @@ from typing import Any
 from ..cost.stages import frozen_spans
 
 STATE_FILE = "smartfrz_state.json"
+FORMAT = 2
 TRAINER_FILE = "trainer_state.json"
 # What the Trainer logs beside losses and metrics.
 NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
@@ -93,7 +94,7 @@ class SavedRun:
 
     @property
     def attentions(self) -> list[Attention]:
-        """For each unit that the predictor froze, what it attended to. Empty for runs of earlier versions."""
+        """For each unit that the predictor froze, what it attended to."""
         return [
             Attention(unit, stage["step"], stage["snapshot_steps"], weights)
             for stage in self.ledger.get("stages", ())
@@ -138,9 +139,10 @@ def read_run(folder: Path) -> SavedRun:
     if states:
         content = _read(states[-1])
         try:
-            if content["format"] < 2:
+            if content["format"] != FORMAT:
                 raise ValueError(
-                    f"{folder} was written in format 1, by an early version of smartfrz_hf; reports need format 2."
+                    f"{states[-1]} was written by version {content['version']} of smartfrz_hf, in format {content['format']}; "
+                    f"this version reads format {FORMAT} only. Install that version."
                 )
             run.versions = {"smartfrz_hf": content["version"], **content["libraries"]}
             run.state = state = content["state"]
@@ -155,7 +157,7 @@ def read_run(folder: Path) -> SavedRun:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds {str(content)[:40]!r}, not an object")
     except (OSError, ValueError) as error:

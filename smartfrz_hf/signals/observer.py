@@ -26,7 +26,7 @@ class Observer:
             Snapshots in the weight history, and weights in each snapshot. No history when it is not given.
         record_every (`int`): steps between snapshots.
         sampling_seed (`int`): seed of the sampled positions.
-        probe_examples, min_probe_examples (`int`): most and fewest examples of the front probe; at most 0 for none.
+        probe_examples, min_probe_examples (`int`): most and fewest examples of the front probe; 0 for none.
         examples_between (`Callable[[int], int]`):
             From the rows of the first training batch to those that are trained between two freezing stages. The
             probe may take 1 % of that time; there is none if this is too little for one example.
@@ -119,13 +119,9 @@ class Observer:
             self.probe = None
 
     def state_dict(self) -> dict[str, Any]:
-        """
-        `weight_history`, `probe_history` and `pilot`, each as its class documents it, or `None`. The weight history also says
-        whether it samples the products of LoRA's factors (`lora_products`).
-        """
-        history = None if self.history is None else self.history.state_dict()
+        """`weight_history`, `probe_history` and `pilot`, each as its class documents it, or `None`."""
         return {
-            "weight_history": history and history | {"lora_products": self.sampler.lora_products},
+            "weight_history": None if self.history is None else self.history.state_dict(),
             "probe_history": self.probe.state_dict() if self.probe is not None and self.probe.steps else None,
             "pilot": None if self.pilot is None else self.pilot.state_dict(),
         }
@@ -134,15 +130,10 @@ class Observer:
         """Go on from what `state_dict` gave."""
         if self.history is not None and state["weight_history"] is not None:
             self.history.load_state_dict(state["weight_history"])
-            # Runs of earlier versions sampled the factors, and go on with them.
-            products, sampler = state["weight_history"].get("lora_products", False), self.sampler
-            if products != sampler.lora_products:
-                units, per_unit = self._stack.units, sampler.weights_per_unit
-                self.sampler = WeightSampler(units, per_unit, self._sampling_seed, products)
         if self.probe is not None and state["probe_history"] is not None:
             self.probe.load_state_dict(state["probe_history"])
         self.pilot = None  # one that began with this run, and not with the saved one
-        if self.pilot_steps and state.get("pilot") is not None:  # checkpoints of earlier versions have none
+        if self.pilot_steps and state["pilot"] is not None:
             self.pilot = Pilot(self._stack, self._sampling_seed)
             self.pilot.load_state_dict(state["pilot"])
 

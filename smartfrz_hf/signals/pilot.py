@@ -174,8 +174,7 @@ class Pilot:
         self._copies = [self._convert(_part, int(number), weights) for number, weights in state["weights"].items()]
         self._start, self._previous = state["sampled_start"], state["sampled_previous"]
         self._squares, self._loss_change = state["gradient_squares"].clone(), state["loss_change"].clone()
-        # Checkpoints of earlier versions have none.
-        self._moved = state.get("motion_squares", ((self._previous - self._start) ** 2).mean(1)).clone()
+        self._moved = state["motion_squares"].clone()
 
 
 def _tensors(unit: Unit) -> dict[str, torch.Tensor]:

@@ -23,7 +23,8 @@ from ..model.nested import (
     named_tensors,
     to_state,
 )
-from ..model.units import BlockStack, evaluation_mode
+from ..model.tracing import evaluation_mode
+from ..model.units import BlockStack
 
 ROWS = 16
 MAX_FEATURES = 2**12  # kept of each row of a unit's output

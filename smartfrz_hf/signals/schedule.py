@@ -58,12 +58,6 @@ class LearningRates:
         self.relative = (self._rates / self._rates.max().clamp(min=TINY)).float()
         self.spent = (before / self._rates.sum().clamp(min=TINY)).float()
 
-    @property
-    def restarts(self) -> list[int]:
-        """The planned steps before which the rate rises again, as [`~LearningRates.observe`] defines it."""
-        cycle = _Cycle()
-        return [step for step, rate in enumerate(self.relative.tolist()) if cycle.restarts_at(rate)]
-
     @classmethod
     def planned(cls, scheduler: Any, total_steps: int) -> "LearningRates":
         """

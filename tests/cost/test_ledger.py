@@ -1,7 +1,6 @@
 """The ledger: a table for people, plain values for trackers and checkpoints."""
 
 import json
-from pathlib import Path
 
 import pytest
 from training import smartfrz, train
@@ -9,7 +8,6 @@ from training import smartfrz, train
 from smartfrz_hf import Ledger
 from smartfrz_hf.cost.ledger import CacheSavings, Flops, Stage, StartStage
 
-FORMAT_1 = Path(__file__).parents[1] / "data" / "checkpoint_format_1" / "smartfrz_state.json"
 UNITS = ["stem", "block.0", "block.1"]
 
 
@@ -62,10 +60,6 @@ def test_the_start_stage_is_told():
     again = Ledger()
     again.load_state_dict(json.loads(json.dumps(ledger(start=start).state_dict())))
     assert again.start == start
-    old = ledger().state_dict()
-    del old["start"]  # as an earlier version has written it
-    again.load_state_dict(old)
-    assert again.start is None
 
 
 def test_a_ledger_without_a_run_says_so(tmp_path):
@@ -103,14 +97,6 @@ def test_state_goes_through_json():
     assert other.stages == run.stages and other.decisions == 7 and other.frozen_parameters == 3500
     assert other.cache == CacheSavings(rows=8, hits=6, seconds_saved=1.5), "what it holds is not in the checkpoint"
     Ledger().load_state_dict(state)  # without a cache
-
-
-def test_a_ledger_goes_on_from_a_checkpoint_of_format_1():
-    old = json.loads(FORMAT_1.read_text())["ledger"]
-    run = Ledger(cache=CacheSavings())
-    run.load_state_dict(old)
-    assert run.depth == 2 and run.decisions == 3 and run.cache.rows == 20
-    assert run.freeze_steps == {"stem": 4, "bert.encoder.layer.0": 4}
 
 
 def test_cache_savings_are_logged_where_there_is_a_cache():

@@ -67,8 +67,8 @@ def test_a_copy_is_a_plain_model(way, smaller):
 def test_patches_of_others_are_copied():
     model = build("bert")
     layer = model.bert.encoder.layer[0]
-    outer = ForwardPatch(layer, lambda *args, **kwargs: "inner")
-    inner = ForwardPatch(layer, lambda *args, **kwargs: "outer")
+    outer = ForwardPatch(layer, lambda original: "inner")
+    inner = ForwardPatch(layer, lambda original: "outer")
     assert layer.forward() == "outer"
     inner.remove()
     assert layer.forward() == "inner"

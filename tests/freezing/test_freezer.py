@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from versions import checkpoint_activations
 
 from smartfrz_hf import Freezer, find_blocks
-from smartfrz_hf.model.units import evaluation_mode
+from smartfrz_hf.model.tracing import evaluation_mode
 
 CHECKPOINTED = [name for name in ARCHITECTURES if build(name).supports_gradient_checkpointing]
 

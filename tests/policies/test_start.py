@@ -132,9 +132,17 @@ def test_saved_and_loaded(tmp_path):
     inputs = torch.rand(5), 1e6 * torch.rand(5)
     assert torch.equal(loaded.start(*inputs), predictor.start(*inputs))
     assert loaded.config.start_limits == limits
-    for wrong in ({"balanced": limits["balanced"]}, dict.fromkeys(limits, {"points": 1.0})):
+    no_number = dict.fromkeys(limits, {"points": "0.2", "share": 0.3, "blocks": 0.4})
+    for wrong in ({"balanced": limits["balanced"]}, dict.fromkeys(limits, {"points": 1.0}), no_number):
         with pytest.raises(ValueError, match="start_limits"):
             SmartFRZPredictorConfig(start_limits=wrong)
+
+
+def test_limits_belong_to_one_configuration():
+    before = SmartFRZPredictorConfig().start_limits["balanced"]["points"]
+    changed = SmartFRZPredictorConfig()
+    changed.start_limits["balanced"]["points"] = before + 1
+    assert SmartFRZPredictorConfig().start_limits["balanced"]["points"] == before
 
 
 def test_at_most_a_fraction_of_the_blocks(tmp_path, shares):
@@ -223,7 +231,6 @@ def test_later_stages_once_a_front_has_frozen(tmp_path, shares, monkeypatch):
     thresholds = [policy.threshold_of(unit, 13) for unit in range(13)]
     assert thresholds == [0.5] * 11 + [0.9] * 2, "the stem and five sixths of twelve blocks"
     policy = make_policy(SmartFRZConfig(), sure)
-    policy.load_state_dict({})
     assert policy.state_dict() == {"started": False, "raised": False}
     policy.load_state_dict({"started": True, "raised": True})
     assert policy.state_dict() == {"started": True, "raised": True}

@@ -170,17 +170,6 @@ def test_save_and_load(tmp_path):
         assert {file.name for file in (tmp_path / form).iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_a_predictor_saved_with_the_former_name_of_a_key_loads(tmp_path):
-    make(weights_per_unit=13).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["samples"] = config.pop("weights_per_unit")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded = load_predictor(tmp_path)
-    assert loaded.config.weights_per_unit == 13
-    loaded.save_pretrained(tmp_path)
-    assert "samples" not in json.loads((tmp_path / "config.json").read_text())
-
-
 @pytest.mark.slow
 def test_making_a_predictor_prints_nothing():
     code = (

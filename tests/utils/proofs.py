@@ -13,9 +13,10 @@ from zoo import build_tiny, loss_of, make_batch
 
 from smartfrz_hf import BlockStack, Freezer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
+from smartfrz_hf.model.discovery import NoOrderError
 from smartfrz_hf.model.forward_patch import ForwardPatch
 from smartfrz_hf.model.nested import float_tensors
-from smartfrz_hf.model.units import NoOrderError, evaluation_mode
+from smartfrz_hf.model.tracing import evaluation_mode
 
 
 def prove(model_type: str, **build: Any) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def assert_order(stack: BlockStack, batch: dict[str, Any]) -> None:
     patches = []
     for unit in stack.units[1:]:  # not hooks, without which SqueezeBERT calls its blocks
         block = unit.modules[unit.name]
-        patches.append(ForwardPatch(block, partial(run, unit.name, block.forward)))
+        patches.append(ForwardPatch(block, partial(run, unit.name)))
     with evaluation_mode(stack.model):  # no layer is dropped
         stack.model(**copy.deepcopy(batch))
     for patch in reversed(patches):

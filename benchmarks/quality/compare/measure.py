@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from benchmarks.tasks import bf16_autocast
 from smartfrz_hf.model.nested import main_input_elements
-from smartfrz_hf.model.units import evaluation_mode
+from smartfrz_hf.model.tracing import evaluation_mode
 from smartfrz_hf.signals.probe import FirstBatch
 
 ROWS = 16
