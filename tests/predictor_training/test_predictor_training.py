@@ -480,8 +480,11 @@ def test_bad_input_of_the_commands(harvested, tmp_path):
     for words, message in (
         (["evaluate", str(tmp_path), "--out", "x"], "holds no recorded run"),
         (["evaluate", runs, "--out", "x", "--epochs", "1"], "nothing to hold out"),
-        (["evaluate", runs, "--out", "x", "--label", "magic"], "must be one of cka-0.98"),
-        (["evaluate", runs, "--out", "x", "--target", "magic"], "must be one of kept, label"),
+        (["evaluate", runs, "--out", "x", "--label", "magic"], "must be one of 'cka-0.98'"),
+        (
+            ["evaluate", runs, "--out", "x", "--target", "labell"],
+            "must be one of 'kept', 'label'; did you mean 'label'?",
+        ),
         (["evaluate", runs, "--out", "x", "--form", "magic"], "'dynamics', 'weights'"),
         (["fit", runs, "--out", "x", "--evaluation", "none.json"], "does not exist"),
         (["harvest", str(tmp_path / "none.json"), "--out", "x"], "does not exist"),
