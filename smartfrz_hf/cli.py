@@ -228,7 +228,7 @@ def evaluate(
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=2) + "\n")
+    out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     _import("card").draw_charts(results, out.parent, prefix=f"{out.stem}_")
     for name in evaluation.GROUPS:
         typer.echo(f"\n{name.replace('_', ' ')}: {results[name]['rows']} rows")
@@ -244,7 +244,7 @@ def fit(
 ) -> None:
     """Fit a predictor to all runs, in the way that was evaluated, and save it with its model card."""
     try:
-        _import("evaluation").fit_evaluated(runs, json.loads(evaluation.read_text()), out)
+        _import("evaluation").fit_evaluated(runs, json.loads(evaluation.read_text(encoding="utf-8")), out)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     except KeyError as error:
@@ -277,7 +277,7 @@ def fit_start(
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(evaluation, indent=2) + "\n")
+    out.write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
     joined.save_pretrained(predictor)
     for group in ("family", "task"):
         for rule, by_tolerance in evaluation[group].items():
@@ -296,7 +296,7 @@ def card(
 ) -> None:
     """Write the model card and the charts of a predictor again, from its evaluation."""
     try:
-        _import("card").write_card(json.loads(evaluation.read_text()), predictor)
+        _import("card").write_card(json.loads(evaluation.read_text(encoding="utf-8")), predictor)
     except KeyError as error:
         raise typer.BadParameter(f"{evaluation} lacks {error}; write it with `smartfrz evaluate`.") from error
 

@@ -266,7 +266,7 @@ class SmartFRZConfig:
         """Write `smartfrz_config.json` into a folder, which is made when it is missing."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
         """
@@ -309,7 +309,7 @@ class SmartFRZConfig:
                 ) from error
         elif not file.is_file():
             raise OSError(f"The folder {name} has no {CONFIG_NAME}; `SmartFRZConfig.save_pretrained` writes it.")
-        return cls.from_dict(json.loads(file.read_text()))
+        return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 for option in fields(SmartFRZConfig):
