@@ -101,6 +101,11 @@ def test_a_target_needs_our_policy(policy):
         SmartFRZConfig(policy=policy, target_saving=0.3)
 
 
+def test_a_target_needs_our_policy_when_an_instance_is_passed():
+    with pytest.raises(ValueError, match='`target_saving` needs the policy "smartfrz"'):
+        SmartFRZCallback(policy=PEERS["egeria"](), target_saving=0.3)
+
+
 @pytest.mark.parametrize("target", [None, 0.3])
 def test_weights_that_are_not_finite_freeze_nothing(tmp_path, monkeypatch, target):
     monkeypatch.setattr(pilot, "is_fresh", lambda block: False)
