@@ -157,7 +157,7 @@ def resolve(
             f'`order` is "independent", but {type(policy).__name__} freezes the front only. Use the policy "smartfrz" or '
             '"grades", one of your own with `by_unit = True`, or `order="front"`.'
         )
-    ignores = (*PEERS.values(), LinearPolicy, NeverPolicy, StaticPolicy)
+    ignores: tuple[type[Policy], ...] = (*PEERS.values(), LinearPolicy, NeverPolicy, StaticPolicy)
     if config.target_saving is not None and isinstance(policy, ignores):
         raise ValueError(f'`target_saving` needs the policy "smartfrz"; `policy` is {type(policy).__name__}.')
     return config, policy
