@@ -50,6 +50,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "compared, conditions": ("quality/compare/summary", headline.conditions),
     "ddp bytes": ("speed/results/ddp_bytes", ddp_bytes.table),
     "demo": ("quality/results/demo", demo.section),
+    "equal accuracy": ("quality/compare/summary", headline.equal_accuracy),
     "estimate": ("speed/results/estimate", estimate.table),
     "estimate, text": ("speed/results/estimate", estimate.example_text),
     "from scratch": ("quality/compare/summary", headline.from_scratch),

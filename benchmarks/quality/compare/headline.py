@@ -4,6 +4,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.quality.compare.intervals import MEAN_LOST, MOST_LOST
 from benchmarks.utils import markdown_table
 
 ARM = "smartfrz-balanced"  # the default settings
@@ -13,6 +14,8 @@ MODELS = {
     "bert-12": "a BERT of our own with 12 blocks",
     "resnet": "a ResNet of our own",
 }
+# Freezing rules of other papers.
+RULES = ("autofreeze", "egeria", "freezeout", "grades", "grades-by-unit", "linear", "self_cka")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
@@ -137,6 +140,39 @@ def methods(known: dict) -> str:
         f"`{ARM}`, same tasks and seeds",
     ]
     return markdown_table(header, rows) if rows else "No other method has been run yet."
+
+
+def equal_accuracy(known: dict) -> str:
+    """
+    One row for each task of [`compared`] on which other methods ran, in Markdown: ours, and of what is of equal accuracy the fastest
+    other method, and the rule of another paper that takes the least compute.
+    """
+
+    def cell(arm: str | None, run: dict | None) -> str:
+        return "none" if run is None else f"{f'`{arm}`, ' if arm else ''}{' / '.join(costs(run))}"
+
+    rows = []
+    for task, ours in compared(known).items():
+        others = {
+            arm: run
+            for arm, run in known["tasks"][task]["arms"].items()
+            if arm not in ("full", "hindsight") and not arm.startswith("smartfrz")
+        }
+        equal = {arm: run for arm, run in others.items() if is_equal(run)}
+        rules = [arm for arm in equal if arm.removesuffix("-tuned") in RULES]
+        fastest = min(equal, key=lambda arm: equal[arm]["seconds"], default=None)
+        cheapest = min(rules, key=lambda arm: equal[arm]["compute"], default=None)
+        if len(others) > 1:
+            mine = cell(None, ours) if is_equal(ours) else f"not equal ({points_lost(ours)} points lost)"
+            rows.append([f"`{task}`", mine, *(cell(arm, equal.get(arm or "")) for arm in (fastest, cheapest))])
+    header = ["task", f"`{ARM}`, compute / time", "fastest other method", "other paper's rule with the least compute"]
+    return markdown_table(header, rows)
+
+
+def is_equal(run: dict[str, Any]) -> bool:
+    """Whether an arm counts as equal in accuracy to full training. One seed says nothing of that."""
+    lost = run["points_lost"]
+    return run["seeds"] > 1 and lost["mean"] < MEAN_LOST and lost["high"] < MOST_LOST
 
 
 def from_scratch(known: dict) -> str:

@@ -21,7 +21,6 @@ from benchmarks.quality.compare.plan import HERE, Plan, Result, Task
 from benchmarks.utils import markdown_table
 
 FULL, OURS, HINDSIGHT = "full", "smartfrz", "hindsight"
-RULES = ("autofreeze", "egeria", "freezeout", "grades", "grades-by-unit", "linear", "self_cka")
 SAME_SPEED = 1.6  # evaluations of two runs differ less in time, even with LoRA and on a busy machine
 SUFFIX = re.compile(r"-(tuned|conservative|balanced|aggressive|\d+)$")
 
@@ -68,7 +67,7 @@ class Row:
     @property
     def rule(self) -> bool:
         """Whether it is a freezing rule of another paper."""
-        return family(self.arm) in RULES
+        return family(self.arm) in headline.RULES
 
 
 def family(arm: str) -> str:
