@@ -195,6 +195,16 @@ def test_times_of_another_machine_are_marked(folder):
     assert times["static-50"] == times["full"] == [" 1.00 "] * 2
 
 
+def test_runs_of_different_models_are_not_compared(folder):
+    """Some models are of our own making, and made again they are others."""
+    report, plan = module("report"), module("plan").Plan.read(folder / "plan")
+    write(folder, {"dots/full.1": result(90.0) | {"weights": "a"}, "dots/full-50.1": result(80.0)})
+    report.make(plan, folder / "out", folder / "report")
+    write(folder, {"dots/full-50.1": result(80.0) | {"weights": "b"}})
+    with pytest.raises(ValueError, match=r"dots/full-50\.1 and full began with different weights"):
+        report.make(plan, folder / "out", folder / "report")
+
+
 def test_results_of_other_runs_and_damaged_ones_are_refused(folder):
     report, plan = module("report"), module("plan").Plan.read(folder / "plan")
     write(folder, {"dots/full.1": result(90.0), "dots/static-50.1": result(80.0)})
@@ -258,6 +268,7 @@ def test_runs_are_killed_resumed_and_reported(folder):
     assert said.split()[1] == "dots/smartfrz-balanced.1" and "2 runs are missing, 0 have failed" in said
     assert full.stat().st_mtime_ns == before, "made again"
     known = json.loads(ours.read_text())
+    assert len(known["weights"]) == 16
     assert known["steps"] == 9 and [entry["step"] for entry in known["evaluations"]] == [3, 6, 9]
     assert set(known["flops"]) == {"forward", "backward", "optimizer"} and known["freezing"]["units"] == 4
     assert known["versions"]["torch"] and known["machine"]["threads"] == 1

@@ -104,6 +104,12 @@ def rows(results: dict[str, dict[int, Result]]) -> list[Row]:
         pairs = [(runs[seed], full[seed]) for seed in seeds]
         if not pairs:
             continue
+        for run, other in pairs:
+            if len({known["weights"] for known in (run, other) if "weights" in known}) > 1:
+                raise ValueError(
+                    f"{run['task']['name']}/{arm}.{run['seed']} and {FULL} began with different weights. Make both again with the "
+                    "same model."
+                )
         shares = [run["freezing"]["share"] for run, _ in pairs if run["freezing"]]
         found.append(
             Row(

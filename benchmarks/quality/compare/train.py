@@ -1,6 +1,7 @@
 """Makes one run and writes its result: `python -m benchmarks.quality.compare.train TASK ARM SEED ...`, called by `run`."""
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -57,6 +58,15 @@ def measure_callbacks(method: Method, watch: Stopwatch) -> None:
         policy.before_update = watch.timed(policy.before_update, "overhead")
 
 
+def digest(model: torch.nn.Module) -> str:
+    """Of the weights with which a run begins."""
+    found = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def run(experiment: Experiment, arm: Arm, plan: Plan, model_dir: Path, data_dirs: list[Path], out: Path) -> Result:
     """
     Train once.
@@ -79,6 +89,7 @@ def run(experiment: Experiment, arm: Arm, plan: Plan, model_dir: Path, data_dirs
         if folder is None or data is None:
             raise FileNotFoundError(f"The model {pair.model} or the data {pair.task} are not there.")
         task = load_task(pair, plan.models[pair.model], folder, data)
+        weights = digest(task.model)
         ratio = None
         if arm.ratio_of:
             (other,) = plan.needs(experiment)
@@ -111,6 +122,7 @@ def run(experiment: Experiment, arm: Arm, plan: Plan, model_dir: Path, data_dirs
         "task": asdict(experiment.task),
         "arm": asdict(arm) | {"name": experiment.arm.name},
         "seed": experiment.seed,
+        "weights": weights,
         "steps": trainer.state.global_step,
         "evaluations": evaluations.found,
         "train_loss": curve,
