@@ -129,7 +129,8 @@ def test_adalora_allocates_ranks_behind_the_frozen_front():
 def test_a_sharded_run_that_is_resumed_finds_the_units_by_the_data(tmp_path, monkeypatch):
     stages = [{"step": 2, "depth": 3, "apart": []}]
     state = {"step": 4, "depth": 3, "apart": [], "ledger": {"stages": stages}}
-    monkeypatch.setattr("smartfrz_hf.trainer.is_sharded", lambda model: True)
+    for room in ("trainer", "checkpoint"):
+        monkeypatch.setattr(f"smartfrz_hf.{room}.is_sharded", lambda model: True)
     monkeypatch.setattr("smartfrz_hf.trainer.load_state", lambda checkpoint: state)
     trainer = SmartFRZTrainer(llava(), arguments(tmp_path), train_dataset=Captions(), smartfrz={"policy": "never"})
     with trainer.around_loading("checkpoint"):
