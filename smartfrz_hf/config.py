@@ -3,15 +3,14 @@
 import json
 import os
 import re
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from huggingface_hub import HfApi, hf_hub_download
 
+from .choices import one_of
 from .sizes import Size
 
 ORDERS = ("front", "independent")
@@ -23,17 +22,6 @@ WITHOUT_TARGET = frozenset(POLICIES) - {"smartfrz"}
 FROZEN_DTYPES = ("float16", "bfloat16")
 CACHE_DTYPES = ("exact", "float16", "bfloat16", "int8")
 CONFIG_NAME = "smartfrz_config.json"
-
-
-def closest(word: object, known: Collection[str]) -> str | None:
-    """The known name that a misspelled one probably stands for."""
-    return next(iter(get_close_matches(str(word), known, n=1)), None)
-
-
-def one_of(value: object, legal: Collection[str]) -> str:
-    """What an option must be, with its full stop: the legal values, and the one that was probably meant."""
-    close = closest(value, legal)
-    return f"one of {', '.join(map(repr, legal))}" + (f"; did you mean {close!r}?" if close else ".")
 
 
 def part(share: float, whole: float) -> int:

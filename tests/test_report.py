@@ -12,9 +12,10 @@ import torch
 from training import Rows, predictor_that_loses, smartfrz, train
 from typer.testing import CliRunner
 
-from smartfrz_hf import Decision, Policy, SmartFRZCallback
+from smartfrz_hf import Decision, Policy, SmartFRZCallback, checkpoint
 from smartfrz_hf.cli import app
 from smartfrz_hf.report import read_run, write_report
+from smartfrz_hf.report import runs as recorded
 from smartfrz_hf.report.charts import ticks
 from smartfrz_hf.signals import pilot
 from smartfrz_hf.signals.pilot_signals import PilotSignals
@@ -238,3 +239,8 @@ def test_nothing_is_wider_than_the_screen(runs, tmp_path, width):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     scroll, client = map(int, re.search(r"scroll (\d+) client (\d+)", done.stdout).groups())
     assert 0 < client <= width and scroll <= client
+
+
+def test_it_reads_the_files_that_a_checkpoint_has():
+    """The report does without torch, so it does not import these names."""
+    assert (recorded.STATE_FILE, recorded.FORMAT) == (checkpoint.STATE_FILE, checkpoint.FORMAT)

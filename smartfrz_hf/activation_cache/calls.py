@@ -191,7 +191,7 @@ def _seeds(name: bytes) -> list[int]:
 def as_integers(tensor: torch.Tensor) -> torch.Tensor:
     """The bits of each element as an integer of the same size; a complex one has two, in a last dimension more."""
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+        tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.view(INTEGERS[tensor.element_size()])
 
 

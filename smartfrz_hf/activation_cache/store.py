@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.utils import logging
 
-from ..config import one_of
+from ..choices import one_of
 from .codec import FORMATS, PackedRow, pack, packed_bytes
 
 if TYPE_CHECKING:

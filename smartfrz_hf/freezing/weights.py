@@ -1,5 +1,6 @@
 """The weights of frozen units: in which precision they compute, and where they are while nothing computes with them."""
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -77,6 +78,14 @@ class OffloadedParameter(nn.Parameter):
                     tensor.bring_back()
         with without_torch_function():
             return function(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        self.bring_back()  # makes it a plain parameter
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.bring_back()
+        return self.__reduce_ex__(protocol)
 
 
 class FrozenWeights:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
-from ..config import POLICIES, SmartFRZConfig, closest
+from ..choices import closest
+from ..config import POLICIES, SmartFRZConfig
 from ..predictor import SmartFRZPredictor, load_predictor
 from .autofreeze import AutoFreezePolicy
 from .base import Policy

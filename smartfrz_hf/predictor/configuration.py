@@ -6,7 +6,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..config import OPERATING_POINTS, one_of
+from ..choices import one_of
+from ..config import OPERATING_POINTS
 
 logger = logging.get_logger(__name__)
 

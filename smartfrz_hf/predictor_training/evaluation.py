@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import one_of
+from ..choices import one_of
 from ..policies import Observation, SmartFRZPolicy
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig
 from ..signals.schedule import LearningRates

@@ -1,6 +1,7 @@
 """Frozen weights compute in lower precision, or lie in host memory only, and are what they were all the same."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_offloading_changes_nothing(tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("read", ["average", "foreach", "penalty", "data", "vector"])
+@pytest.mark.parametrize("read", ["average", "foreach", "penalty", "data", "vector", "copy", "file"])
 def test_whoever_reads_offloaded_weights_gets_them(read, caplog):
     """A moving average had NaN in it for good."""
     model = build("bert")
@@ -126,6 +127,13 @@ def test_whoever_reads_offloaded_weights_gets_them(read, caplog):
         found = list(model.parameters())
     elif read == "data":
         found = [p.data for p in model.parameters()]
+    elif read == "copy":
+        found = copy.deepcopy(list(model.parameters()))
+        assert all(type(parameter) is torch.nn.Parameter for parameter in found)
+    elif read == "file":
+        file = io.BytesIO()
+        torch.save(list(model.parameters()), file)
+        found = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     else:
         vector = parameters_to_vector(model.parameters())
         found = vector.split([p.numel() for p in expected])
