@@ -83,10 +83,6 @@ class OffloadedParameter(nn.Parameter):
         self.bring_back()  # makes it a plain parameter
         return copy.deepcopy(self, memo)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        self.bring_back()
-        return self.__reduce_ex__(protocol)
-
 
 class FrozenWeights:
     """
