@@ -133,6 +133,17 @@ def test_names_are_escaped(runs, tmp_path):
     assert "&lt;b&gt;&amp;" in page
 
 
+def test_what_trains_again_in_the_last_step_is_not_frozen(tmp_path):
+    units = [{"step": 5, "depth": 2, "apart": [], "units": ["stem", "block"]}]
+    again = [{"step": 20, "depth": 0, "apart": [], "units": ["stem", "block"]}]
+    frozen, thawed = (
+        recorded.SavedRun(tmp_path, [], {"global_step": 20}, {"ledger": {"stages": stages}})
+        for stages in (units, units + again)
+    )
+    assert frozen.freeze_steps == {"stem": 5, "block": 5} and thawed.freeze_steps == {}
+    assert thawed.frozen_spans == frozen.frozen_spans == {"stem": [(5, 20)], "block": [(5, 20)]}
+
+
 def test_time_runs_forward_with_the_steps(runs):
     run = read_run(runs / "frozen")
     times = [run.time_at(step) for step in range(21)]

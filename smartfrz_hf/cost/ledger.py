@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .stages import Stage, StageRecord, StartStage, frozen_spans
+from .stages import Stage, StageRecord, StartStage, freeze_steps, frozen_spans
 
 HEAD = "head"
 CACHE_NOW = ("bytes_memory", "bytes_disk", "off")  # fields of a cache that are no sums
@@ -129,9 +129,7 @@ class Ledger:
     @property
     def freeze_steps(self) -> dict[str, int]:
         """The step at which each unit that is frozen now froze."""
-        never = self.max_steps + 1
-        spans = frozen_spans(map(asdict, self.stages), never)
-        return {unit: last[0] for unit, (*_, last) in spans.items() if last[1] == never}
+        return freeze_steps(map(asdict, self.stages))
 
     @property
     def frozen_spans(self) -> dict[str, list[tuple[int, int]]]:
