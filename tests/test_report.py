@@ -16,7 +16,7 @@ from smartfrz_hf import Decision, Policy, SmartFRZCallback, checkpoint
 from smartfrz_hf.cli import app
 from smartfrz_hf.report import read_run, write_report
 from smartfrz_hf.report import runs as recorded
-from smartfrz_hf.report.charts import ticks
+from smartfrz_hf.report.charts import number, ticks
 from smartfrz_hf.signals import pilot
 from smartfrz_hf.signals.pilot_signals import PilotSignals
 
@@ -217,6 +217,11 @@ def test_command(runs, tmp_path):
 def test_ticks_are_few_and_inside(low, high):
     found = ticks(low, high, 5)
     assert len(found) <= 7 and all(low - 1e-9 <= tick <= max(high, low + 1) + 1e-9 for tick in found)
+
+
+def test_numbers_are_short_and_plain():
+    values = (0.12345, 7, 7.25, 999.4, 999.6, -999.6, 12345.6)
+    assert [*map(number, values)] == ["0.123", "7", "7.25", "999", "1,000", "-1,000", "12,346"]
 
 
 @pytest.mark.slow

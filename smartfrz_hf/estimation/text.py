@@ -34,8 +34,8 @@ def summary(estimate: "Estimate") -> str:
                 f"{at.depth}{mark}" if at.depth else "0 (plain)",
                 f"{at.step_seconds:.3g}",
                 "-" if at.cached_step_seconds is None else f"{at.cached_step_seconds:.3g}",
-                _bytes(at.memory),
-                _bytes(at.cache_bytes) if at.cache_bytes else "-",
+                readable(at.memory),
+                readable(at.cache_bytes) if at.cache_bytes else "-",
                 f"{at.compute_saved:.0%}",
                 f"{1 - min(at.seconds, at.cached_seconds) / depths[0].seconds:.0%}",
                 "-" if at.points_lost is None else f"{at.points_lost:.1f}",
@@ -61,7 +61,7 @@ def summary(estimate: "Estimate") -> str:
         notes[-1] = f"The activation cache was not measured: {profile.cache_off}"
     elif any(at.cache_bytes > estimate.cache_room for at in depths):
         notes.append(
-            f"the cache has room for {_bytes(estimate.cache_room)}; `cache_memory` and `cache_disk` give it more"
+            f"the cache has room for {readable(estimate.cache_room)}; `cache_memory` and `cache_disk` give it more"
         )
     lines += [fill(f"({'; '.join(notes)}.)", WIDTH), ""]
     if estimate.points:
@@ -96,9 +96,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def _bytes(size: float) -> str:
+def readable(size: float) -> str:
+    """A number of bytes, with three digits and a unit of powers of 1,000."""
     for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
+        if size < 999.5:  # three digits of more would be "1e+03"
             return f"{size:.3g} {unit}"
         size /= 1000
-    raise AssertionError
+    return f"{size:.3g} TB"

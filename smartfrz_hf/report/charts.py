@@ -20,7 +20,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 def number(value: float) -> str:
     """A short number for an axis."""
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 or value == int(value) else f"{value:.3g}"  # never "1e+03"
 
 
 def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from training import Rows, arguments, assert_left_alone, assert_same_run, predic
 from transformers import Trainer, get_linear_schedule_with_warmup
 
 from smartfrz_hf import Decision, SmartFRZCallback, SmartFRZTrainer, estimate
+from smartfrz_hf.estimation.text import readable
 from smartfrz_hf.policies import SmartFRZPolicy
 from smartfrz_hf.signals import pilot
 from smartfrz_hf.signals.pilot_signals import PilotSignals
@@ -176,6 +177,11 @@ def test_nothing_is_promised_for_later_where_the_threshold_stays(tmp_path, pretr
     callback = SmartFRZCallback(predictor=predictor_that_loses(0.4), **options)
     chosen = estimate(trainer_of(tmp_path, callbacks=[callback]), seconds=1).chosen
     assert chosen.rate_factor > 1.25 and chosen.later_saved == chosen.time_saved
+
+
+def test_sizes_are_short_and_plain():
+    sizes = (0, 999, 1000, 999_600, 2.5e9, 999.6e9, 1.5e12)
+    assert [*map(readable, sizes)] == ["0 B", "999 B", "1 KB", "1 MB", "2.5 GB", "1 TB", "1.5 TB"]
 
 
 def test_a_cache_folder_that_cannot_be_used_costs_its_room_only(tmp_path):
