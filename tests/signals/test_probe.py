@@ -249,3 +249,4 @@ def test_the_first_batch():
     restored = from_state(json.loads(json.dumps(to_state(({"a": [None, "word"]}, (True, 1.5))))))
     assert restored == ({"a": [None, "word"]}, (True, 1.5))
     assert from_state(to_state(nested))[0]["a"][0].equal(torch.ones(2))
+    assert from_state(to_state([torch.Size((3, 4))])) == [(3, 4)], "a subclass of a container is one"
