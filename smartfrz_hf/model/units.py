@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
@@ -42,6 +43,15 @@ class Unit:
             if f"{prefix}.{name}" not in self.shared
         }
         return parameters | self.own
+
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers, such as running statistics, by dotted name in the unwrapped model."""
+        buffers = {
+            f"{prefix}.{name}": buffer
+            for prefix, module in self.modules.items()
+            for name, buffer in module.named_buffers()
+        }
+        return {**self.named_parameters(), **buffers}
 
     @property
     def trainable(self) -> bool:

@@ -137,14 +137,14 @@ class Pilot:
             kept (`Collection[str]`, *optional*): parameters that go on training, and stay as they are, by dotted name.
         """
         for unit, copies in zip(self._stack.units[:depth], self._copies, strict=False):
-            for name, tensor in _tensors(unit).items():
+            for name, tensor in unit.named_tensors().items():
                 copy = copies.get(name)
                 # Some models make a buffer anew when a longer row comes, such as sinusoidal positions.
                 if copy is not None and name not in kept and copy.shape == _local(tensor).shape:
                     _local(tensor).copy_(copy)
 
     def _convert(self, how: Callable, number: int, copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        tensors = _tensors(self._stack.units[number])
+        tensors = self._stack.units[number].named_tensors()
         return {name: how(copy, tensors[name]) for name, copy in copies.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,20 +177,11 @@ class Pilot:
         self._moved = state["motion_squares"].clone()
 
 
-def _tensors(unit: Unit) -> dict[str, torch.Tensor]:
-    """The parameters and the buffers of a unit, by dotted name."""
-    parameters = {name: p.detach() for name, p in unit.named_parameters().items()}
-    return parameters | {
-        f"{prefix}.{name}": buffer
-        for prefix, module in unit.modules.items()
-        for name, buffer in module.named_buffers()
-    }
-
-
 def _copy(unit: Unit) -> dict[str, torch.Tensor]:
-    """Those that training changes, in host memory."""
+    """The parameters and buffers of a unit that training changes, in host memory."""
     fixed = {name for name, p in unit.named_parameters().items() if not p.requires_grad}
-    return {name: _local(t).to("cpu", copy=True) for name, t in _tensors(unit).items() if name not in fixed}
+    tensors = unit.named_tensors().items()
+    return {name: _local(t.detach()).to("cpu", copy=True) for name, t in tensors if name not in fixed}
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
