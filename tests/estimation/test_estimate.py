@@ -2,6 +2,7 @@
 
 import copy
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -177,6 +178,22 @@ def test_nothing_is_promised_for_later_where_the_threshold_stays(tmp_path, pretr
     callback = SmartFRZCallback(predictor=predictor_that_loses(0.4), **options)
     chosen = estimate(trainer_of(tmp_path, callbacks=[callback]), seconds=1).chosen
     assert chosen.rate_factor > 1.25 and chosen.later_saved == chosen.time_saved
+
+
+def test_a_long_step_is_measured_on_fewer_rows(tmp_path, monkeypatch):
+    whole = estimate(trainer_of(tmp_path), seconds=0.5)
+    monkeypatch.setattr(sys.modules["smartfrz_hf.estimation.profile"], "LONG_STEP", 1e-9)
+    rows = []
+    compute_loss = Trainer.compute_loss
+
+    def count(self, model, inputs, *args, **kwargs):
+        rows.append(len(inputs["input_ids"]))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "compute_loss", count)
+    part = estimate(trainer_of(tmp_path), seconds=0.5)
+    assert rows[-1] == 1 < rows[0], "the pilot sees whole batches"
+    assert part.depths[0].memory == pytest.approx(whole.depths[0].memory, rel=0.2)
 
 
 def test_sizes_are_short_and_plain():
