@@ -174,14 +174,14 @@ class RecordingCallback(TrainerCallback):
         self._held_out = HeldOutBatches(stack, self.batches)
         self._front = ProbeHistory(FrontProbe(stack))
         self._rewinder = Rewinder(stack)
-        self._gradients = [torch.zeros(self.weights_per_unit) for _ in stack.units]
+        self._units = range(len(stack))
+        self._gradients = torch.zeros(len(stack), self.weights_per_unit)
         self._start = self._held_out.predict(self.rewind_rows)
         self._record(state, kwargs["lr_scheduler"])
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Sum the gradients at the sampled positions."""
-        for unit, total in enumerate(self._gradients):
-            total += self._sampler.read_gradients([unit])[0].cpu()
+        self._gradients += self._sampler.read_gradients(self._units).cpu()
         if not self._front.steps:
             self._record_front(0)
 
@@ -194,15 +194,14 @@ class RecordingCallback(TrainerCallback):
         if step % max(1, last // self.snapshots) == 0 or step == last:
             self.steps.append(step)
             self.learning_rates.append(lr_scheduler.get_last_lr()[0])
-            self.weights.append(torch.stack([self._sampler.read(i).cpu() for i in range(len(self.names))]))
+            self.weights.append(self._sampler.read(self._units).cpu())
         if step in {round(i * last / self.probes) for i in range(self.probes + 1)}:
             self.probe_steps.append(step)
             loss, outputs = self._held_out.outputs()
             self.probe_losses.append(loss)
             self._outputs.append(outputs)
-            self.gradient_norms.append([float(total.norm()) for total in self._gradients])
-            for total in self._gradients:
-                total.zero_()
+            self.gradient_norms.append(self._gradients.norm(dim=1).tolist())
+            self._gradients.zero_()
             if self._front.steps:
                 self._record_front(step)
         if step < last and step in {round(i * last / self.rewinds) for i in range(self.rewinds)}:

@@ -19,6 +19,8 @@ from ..signals.pilot_signals import PilotSignals
 # 4 points. The mean of both is less noisy than the points of a thousand rows.
 POINTS_PER_LOSS = 40.0
 QUANTILE = 0.7  # of the points lost that is predicted: more than the median, as a loss that was not foreseen is worse
+MOMENT = "0.05"  # of the full runs, which stands for the end of the pilot
+FIT_STEPS = 300  # of Adam
 MOST_POINTS = 30.0  # at which labels are cut off: how bad a very bad front is does not matter
 
 
@@ -47,13 +49,12 @@ class StartPair:
     saved: torch.Tensor
 
 
-def read_pairs(folder: Path, moment: str = "0.05") -> list[StartPair]:
+def read_pairs(folder: Path) -> list[StartPair]:
     """
     Read the results of `benchmarks/predictor/start/harvest.py`.
 
     Args:
         folder (`Path`): one JSON file a run.
-        moment (`str`, *optional*, defaults to `"0.05"`): which moment of the full runs stands for the end of the pilot.
 
     Returns:
         `list[StartPair]`: those with a full run and at least one frozen one.
@@ -65,7 +66,7 @@ def read_pairs(folder: Path, moment: str = "0.05") -> list[StartPair]:
     for file in sorted(Path(folder).glob("*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
         runs.setdefault(result["pair"]["name"], {})[result["frozen_blocks"]] = result
-    pairs = [_pair(name, found, moment) for name, found in runs.items() if None in found and len(found) > 1]
+    pairs = [_pair(name, found) for name, found in runs.items() if None in found and len(found) > 1]
     if not pairs:
         raise FileNotFoundError(f"{folder} holds no pair of a full run and one with a frozen front.")
     return pairs
@@ -96,10 +97,10 @@ def pilot_signals(signals: dict[str, Any], moment: str, pretrained: bool = True)
     )
 
 
-def _pair(name: str, runs: dict[int | None, Any], moment: str) -> StartPair:
+def _pair(name: str, runs: dict[int | None, Any]) -> StartPair:
     full = runs.pop(None)
     signals = full["signals"]
-    pilot = pilot_signals(signals, moment, "scratch" not in full["pair"]["model"])
+    pilot = pilot_signals(signals, MOMENT, "scratch" not in full["pair"]["model"])
     depths = sorted(blocks for blocks in runs if blocks is not None)
     before = full["evaluations"][-1]
     points = torch.tensor([before["points"] - runs[blocks]["evaluations"][-1]["points"] for blocks in depths])
@@ -127,14 +128,12 @@ def compute_saved(units: int) -> torch.Tensor:
     return torch.tensor([0.0, *(2 / 3 * block / (units - 1) for block in range(units))])
 
 
-def fit_start(pairs: Sequence[StartPair], steps: int = 300) -> StartPredictor:
+def fit_start(pairs: Sequence[StartPair]) -> StartPredictor:
     """
-    Fit a start predictor. Each pair counts as much as any other, and points are squashed: a tenth of a point matters where
-    little is lost only.
+    Fit a start predictor. Each pair counts as much as any other.
 
     Args:
         pairs (`Sequence[StartPair]`): what it learns from.
-        steps (`int`, *optional*, defaults to `300`): of Adam, each over all pairs.
 
     Returns:
         [`StartPredictor`]
@@ -142,7 +141,7 @@ def fit_start(pairs: Sequence[StartPair], steps: int = 300) -> StartPredictor:
     pairs = [pair for pair in pairs if may_freeze(pair.pilot)]  # what never freezes teaches nothing about cost
     model = StartPredictor()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    for _ in range(steps):
+    for _ in range(FIT_STEPS):  # each over all pairs
         loss = torch.zeros(())
         for pair in pairs:
             missing = squashed(pair.points_lost) - squashed(model.predict(pair.pilot)[pair.depths - 1])

@@ -78,7 +78,7 @@ class Pilot:
         self.steps = 0
 
     def _read(self) -> torch.Tensor:
-        return self._sampler.read_all(self._recorded).cpu()
+        return self._sampler.read(self._recorded).cpu()
 
     @torch.no_grad()
     def before_update(self) -> None:
