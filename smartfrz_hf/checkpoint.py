@@ -71,8 +71,8 @@ def save_state(state: dict[str, Any], folder: str | os.PathLike) -> None:
     Write the state of a run into a folder: `smartfrz_state.json` and `smartfrz_state.safetensors`.
 
     The JSON file holds `format` (`int`), `version` (of smartfrz_hf), `libraries` (versions of others), `tensors` (SHA-256
-    of the other file) and `state`, in which `{"__tensor__": name}` stands for a tensor of the other file. Each file appears as a whole, the JSON file
-    last, so that a process that dies in between leaves nothing that looks complete.
+    of the other file) and `state`, in which `{"__tensor__": name}` stands for a tensor of the other file. Each file appears as a
+    whole, the JSON file last, so that a process that dies in between leaves nothing that looks complete.
 
     Args:
         state (`dict`): what [`FreezingRun.state_dict`] gives.

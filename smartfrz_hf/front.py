@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
@@ -65,7 +65,9 @@ class Front:
         self.meter = ComputeMeter(model, stack, optimizer)
         self.rate = RateFactor(getattr(optimizer, "optimizer", optimizer))  # inside Accelerate's wrapper
         self._graphs = GraphLimits(compiled)
-        self._cache_options = (total_steps, steps_per_epoch, compiled)
+        self._make_cache = partial(
+            make_cache, config, self.freezer, self.meter, ranks, total_steps, steps_per_epoch, compiled
+        )
         self.cache: ActivationCache | None = None
         try:
             self.cache = self._make_cache()
@@ -180,7 +182,3 @@ class Front:
         self._graphs.extend()
         self.meter.freeze_to(self.depth, self.freezer.apart)
         rebuild_reducer(self._model)
-
-    def _make_cache(self) -> ActivationCache | None:
-        options: Any = self._cache_options
-        return make_cache(self._config, self.freezer, self.meter, self._ranks, *options)

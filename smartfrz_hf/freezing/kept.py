@@ -28,9 +28,8 @@ def kept_parameters(unit: Unit) -> dict[str, nn.Parameter]:
     kept = {name: p for name, p in trainable.items() if TRAINED_BESIDE_ADAPTERS & set(name.split("."))}
     tables = {m.weight for module in unit.modules.values() for m in module.modules() if isinstance(m, nn.Embedding)}
     others = [p for p in trainable.values() if p not in tables]
-    if not any(
-        has_gradient_hook(p) for p in others
-    ):  # else hooks are on everything, such as those that clip gradients
+    # Where hooks are on everything, such as those that clip gradients, they pick nothing.
+    if not any(has_gradient_hook(p) for p in others):
         kept |= {name: p for name, p in trainable.items() if p in tables and has_gradient_hook(p)}
     return kept
 

@@ -89,10 +89,9 @@ class Pilot:
         gradients, weights = self._sampler.read_gradients(self._recorded).cpu(), self._read()
         if not gradients.isfinite().all():
             return
-        self._loss_change += (gradients * (weights - self._previous)).mean(
-            1
-        )  # of the batch after the one that moved it
-        self._moved += ((weights - self._previous) ** 2).mean(1)
+        moved = weights - self._previous
+        self._loss_change += (gradients * moved).mean(1)  # of the batch after the one that moved it
+        self._moved += (moved**2).mean(1)
         self._squares += (gradients**2).mean(1)
         self._previous = weights
         self.steps += 1
@@ -116,15 +115,9 @@ class Pilot:
         ]
         missing = len(self._stack) + 1 - len(self._recorded)
         parameters, gradient, change, displacement, motion = (nn.functional.pad(each, (0, missing)) for each in found)
+        regression = is_regression(self._stack.model)
         return PilotSignals(
-            self.steps,
-            parameters,
-            gradient,
-            change,
-            displacement,
-            motion,
-            self._pretrained,
-            is_regression(self._stack.model),
+            self.steps, parameters, gradient, change, displacement, motion, self._pretrained, regression
         )
 
     @torch.no_grad()
@@ -152,8 +145,9 @@ class Pilot:
         What a run needs to continue. Under FSDP2 all ranks have to call it.
 
         Returns:
-            `dict`: `"steps"`, `"pretrained"` (units), `"weights"` (by unit, those of the start by name), `"sampled_start"`, `"sampled_previous"`,
-            `"gradient_squares"`, `"loss_change"` and `"motion_squares"` (one number for each unit, and the head if it trains).
+            `dict`: `"steps"`, `"pretrained"` (units), `"weights"` (by unit, those of the start by name), `"sampled_start"`,
+            `"sampled_previous"`, `"gradient_squares"`, `"loss_change"` and `"motion_squares"` (one number for each unit, and the
+            head if it trains).
         """
         return {
             "steps": self.steps,
