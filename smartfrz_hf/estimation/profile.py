@@ -206,10 +206,12 @@ def _measure_depths(loop: Loop, seen: list[Any], result: Profile, config: SmartF
             result.costs.append(
                 DepthCost(
                     depth,
-                    scale * plain,
-                    fixed + int(activations / share),
-                    None if served is None else scale * served,
-                    None if row_bytes is None else row_bytes * result.batch_elements * share / elements,
+                    seconds=scale * plain,
+                    memory=fixed + int(activations / share),
+                    cached_seconds=None if served is None else scale * served,
+                    cached_row_bytes=(
+                        None if row_bytes is None else row_bytes * result.batch_elements * share / elements
+                    ),
                 )
             )
     if run.front.cache is None:

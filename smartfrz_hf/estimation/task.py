@@ -70,10 +70,9 @@ def task_trainer(
     _check_complete(data, task, [*(texts if image is None else []), *([label] if label else [])])
     if image is not None:
         args.remove_unused_columns = False  # the collator reads them
-        trained = _images(model, task, data, image, label, from_scratch)
+        network, prepared, collator = _images(model, task, data, image, label, from_scratch)
     else:
-        trained = _texts(model, task, data, texts, label, from_scratch, max_length)
-    network, prepared, collator = trained
+        network, prepared, collator = _texts(model, task, data, texts, label, from_scratch, max_length)
     network.accepts_loss_kwargs = False  # heads that ignore `num_items_in_batch` would get a wrong loss
     return Trainer(network, args, train_dataset=prepared, data_collator=collator), rows
 
@@ -153,11 +152,9 @@ def _quoted(error: BaseException) -> str:
 
 def _make(auto: Any, name: str, from_scratch: bool, **options: Any) -> Any:
     config = AutoConfig.from_pretrained(name, **options)
-    return (
-        auto.from_config(config)
-        if from_scratch
-        else auto.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
-    )
+    if from_scratch:
+        return auto.from_config(config)
+    return auto.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
 
 
 def _numbered(data: Any, task: str, label: str) -> tuple[list[int], int]:

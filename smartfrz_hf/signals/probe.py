@@ -191,16 +191,6 @@ class FrontProbe:
         self.on_pass: Callable[[int], None] = lambda elements: None
 
     @property
-    def units(self) -> int:
-        """Number of units."""
-        return len(self._stack)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        return self.batch.device
-
-    @property
     def ready(self) -> bool:
         """Whether the first training batch has come."""
         return self.batch.ready
