@@ -18,7 +18,7 @@ from ..model.generators import random_state, set_random_state
 from ..model.units import BlockStack
 from .calls import Call, name_rows, read_call
 from .checks import SpotChecks, WrongActivationError, time_of
-from .front import Front, UnsupportedModelError
+from .front import SkippableFront, UnsupportedModelError
 from .monitor import CacheMonitor
 from .offload import Offload
 from .outputs import entry_of
@@ -113,7 +113,7 @@ class ActivationCache:
 
     def _enter(self, entry: nn.Module, weights: FrozenWeights | None) -> None:
         """Stand in for the forward pass of the module that runs the front."""
-        self._front = Front(self.stack, entry, self._forward, lambda: self._offload.wake())
+        self._front = SkippableFront(self.stack, entry, self._forward, lambda: self._offload.wake())
         self._state = FrontState(self.stack, entry)
         self._verdicts = Verdicts(self._front, self.savings)
         self._offload: Offload = Offload(weights, self._state)
