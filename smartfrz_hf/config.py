@@ -139,6 +139,7 @@ class SmartFRZConfig:
             Names or shell patterns of the modules that feed the first block. Found by default.
 
     Raises:
+        TypeError: a field holds a value of another type; the message names the right one.
         ValueError: a field holds a value that cannot work; the message names the legal ones.
     """
 
@@ -178,14 +179,7 @@ class SmartFRZConfig:
         for name in ("blocks", "stem"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
-        for name, kind in get_type_hints(type(self)).items():  # `HfArgumentParser` changes `field.type`
-            value, types = getattr(self, name), get_args(kind) or (kind,)
-            types = tuple(get_origin(kind) or kind for kind in types) + ((int,) if float in types else ())
-            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-                wanted = " or ".join(
-                    "None" if kind is type(None) else kind.__name__ for kind in types if kind is not Size
-                )
-                raise TypeError(f"`{name}` is {value!r}, of type {type(value).__name__}; it must be of type {wanted}.")
+        self._check_types()
         for name, option in self.__dataclass_fields__.items():
             value, choices = getattr(self, name), option.metadata.get("choices")
             if choices is not None and value not in (*choices, option.default):
@@ -212,6 +206,16 @@ class SmartFRZConfig:
             raise ValueError("`offload_frozen` needs `activation_cache`: without it the front runs in every step.")
         if self.target_saving is not None and self.policy in WITHOUT_TARGET:
             raise ValueError(f'`target_saving` needs the policy "smartfrz"; `policy` is {self.policy!r}.')
+
+    def _check_types(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():  # `HfArgumentParser` changes `field.type`
+            value, types = getattr(self, name), get_args(kind) or (kind,)
+            types = tuple(get_origin(kind) or kind for kind in types) + ((int,) if float in types else ())
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                wanted = " or ".join(
+                    "None" if kind is type(None) else kind.__name__ for kind in types if kind is not Size
+                )
+                raise TypeError(f"`{name}` is {value!r}, of type {type(value).__name__}; it must be of type {wanted}.")
 
     def _require(self, name: str, legal: bool, wanted: str) -> None:
         if not legal:

@@ -98,10 +98,9 @@ def _may_be_on_the_hub(name: str) -> bool:
 
 
 def _load(task: str, data_dir: Path | None) -> Any:
-    """The training split."""
+    """The training split, from a file or a folder, or from the Hub."""
     try:
         from datasets import disable_progress_bars, load_dataset
-        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise ImportError(
             "`smartfrz estimate` reads its data with `datasets`: pip install 'smartfrz_hf[estimate]'"
@@ -123,6 +122,14 @@ def _load(task: str, data_dir: Path | None) -> Any:
                 f"The data {task} cannot be loaded from the Hub: {_quoted(error)}. Check the name and the connection, or give a local "
                 "file or folder as `--task`, or the folder that holds it as `--data_dir`."
             ) from error
+    return _load_files(place)
+
+
+def _load_files(place: Path) -> Any:
+    """The training rows in a file or a folder."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
     files = [place] if place.is_file() else [file for file in sorted(place.rglob("*")) if file.is_file()]
     files = [file for file in files if file.suffix[1:] in BUILDERS]
     train = [file for file in files if file.stem.startswith("train")] or files
