@@ -287,7 +287,7 @@ def fit_start(
 
     start = _import("start")
     with _arguments_refused():
-        pairs = start.read_pairs(results)
+        pairs = _import("start_pairs").read_pairs(results)
         evaluation = start.evaluate_start(pairs)
         joined = start.add_start(load_predictor(predictor.resolve()), pairs, evaluation)
     _write_json(evaluation, out)

@@ -1,10 +1,7 @@
 """Fitting the start predictor to runs that were frozen from their first step on, and judging it on others."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,120 +9,16 @@ import torch
 from ..config import part
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig, StartPredictor
 from ..predictor.configuration import DEFAULT_LIMITS
-from ..signals.pilot import WEIGHTS_PER_UNIT
 from ..signals.pilot_signals import PilotSignals
+from .start_pairs import StartPair
 
-# Loss that is added counts as so many points lost: over the harvest, a change of the held-out loss by 0.1 goes with one of about
-# 4 points. The mean of both is less noisy than the points of a thousand rows.
-POINTS_PER_LOSS = 40.0
+Rule = Callable[[StartPair], torch.Tensor]  # from a pair to `(units,)` scores
+
 QUANTILE = 0.7  # of the points lost that is predicted: more than the median, as a loss that was not foreseen is worse
-MOMENT = "0.05"  # of the full runs, which stands for the end of the pilot
 FIT_STEPS = 300  # of Adam
-MOST_POINTS = 30.0  # at which labels are cut off: how bad a very bad front is does not matter
-
-
-@dataclass(frozen=True)
-class StartPair:
-    """
-    A model and a task: one full run and several with a front that was frozen from the first step on.
-
-    Attributes:
-        name (`str`), family (`str`), task (`str`): of the pair, its model and its data set.
-        pilot ([`PilotSignals`]): what the first steps of the full run have shown.
-        depths (`torch.Tensor` of shape `(runs,)`, `int`): frozen units of each run.
-        points_lost (`torch.Tensor` of shape `(runs,)`): what each run lost against the full one, from points and loss.
-        points, loss (`torch.Tensor` of shape `(runs,)`): lost points and added held-out loss, as measured.
-        saved (`torch.Tensor` of shape `(units + 1,)`): share of the compute that each depth saves.
-    """
-
-    name: str
-    family: str
-    task: str
-    pilot: PilotSignals
-    depths: torch.Tensor
-    points_lost: torch.Tensor
-    points: torch.Tensor
-    loss: torch.Tensor
-    saved: torch.Tensor
-
-
-def read_pairs(folder: Path) -> list[StartPair]:
-    """
-    Read the results of `benchmarks/predictor/start/harvest.py`.
-
-    Args:
-        folder (`Path`): one JSON file a run.
-
-    Returns:
-        `list[StartPair]`: those with a full run and at least one frozen one.
-
-    Raises:
-        FileNotFoundError: the folder has no results.
-    """
-    runs: dict[str, dict[int | None, Any]] = {}
-    for file in sorted(Path(folder).glob("*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
-        runs.setdefault(result["pair"]["name"], {})[result["frozen_blocks"]] = result
-    pairs = [_pair(name, found) for name, found in runs.items() if None in found and len(found) > 1]
-    if not pairs:
-        raise FileNotFoundError(f"{folder} holds no pair of a full run and one with a frozen front.")
-    return pairs
-
-
-def pilot_signals(signals: dict[str, Any], moment: str, pretrained: bool = True) -> PilotSignals:
-    """
-    What the pilot of a full run would have shown, from its recorded signals.
-
-    Args:
-        signals (`dict`): of the full run.
-        moment (`str`): when the pilot is over, or the earliest later moment that was recorded.
-        pretrained (`bool`, *optional*, defaults to `True`): whether the model had learned something before.
-    """
-    known = signals["moments"]
-    seen = known.get(moment) or known[min(known, key=float)]
-    squares = torch.tensor([*seen["sampled_gradient_square_norm"], 0.0]) / WEIGHTS_PER_UNIT
-    head = seen.get("head_loss_change", 0.0) / max(1, signals["head_parameters"])
-    return PilotSignals(
-        seen["step"] + 1,
-        torch.tensor([*signals["unit_parameters"], signals["head_parameters"]], dtype=torch.float64),
-        squares.sqrt(),
-        torch.tensor([*(change / WEIGHTS_PER_UNIT for change in seen["sampled_loss_change"]), head]),
-        torch.tensor([*seen["sampled_displacement"], 0.0]) / WEIGHTS_PER_UNIT**0.5,
-        torch.full_like(squares, torch.inf),  # not recorded
-        len(signals["unit_names"]) if pretrained else 0,
-        regression=signals["classes"] == 1,
-    )
-
-
-def _pair(name: str, runs: dict[int | None, Any]) -> StartPair:
-    full = runs.pop(None)
-    signals = full["signals"]
-    pilot = pilot_signals(signals, MOMENT, "scratch" not in full["pair"]["model"])
-    depths = sorted(blocks for blocks in runs if blocks is not None)
-    before = full["evaluations"][-1]
-    points = torch.tensor([before["points"] - runs[blocks]["evaluations"][-1]["points"] for blocks in depths])
-    loss = torch.tensor([runs[blocks]["evaluations"][-1]["loss"] - before["loss"] for blocks in depths])
-    both = points if pilot.regression else (points + POINTS_PER_LOSS * loss) / 2
-    units = len(signals["unit_names"])
-    return StartPair(
-        name,
-        full["pair"]["model"].split("-")[0],
-        full["pair"]["task"],
-        pilot,
-        torch.tensor(depths) + 1,
-        both.clamp(max=MOST_POINTS),
-        points,
-        loss,
-        compute_saved(units),
-    )
-
-
-def compute_saved(units: int) -> torch.Tensor:
-    """
-    Share of the compute that freezing so many units saves, `(units + 1,)`: blocks of equal cost, a stem of none, and a backward
-    pass that costs twice the forward pass.
-    """
-    return torch.tensor([0.0, *(2 / 3 * block / (units - 1) for block in range(units))])
+# Mean points lost on held-out tasks and on held-out families, as measured, that the choice of a tolerance allows.
+ALLOWED = {"conservative": 0.1, "balanced": 0.3, "aggressive": 1.0}
+GRID = [round(0.05 * step, 2) for step in range(1, 41)]
 
 
 def fit_start(pairs: Sequence[StartPair]) -> StartPredictor:
@@ -160,9 +53,6 @@ def squashed(points: torch.Tensor) -> torch.Tensor:
 def may_freeze(pilot: PilotSignals) -> int:
     """Units that the policy may freeze from the start: none that are not pretrained, none where the pilot objects."""
     return 0 if pilot.objection else pilot.pretrained
-
-
-Rule = Callable[[StartPair], torch.Tensor]
 
 
 def judge(
@@ -225,11 +115,6 @@ def fixed(share: float) -> Rule:
         return torch.where(torch.arange(units) / (units - 1) <= share + 1e-6, 0.0, torch.inf)
 
     return score
-
-
-# Mean points lost on held-out tasks and on held-out families, as measured, that the choice of a tolerance allows.
-ALLOWED = {"conservative": 0.1, "balanced": 0.3, "aggressive": 1.0}
-GRID = [round(0.05 * step, 2) for step in range(1, 41)]
 
 
 def choose_limits(rules: Sequence[Rule], pairs: Sequence[StartPair]) -> dict[str, dict[str, float]]:
