@@ -44,6 +44,10 @@ class Unit:
         }
         return parameters | self.own
 
+    def submodules(self) -> list[nn.Module]:
+        """All modules, at all levels."""
+        return [child for module in self.modules.values() for child in module.modules()]
+
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers, such as running statistics, by dotted name in the unwrapped model."""
         buffers = {
