@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..model.generators import device_of
 from ..model.nested import block_input
 from ..model.tracing import evaluation_mode
 from ..model.units import BlockStack, find_blocks
@@ -84,7 +85,7 @@ class HeldOutBatches:
 
     def __init__(self, stack: BlockStack, batches: list[dict[str, torch.Tensor]]):
         self.stack = stack
-        device = next(stack.model.parameters()).device
+        device = device_of(stack.model)
         self.batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
     def predict(self, max_rows: int | None = None) -> tuple[float, torch.Tensor]:

@@ -13,6 +13,7 @@ from accelerate.utils import recursively_apply, send_to_device
 from torch import nn
 
 from ..model.forward_patch import LeftBehind
+from ..model.generators import device_of
 from ..model.nested import (
     batch_size,
     block_input,
@@ -99,7 +100,7 @@ class FirstBatch:
     @property
     def device(self) -> torch.device:
         """Device of the model."""
-        return next(self._model.parameters()).device
+        return device_of(self._model)
 
     @property
     def elements(self) -> int:
