@@ -24,7 +24,7 @@ CACHE_DTYPES = ("exact", "float16", "bfloat16", "int8")
 CONFIG_NAME = "smartfrz_config.json"
 
 
-def part(share: float, whole: float) -> int:
+def share_of(share: float, whole: float) -> int:
     """A share of a number, rounded down. `0.29 * 100` is 29, although the product of these floats is a little less."""
     return int(share * whole + 1e-9)
 
@@ -233,7 +233,7 @@ class SmartFRZConfig:
             `int`: at least 1. Fractions are rounded down.
         """
         value = getattr(self, name)
-        return max(1, part(value, total_steps) if value < 1 else int(value))
+        return max(1, share_of(value, total_steps) if value < 1 else int(value))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

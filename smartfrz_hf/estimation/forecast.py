@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import part
+from ..config import share_of
 from ..policies.smartfrz import LOWERED_SHARE, MUCH_RAISED
 from ..signals.pilot import MIN_STEPS
 from .measured import Profile
@@ -148,7 +148,7 @@ def forecast(
         depth, *earlier = (min(d, cap, profile.deepest) for d in (decision.depth, *profile.earlier_depths[name]))
         at = depths[depth]
         factor = pilot.rate_factor(at.depth) if pilot is not None and rate and at.depth else 1.0
-        late = depths[max(depth, min(1 + part(LOWERED_SHARE, len(profile.units) - 1), cap, profile.deepest))]
+        late = depths[max(depth, min(1 + share_of(LOWERED_SHARE, len(profile.units) - 1), cap, profile.deepest))]
         more = 0.0
         if later and factor >= MUCH_RAISED:
             more = (1 - LATER) * profile.total_steps * max(0.0, at.step_seconds - late.step_seconds)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..config import part
+from ..config import share_of
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig, StartPredictor
 from ..predictor.configuration import DEFAULT_LIMITS
 from ..signals.pilot_signals import PilotSignals
@@ -76,7 +76,7 @@ def judge(
     columns = []
     for pair in pairs:
         allowed = (rule(pair) <= points) & (pair.pilot.front_shares <= share)
-        deepest = min(may_freeze(pair.pilot), 1 + part(blocks, len(allowed) - 1))
+        deepest = min(may_freeze(pair.pilot), 1 + share_of(blocks, len(allowed) - 1))
         fit = [run for run, d in enumerate(pair.depths.tolist()) if allowed[d - 1] and d <= deepest]
         columns.append(
             [
