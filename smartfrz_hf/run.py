@@ -122,7 +122,7 @@ class FreezingRun:
             self.ranks = Ranks(timeout)
             undo.callback(self.ranks.close)
             self.front = Front(
-                model, self.stack, optimizer, config, self.ranks, total_steps, steps_per_epoch, compiled
+                model, self.stack, self._optimizer, config, self.ranks, total_steps, steps_per_epoch, compiled
             )
             undo.callback(self.front.close)
             sizes = self.front.meter.unit_parameters

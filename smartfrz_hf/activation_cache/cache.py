@@ -52,6 +52,7 @@ class ActivationCache:
         steps_per_epoch (`float`, *optional*): optimizer steps in one pass over the data, if known.
         weights ([`FrozenWeights`], *optional*): offloaded while all rows that come are found.
         ranks (`int`, *optional*, defaults to `1`): processes that share the rows of an epoch.
+        savings ([`CacheSavings`], *optional*): of an earlier cache of the run, to be added to.
 
     Attributes:
         savings ([`CacheSavings`]): what it has saved so far.
@@ -67,9 +68,10 @@ class ActivationCache:
         steps_per_epoch: float | None = None,
         weights: FrozenWeights | None = None,
         ranks: int = 1,
+        savings: CacheSavings | None = None,
     ):
         self.stack, self.store, self.meter = stack, store, meter
-        self.savings = CacheSavings()
+        self.savings = CacheSavings() if savings is None else savings
         self._ranks = ranks
         self._closed = False
         self._enter(entry_of(stack), weights)
