@@ -61,7 +61,9 @@ def read_pairs(folder: Path) -> list[StartPair]:
         runs.setdefault(result["pair"]["name"], {})[result["frozen_blocks"]] = result
     pairs = [_pair(name, found) for name, found in runs.items() if None in found and len(found) > 1]
     if not pairs:
-        raise FileNotFoundError(f"{folder} holds no pair of a full run and one with a frozen front.")
+        raise FileNotFoundError(
+            f"{folder} holds no pair of a full run and one with a frozen front; benchmarks/predictor/start/harvest.py makes some."
+        )
     return pairs
 
 
