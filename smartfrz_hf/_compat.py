@@ -170,16 +170,22 @@ def uses_reentrant_checkpointing(block: nn.Module) -> bool:
     options, in the block alone, under a private name.
     """
     checkpoint = getattr(block, CHECKPOINT_FUNCTION, None)
-    return bool(
-        getattr(block, "gradient_checkpointing", False)
-        and isinstance(checkpoint, partial)
-        and checkpoint.keywords.get("use_reentrant")
-        is not False  # torch's own default is reentrant, which PEFT leaves
-    )
+    if not getattr(block, "gradient_checkpointing", False) or not isinstance(checkpoint, partial):
+        return False
+    return checkpoint.keywords.get("use_reentrant") is not False  # torch's own default is reentrant, which PEFT leaves
 
 
-class _CheckpointWithGrads(partial):
-    """A checkpointing function with its options, which makes inputs require a gradient. Copies and pickles are without that."""
+class _Checkpoint(partial):
+    """A checkpointing function with its options, which does more for one block. Copies and pickles are without that."""
+
+    block: nn.Module
+
+    def __reduce__(self) -> tuple:
+        return partial, (self.func,), (self.func, self.args, self.keywords, {})
+
+
+class _CheckpointWithGrads(_Checkpoint):
+    """Makes inputs require a gradient."""
 
     def __call__(self, function: Callable[..., Any], /, *args: Any) -> Any:
         if torch.is_grad_enabled() and not any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
@@ -189,8 +195,35 @@ class _CheckpointWithGrads(partial):
             )
         return super().__call__(function, *args)
 
-    def __reduce__(self) -> tuple:
-        return partial, (self.func,), (self.func, self.args, self.keywords, {})
+
+class _CheckpointInEvaluation(_Checkpoint):
+    """Computes in evaluation mode."""
+
+    def __call__(self, function: Callable[..., Any], /, *args: Any) -> Any:
+        def evaluate(*inputs: Any) -> Any:
+            before, self.block.training = self.block.training, False
+            try:
+                return function(*inputs)
+            finally:
+                self.block.training = before
+
+        return super().__call__(evaluate, *args)
+
+
+def _replace_checkpoint(block: nn.Module, kind: type[_Checkpoint]) -> Callable[[], None] | None:
+    """Give a block another checkpointing function. Returns what undoes it, or `None` if the block has it already."""
+    before = getattr(block, CHECKPOINT_FUNCTION)
+    if isinstance(before, kind):
+        return None
+    patch = kind(before.func, *before.args, **before.keywords) if isinstance(before, partial) else kind(before)
+    patch.block = block
+
+    def undo() -> None:
+        if getattr(block, CHECKPOINT_FUNCTION) is patch:
+            setattr(block, CHECKPOINT_FUNCTION, before)
+
+    setattr(block, CHECKPOINT_FUNCTION, patch)
+    return undo
 
 
 def require_checkpoint_grads(block: nn.Module) -> Callable[[], None] | None:
@@ -204,36 +237,7 @@ def require_checkpoint_grads(block: nn.Module) -> Callable[[], None] | None:
         `Callable[[], None]`: undoes it. `None` where nothing is to be changed: without reentrant checkpointing, or when it was
         done before.
     """
-    before: Any = getattr(block, CHECKPOINT_FUNCTION, None)
-    if not uses_reentrant_checkpointing(block) or isinstance(before, _CheckpointWithGrads):
-        return None
-    patch: Any = _CheckpointWithGrads(before.func, *before.args, **before.keywords)
-
-    def undo() -> None:
-        if block._gradient_checkpointing_func is patch:
-            block._gradient_checkpointing_func = before
-
-    block._gradient_checkpointing_func = patch
-    return undo
-
-
-class _CheckpointInEvaluation(partial):
-    """A checkpointing function whose layer computes in evaluation mode. Copies and pickles are without that."""
-
-    layer: nn.Module
-
-    def __call__(self, function: Callable[..., Any], /, *args: Any) -> Any:
-        def evaluate(*inputs: Any) -> Any:
-            before, self.layer.training = self.layer.training, False
-            try:
-                return function(*inputs)
-            finally:
-                self.layer.training = before
-
-        return super().__call__(evaluate, *args)
-
-    def __reduce__(self) -> tuple:
-        return partial, (self.func,), (self.func, self.args, self.keywords, {})
+    return _replace_checkpoint(block, _CheckpointWithGrads) if uses_reentrant_checkpointing(block) else None
 
 
 def checkpoint_in_evaluation(layer: nn.Module) -> Callable[[], None] | None:
@@ -246,21 +250,8 @@ def checkpoint_in_evaluation(layer: nn.Module) -> Callable[[], None] | None:
     Returns:
         `Callable[[], None]`: undoes it. `None` where nothing is to be changed: without checkpointing, or when it was done before.
     """
-    before: Any = getattr(layer, CHECKPOINT_FUNCTION, None)
-    if not getattr(layer, "gradient_checkpointing", False) or isinstance(before, _CheckpointInEvaluation):
-        return None
-    if isinstance(before, partial):
-        patch: Any = _CheckpointInEvaluation(before.func, *before.args, **before.keywords)
-    else:
-        patch = _CheckpointInEvaluation(before)
-    patch.layer = layer
-
-    def undo() -> None:
-        if getattr(layer, CHECKPOINT_FUNCTION) is patch:
-            setattr(layer, CHECKPOINT_FUNCTION, before)
-
-    setattr(layer, CHECKPOINT_FUNCTION, patch)
-    return undo
+    checkpoints = getattr(layer, "gradient_checkpointing", False)
+    return _replace_checkpoint(layer, _CheckpointInEvaluation) if checkpoints else None
 
 
 def has_input_grads(model: nn.Module) -> bool:

@@ -115,17 +115,17 @@ class SmartFRZCallback(TrainerCallback):
             self._reporter.show_depth()
             control.should_training_stop |= self.run.should_stop
             if control.should_save and not control.should_evaluate:
-                self._save_before_trainer(_of_body(args, None, kwargs)[0], state)
+                self._save_before_trainer(args, state, kwargs)
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Write the state where a checkpoint follows."""
         if self.run is not None and self.run.active and control.should_save:
-            self._save_before_trainer(_of_body(args, None, kwargs)[0], state)
+            self._save_before_trainer(args, state, kwargs)
 
     def on_save(self, args, state, control, **kwargs):
         """Write the state where nothing announced the checkpoint."""
         if self.run is not None and self._saved_step != state.global_step:
-            self._save_before_trainer(_of_body(args, None, kwargs)[0], state)
+            self._save_before_trainer(args, state, kwargs)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """Leave the model as it was found, except for its weights, and with the best ones if that was asked for."""
@@ -155,10 +155,11 @@ class SmartFRZCallback(TrainerCallback):
                 save_state(state, folder)
             self._saved_step = self.run.steps_done
 
-    def _save_before_trainer(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _save_before_trainer(self, args: TrainingArguments, state: TrainerState, event: dict[str, Any]) -> None:
         # The Trainer writes its own state last, so that a checkpoint that looks complete to it has ours. Where the
         # checkpoints of a trial go, a callback does not know, and no trial is resumed.
         if not state.is_hyper_param_search:
+            args, _ = _of_body(args, None, event)
             self.save(_checkpoint(args, state), args.should_save)
 
     def _check(self, args: TrainingArguments, model: Any) -> None:

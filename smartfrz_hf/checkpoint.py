@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from . import __version__
 from .config import SmartFRZConfig
 from .distributed.fsdp import is_sharded
 from .model.tracing import Inputs
@@ -34,13 +34,6 @@ TENSOR = "__tensor__"  # {TENSOR: name} stands in the JSON file for the tensor `
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _version() -> str:
-    try:
-        return version("smartfrz_hf")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"
 
 
 def _split(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -71,8 +64,8 @@ def save_state(state: dict[str, Any], folder: str | os.PathLike) -> None:
     Write the state of a run into a folder: `smartfrz_state.json` and `smartfrz_state.safetensors`.
 
     The JSON file holds `format` (`int`), `version` (of smartfrz_hf), `libraries` (versions of others), `tensors` (SHA-256
-    of the other file) and `state`, in which `{"__tensor__": name}` stands for a tensor of the other file. Each file appears as a whole, the JSON file
-    last, so that a process that dies in between leaves nothing that looks complete.
+    of the other file) and `state`, in which `{"__tensor__": name}` stands for a tensor of the other file. Each file appears as a
+    whole, the JSON file last, so that a process that dies in between leaves nothing that looks complete.
 
     Args:
         state (`dict`): what [`FreezingRun.state_dict`] gives.
@@ -85,7 +78,7 @@ def save_state(state: dict[str, Any], folder: str | os.PathLike) -> None:
     partial = folder / f".{TENSORS_FILE}.partial"
     save_file(tensors, partial)
     libraries = {"torch": str(torch.__version__), "transformers": transformers.__version__}
-    content = {"format": FORMAT, "version": _version(), "libraries": libraries, "tensors": _digest(partial)}
+    content = {"format": FORMAT, "version": __version__, "libraries": libraries, "tensors": _digest(partial)}
     content["state"] = values
     partial.replace(folder / TENSORS_FILE)
     partial = folder / f".{STATE_FILE}.partial"

@@ -1,6 +1,7 @@
 """
-The command line: `smartfrz estimate` tells in advance what a run would save, and `smartfrz report` makes a page of a run. `harvest` records training runs, `evaluate` and `fit` train a
-predictor on them, `card` writes its model card, and `push` uploads it.
+The command line: `smartfrz estimate` tells in advance what a run would save, and `smartfrz report` makes a page of a run.
+`harvest` records training runs, `evaluate`, `fit` and `fit-start` train a predictor on them, `card` writes its model card, and
+`push` uploads it.
 """
 
 import json
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,6 +52,30 @@ def _errors_told() -> Iterator[None]:
     except (ImportError, OSError, ValueError) as error:
         typer.echo(f"{error}", err=True)
         raise typer.Exit(1) from error
+
+
+@contextmanager
+def _arguments_refused() -> Iterator[None]:
+    """Say what is wrong with the arguments, and exit with 2."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@contextmanager
+def _evaluation_in(file: Path) -> Iterator[dict[str, Any]]:
+    """What `smartfrz evaluate` wrote into a file. Something else is refused."""
+    with _arguments_refused():
+        try:
+            yield json.loads(file.read_text(encoding="utf-8"))
+        except KeyError as error:
+            raise ValueError(f"{file} lacks {error}; write it with `smartfrz evaluate`.") from error
+
+
+def _write_json(content: dict[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _import(module: str) -> ModuleType:
@@ -176,10 +201,8 @@ def harvest(
     processes: Annotated[int, typer.Option(min=1, help="Number of runs at a time; they share the CPU cores.")] = 1,
 ) -> None:
     """Record full training runs: weight snapshots, learning rates, and the similarity of outputs to the final ones."""
-    try:
+    with _arguments_refused():
         failures = _import("harvest").harvest(_import("specs").read_specs(runs), out, data_dir, processes)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     for line in failures:
         typer.echo(f"failed: {line}", err=True)
     if failures:
@@ -217,7 +240,7 @@ def evaluate(
     from .predictor import SmartFRZPredictorConfig
 
     evaluation, options = _import("evaluation"), _import("fit").FitOptions(epochs=epochs, seed=seed)
-    try:
+    with _arguments_refused():
         config = SmartFRZPredictorConfig(
             form=form,
             window=window,
@@ -225,10 +248,7 @@ def evaluate(
             front_probe=form == "dynamics" if front_probe is None else front_probe,
         )
         results = evaluation.evaluate(runs, label, target, config, options)
-    except (ValueError, FileNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    _write_json(results, out)
     _import("card").draw_charts(results, out.parent, prefix=f"{out.stem}_")
     for name in evaluation.GROUPS:
         typer.echo(f"\n{name.replace('_', ' ')}: {results[name]['rows']} rows")
@@ -243,12 +263,8 @@ def fit(
     out: Annotated[Path, typer.Option(help="Folder for the predictor, its model card and charts.")],
 ) -> None:
     """Fit a predictor to all runs, in the way that was evaluated, and save it with its model card."""
-    try:
-        _import("evaluation").fit_evaluated(runs, json.loads(evaluation.read_text(encoding="utf-8")), out)
-    except (ValueError, FileNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from error
-    except KeyError as error:
-        raise typer.BadParameter(f"{evaluation} lacks {error}; write it with `smartfrz evaluate`.") from error
+    with _evaluation_in(evaluation) as evaluated:
+        _import("evaluation").fit_evaluated(runs, evaluated, out)
     typer.echo(f"Saved the predictor in {out}. Load it with SmartFRZConfig(predictor={str(out)!r}).")
 
 
@@ -270,14 +286,11 @@ def fit_start(
     from .predictor import load_predictor
 
     start = _import("start")
-    try:
-        pairs = start.read_pairs(results)
+    with _arguments_refused():
+        pairs = _import("start_pairs").read_pairs(results)
         evaluation = start.evaluate_start(pairs)
         joined = start.add_start(load_predictor(predictor.resolve()), pairs, evaluation)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    _write_json(evaluation, out)
     joined.save_pretrained(predictor)
     for group in ("family", "task"):
         for rule, by_tolerance in evaluation[group].items():
@@ -295,10 +308,8 @@ def card(
     evaluation: EvaluationFile,
 ) -> None:
     """Write the model card and the charts of a predictor again, from its evaluation."""
-    try:
-        _import("card").write_card(json.loads(evaluation.read_text(encoding="utf-8")), predictor)
-    except KeyError as error:
-        raise typer.BadParameter(f"{evaluation} lacks {error}; write it with `smartfrz evaluate`.") from error
+    with _evaluation_in(evaluation) as evaluated:
+        _import("card").write_card(evaluated, predictor)
 
 
 @app.command()
@@ -318,7 +329,3 @@ def push(
 
     with _errors_told():
         typer.echo(push_predictor(predictor, repo, private, revision, message=message))
-
-
-if __name__ == "__main__":
-    app()

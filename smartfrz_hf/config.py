@@ -24,7 +24,7 @@ CACHE_DTYPES = ("exact", "float16", "bfloat16", "int8")
 CONFIG_NAME = "smartfrz_config.json"
 
 
-def part(share: float, whole: float) -> int:
+def share_of(share: float, whole: float) -> int:
     """A share of a number, rounded down. `0.29 * 100` is 29, although the product of these floats is a little less."""
     return int(share * whole + 1e-9)
 
@@ -139,6 +139,7 @@ class SmartFRZConfig:
             Names or shell patterns of the modules that feed the first block. Found by default.
 
     Raises:
+        TypeError: a field holds a value of another type; the message names the right one.
         ValueError: a field holds a value that cannot work; the message names the legal ones.
     """
 
@@ -178,14 +179,7 @@ class SmartFRZConfig:
         for name in ("blocks", "stem"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
-        for name, kind in get_type_hints(type(self)).items():  # `HfArgumentParser` changes `field.type`
-            value, types = getattr(self, name), get_args(kind) or (kind,)
-            types = tuple(get_origin(kind) or kind for kind in types) + ((int,) if float in types else ())
-            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-                wanted = " or ".join(
-                    "None" if kind is type(None) else kind.__name__ for kind in types if kind is not Size
-                )
-                raise TypeError(f"`{name}` is {value!r}, of type {type(value).__name__}; it must be of type {wanted}.")
+        self._check_types()
         for name, option in self.__dataclass_fields__.items():
             value, choices = getattr(self, name), option.metadata.get("choices")
             if choices is not None and value not in (*choices, option.default):
@@ -213,6 +207,16 @@ class SmartFRZConfig:
         if self.target_saving is not None and self.policy in WITHOUT_TARGET:
             raise ValueError(f'`target_saving` needs the policy "smartfrz"; `policy` is {self.policy!r}.')
 
+    def _check_types(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():  # `HfArgumentParser` changes `field.type`
+            value, types = getattr(self, name), get_args(kind) or (kind,)
+            types = tuple(get_origin(kind) or kind for kind in types) + ((int,) if float in types else ())
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                wanted = " or ".join(
+                    "None" if kind is type(None) else kind.__name__ for kind in types if kind is not Size
+                )
+                raise TypeError(f"`{name}` is {value!r}, of type {type(value).__name__}; it must be of type {wanted}.")
+
     def _require(self, name: str, legal: bool, wanted: str) -> None:
         if not legal:
             raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be {wanted}.")
@@ -229,7 +233,7 @@ class SmartFRZConfig:
             `int`: at least 1. Fractions are rounded down.
         """
         value = getattr(self, name)
-        return max(1, part(value, total_steps) if value < 1 else int(value))
+        return max(1, share_of(value, total_steps) if value < 1 else int(value))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

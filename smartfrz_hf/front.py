@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ class Front:
     Args:
         model (`torch.nn.Module`): what the training loop calls.
         stack ([`BlockStack`]): its units.
-        optimizer (`torch.optim.Optimizer`): plain or prepared by Accelerate.
+        optimizer (`torch.optim.Optimizer`): its optimizer, not wrapped.
         config ([`SmartFRZConfig`]): of the run.
         ranks ([`Ranks`]): the processes of the run.
         total_steps (`int`): optimizer steps of the run.
@@ -63,9 +63,11 @@ class Front:
         dtype = getattr(torch, config.frozen_dtype) if config.frozen_dtype else None
         self.freezer = Freezer(stack, optimizer, dtype)
         self.meter = ComputeMeter(model, stack, optimizer)
-        self.rate = RateFactor(getattr(optimizer, "optimizer", optimizer))  # inside Accelerate's wrapper
+        self.rate = RateFactor(optimizer)
         self._graphs = GraphLimits(compiled)
-        self._cache_options = (total_steps, steps_per_epoch, compiled)
+        self._make_cache = partial(
+            make_cache, config, self.freezer, self.meter, ranks, total_steps, steps_per_epoch, compiled
+        )
         self.cache: ActivationCache | None = None
         try:
             self.cache = self._make_cache()
@@ -111,11 +113,9 @@ class Front:
         if self.cache is not None:
             savings = self.cache.savings
             self.cache.close()
-            self.cache = self._make_cache()
-            if self.cache is not None:
-                self.cache.savings = self.cache.checks.savings = savings
-                if savings.off is not None:
-                    self.cache.close()
+            self.cache = self._make_cache(savings=savings)
+            if self.cache is not None and savings.off is not None:
+                self.cache.close()
         self.rate.factor = 1.0
         units = self.freezer.unfreeze_to(0)
         if units:
@@ -180,7 +180,3 @@ class Front:
         self._graphs.extend()
         self.meter.freeze_to(self.depth, self.freezer.apart)
         rebuild_reducer(self._model)
-
-    def _make_cache(self) -> ActivationCache | None:
-        options: Any = self._cache_options
-        return make_cache(self._config, self.freezer, self.meter, self._ranks, *options)

@@ -122,7 +122,7 @@ class FreezingRun:
             self.ranks = Ranks(timeout)
             undo.callback(self.ranks.close)
             self.front = Front(
-                model, self.stack, optimizer, config, self.ranks, total_steps, steps_per_epoch, compiled
+                model, self.stack, self._optimizer, config, self.ranks, total_steps, steps_per_epoch, compiled
             )
             undo.callback(self.front.close)
             sizes = self.front.meter.unit_parameters
@@ -130,15 +130,15 @@ class FreezingRun:
             self.front.update_ledger(self.ledger)
             self.observer = Observer(
                 self.stack,
-                self.policy.history_size,
-                config.steps("record_every", total_steps),
-                config.sampling_seed,
-                config.probe_examples if self.policy.front_probe else 0,
-                self.policy.min_probe_examples,
-                lambda rows: between_stages * batches_per_step * rows,
-                pilot_steps(self.policy.pilot, total_steps),
-                self.front.beside_training,
-                self.front.meter.add_forward,
+                history_size=self.policy.history_size,
+                record_every=config.steps("record_every", total_steps),
+                sampling_seed=config.sampling_seed,
+                probe_examples=config.probe_examples if self.policy.front_probe else 0,
+                min_probe_examples=self.policy.min_probe_examples,
+                examples_between=lambda rows: between_stages * batches_per_step * rows,
+                pilot_steps=pilot_steps(self.policy.pilot, total_steps),
+                alone=self.front.beside_training,
+                on_pass=self.front.meter.add_forward,
             )
             undo.callback(self.observer.close)
             self._stages = StageRunner(

@@ -103,12 +103,6 @@ class SmartFRZMixin(TrainerHooks):
     def _first_rows(self) -> Mapping[str, Any] | None:
         return first_rows_of(self.get_train_dataloader(), self.args.device)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the figures of [`Ledger.logs`] (`freeze/depth` and others) added to training logs."""
-        if "loss" in logs or "train_loss" in logs:
-            logs |= self.ledger.logs()
-        super().log(logs, start_time)
-
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """
         FLOPs of the forward and backward passes since the last call as they really ran, which are fewer once a prefix is

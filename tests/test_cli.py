@@ -22,6 +22,14 @@ def test_version():
     assert (done.exit_code, done.output) == (0, f"smartfrz_hf {smartfrz_hf.__version__}\n")
 
 
+@pytest.mark.parametrize(("content", "message"), [("{", "Expecting property name"), ("{}", "lacks 'label'")])
+def test_a_damaged_evaluation_is_refused(tmp_path, content, message):
+    (tmp_path / "evaluation.json").write_text(content)
+    words = ["card", str(tmp_path), "--evaluation", str(tmp_path / "evaluation.json")]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "300", "TERM": "dumb"})
+    assert done.exit_code == 2 and message in " ".join(done.output.split())
+
+
 @pytest.mark.slow
 def test_python_m_is_the_same_program(tmp_path):
     done = subprocess.run(

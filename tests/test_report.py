@@ -16,7 +16,7 @@ from smartfrz_hf import Decision, Policy, SmartFRZCallback, checkpoint
 from smartfrz_hf.cli import app
 from smartfrz_hf.report import read_run, write_report
 from smartfrz_hf.report import runs as recorded
-from smartfrz_hf.report.charts import ticks
+from smartfrz_hf.report.charts import number, ticks
 from smartfrz_hf.signals import pilot
 from smartfrz_hf.signals.pilot_signals import PilotSignals
 
@@ -133,6 +133,17 @@ def test_names_are_escaped(runs, tmp_path):
     assert "&lt;b&gt;&amp;" in page
 
 
+def test_what_trains_again_in_the_last_step_is_not_frozen(tmp_path):
+    units = [{"step": 5, "depth": 2, "apart": [], "units": ["stem", "block"]}]
+    again = [{"step": 20, "depth": 0, "apart": [], "units": ["stem", "block"]}]
+    frozen, thawed = (
+        recorded.SavedRun(tmp_path, [], {"global_step": 20}, {"ledger": {"stages": stages}})
+        for stages in (units, units + again)
+    )
+    assert frozen.freeze_steps == {"stem": 5, "block": 5} and thawed.freeze_steps == {}
+    assert thawed.frozen_spans == frozen.frozen_spans == {"stem": [(5, 20)], "block": [(5, 20)]}
+
+
 def test_time_runs_forward_with_the_steps(runs):
     run = read_run(runs / "frozen")
     times = [run.time_at(step) for step in range(21)]
@@ -206,6 +217,11 @@ def test_command(runs, tmp_path):
 def test_ticks_are_few_and_inside(low, high):
     found = ticks(low, high, 5)
     assert len(found) <= 7 and all(low - 1e-9 <= tick <= max(high, low + 1) + 1e-9 for tick in found)
+
+
+def test_numbers_are_short_and_plain():
+    values = (0.12345, 7, 7.25, 999.4, 999.6, -999.6, 12345.6)
+    assert [*map(number, values)] == ["0.123", "7", "7.25", "999", "1,000", "-1,000", "12,346"]
 
 
 @pytest.mark.slow

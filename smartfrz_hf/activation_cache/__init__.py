@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from ..config import SmartFRZConfig
 from ..cost.flops import ComputeMeter
+from ..cost.ledger import CacheSavings
 from ..distributed.consensus import Ranks
 from ..distributed.fsdp import is_sharded
 from ..freezing.freezer import Freezer
@@ -29,6 +30,7 @@ def make_cache(
     total_steps: int,
     steps_per_epoch: float | None,
     compiled: bool,
+    savings: CacheSavings | None = None,
 ) -> ActivationCache | None:
     """
     The cache that a configuration asks for. To be called on all ranks: those of one host share one store.
@@ -41,6 +43,7 @@ def make_cache(
         total_steps (`int`): optimizer steps of the run.
         steps_per_epoch (`float`, *optional*): optimizer steps in one pass over the data, if known.
         compiled (`bool`): whether the training loop calls a compiled model.
+        savings ([`CacheSavings`], *optional*): of an earlier cache of the run, to be added to.
 
     Returns:
         [`ActivationCache`], or `None` if the configuration asks for none, leaves it no room, or the run cannot have one.
@@ -65,7 +68,7 @@ def make_cache(
     if store is None:
         store = ActivationStore(memory, disk, config.cache_folder, config.cache_dtype)
     weights = freezer.weights if config.offload_frozen else None
-    return ActivationCache(freezer.stack, store, meter, total_steps, steps_per_epoch, weights, ranks.count)
+    return ActivationCache(freezer.stack, store, meter, total_steps, steps_per_epoch, weights, ranks.count, savings)
 
 
 def budgets(config: SmartFRZConfig) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from ..model.generators import random_state, set_random_state
 from ..model.units import BlockStack
 from .calls import Call, name_rows, read_call
 from .checks import SpotChecks, WrongActivationError, time_of
-from .front import Front, UnsupportedModelError
+from .front import SkippableFront, UnsupportedModelError
 from .monitor import CacheMonitor
 from .offload import Offload
 from .outputs import entry_of
@@ -52,6 +52,7 @@ class ActivationCache:
         steps_per_epoch (`float`, *optional*): optimizer steps in one pass over the data, if known.
         weights ([`FrozenWeights`], *optional*): offloaded while all rows that come are found.
         ranks (`int`, *optional*, defaults to `1`): processes that share the rows of an epoch.
+        savings ([`CacheSavings`], *optional*): of an earlier cache of the run, to be added to.
 
     Attributes:
         savings ([`CacheSavings`]): what it has saved so far.
@@ -67,9 +68,10 @@ class ActivationCache:
         steps_per_epoch: float | None = None,
         weights: FrozenWeights | None = None,
         ranks: int = 1,
+        savings: CacheSavings | None = None,
     ):
         self.stack, self.store, self.meter = stack, store, meter
-        self.savings = CacheSavings()
+        self.savings = CacheSavings() if savings is None else savings
         self._ranks = ranks
         self._closed = False
         self._enter(entry_of(stack), weights)
@@ -113,7 +115,7 @@ class ActivationCache:
 
     def _enter(self, entry: nn.Module, weights: FrozenWeights | None) -> None:
         """Stand in for the forward pass of the module that runs the front."""
-        self._front = Front(self.stack, entry, self._forward, lambda: self._offload.wake())
+        self._front = SkippableFront(self.stack, entry, self._forward, lambda: self._offload.wake())
         self._state = FrontState(self.stack, entry)
         self._verdicts = Verdicts(self._front, self.savings)
         self._offload: Offload = Offload(weights, self._state)

@@ -10,7 +10,7 @@ import torch
 
 from ..cost.ledger import CacheSavings
 from .calls import Call
-from .front import Front
+from .front import SkippableFront
 from .proof import agree, tolerance
 from .rows import Span, cut
 
@@ -64,7 +64,7 @@ class SpotChecks:
 
     def check(
         self,
-        front: Front,
+        front: SkippableFront,
         call: Call,
         spans: list[Span],
         hidden: torch.Tensor,
@@ -75,7 +75,7 @@ class SpotChecks:
         Check a batch of activations.
 
         Args:
-            front ([`Front`]): computes it.
+            front ([`SkippableFront`]): computes it.
             call ([`Call`]): the batch.
             spans (`list[tuple[int, int]]`): what counts of each row.
             hidden (`torch.Tensor`): what is about to be served, `(rows, ...)`.

@@ -59,7 +59,7 @@ class Pass:
     started: list[int] = field(default_factory=list)
 
 
-class Front:
+class SkippableFront:
     """
     The frozen front of a model, whose blocks can be left out.
 

@@ -159,9 +159,8 @@ class LmdbTier:
     def _transaction(self, write: bool = False) -> "Iterator[lmdb.Transaction]":
         if self._database is None:
             raise OSError("it is closed")
-        if (
-            self._shared
-        ):  # not `flock`, which a data loader's worker would inherit and hold when this process is killed
+        if self._shared:
+            # Not `flock`, which a data loader's worker would inherit and hold when this process is killed.
             fcntl.lockf(self._file, fcntl.LOCK_EX if write else fcntl.LOCK_SH)
         try:
             with _as_os_error(), self._database.begin(write=write, buffers=True) as transaction:

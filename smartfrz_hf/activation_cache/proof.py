@@ -11,7 +11,7 @@ from ..cost.ledger import CacheSavings
 from ..model.generators import generators_left_as_found, random_state, random_states, set_random_state
 from ..model.nested import tensors_in
 from .calls import Call, content
-from .front import Front, Pass, UnsupportedModelError
+from .front import Pass, SkippableFront, UnsupportedModelError
 from .trial import model_left_as_found
 
 # Relative error, in the norm of a row, that the order of sums can make, by what the front computes in.
@@ -52,14 +52,14 @@ class Verdicts:
     Tries once for each kind of call whether the front, at its present depth, can be left out.
 
     Args:
-        front ([`Front`]): the front.
+        front ([`SkippableFront`]): the front.
         savings ([`CacheSavings`]): where the time of the trials is counted.
 
     Attributes:
         known (`dict[Kind, Verdict | str]`): what was found by kind of call: why the front is not left out where that is so.
     """
 
-    def __init__(self, front: Front, savings: CacheSavings):
+    def __init__(self, front: SkippableFront, savings: CacheSavings):
         self._front, self._savings = front, savings
         self.known: dict[Kind, Verdict | str] = {}
 
@@ -91,7 +91,7 @@ class Verdicts:
         return self.known[kind]
 
 
-def tolerance(front: Front, call: Call, kept_as: str = "exact") -> float:
+def tolerance(front: SkippableFront, call: Call, kept_as: str = "exact") -> float:
     """The relative error that rounding can make, in the norm of a row."""
     device = call.device.type
     dtypes = {p.dtype for p in front.entry.parameters() if p.is_floating_point()} or {torch.float32}
@@ -135,7 +135,7 @@ def agree(
     return bool(((a - b).norm(dim=1) <= rounding * (a.norm(dim=1) + floor) + 1e-30).all())
 
 
-def prove(front: Front, call: Call, without_padding: bool) -> Verdict:
+def prove(front: SkippableFront, call: Call, without_padding: bool) -> Verdict:
     """
     Try whether the front can be left out for calls of this kind, in the mode in which the model is.
 
@@ -144,7 +144,7 @@ def prove(front: Front, call: Call, without_padding: bool) -> Verdict:
     boundary, and zeros stand for padding. The model and the generators of random numbers are left as found.
 
     Args:
-        front ([`Front`]): the front.
+        front ([`SkippableFront`]): the front.
         call ([`Call`]): the batch; two of its rows are tried.
         without_padding (`bool`): whether to try to keep rows without their padding.
 
@@ -164,7 +164,7 @@ def prove(front: Front, call: Call, without_padding: bool) -> Verdict:
         raise UnsupportedModelError(f"it does not run without them ({type(error).__name__}: {error})") from error
 
 
-def _prove(front: Front, call: Call, rows: list[int], without_padding: bool) -> Verdict:
+def _prove(front: SkippableFront, call: Call, rows: list[int], without_padding: bool) -> Verdict:
     rounding, start, state = tolerance(front, call), random_states(call.device), random_state(call.device)
     states = []
     whole = Pass(call.layout, 2, on_boundary=lambda _: states.append(random_states(call.device)))
@@ -209,7 +209,7 @@ def _prove(front: Front, call: Call, rows: list[int], without_padding: bool) -> 
     raise UnsupportedModelError("what runs behind the boundary reads more of the front than what crosses it")
 
 
-def _try_padding(front: Front, call: Call, rows: list[int], hidden: torch.Tensor, rounding: float) -> Verdict:
+def _try_padding(front: SkippableFront, call: Call, rows: list[int], hidden: torch.Tensor, rounding: float) -> Verdict:
     """Whether what is not padding depends on the padding: on what it holds, and on how much there is."""
     tried = [
         _try_padding_of(front, call, row, values[None], rounding) for row, values in zip(rows, hidden, strict=True)
@@ -219,7 +219,7 @@ def _try_padding(front: Front, call: Call, rows: list[int], hidden: torch.Tensor
 
 
 def _try_padding_of(
-    front: Front, call: Call, row: int, hidden: torch.Tensor, rounding: float
+    front: SkippableFront, call: Call, row: int, hidden: torch.Tensor, rounding: float
 ) -> tuple[bool, bool | None]:
     """Whether one row depends on its padding, and whether it may shift; `None` without padding in front of it."""
     assert call.mask is not None and call.length is not None

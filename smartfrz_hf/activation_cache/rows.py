@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from .calls import Call
-from .front import Front
+from .front import SkippableFront
 
 # Position of the first element that is kept of a row, and the end; `(0, -1)` where a row is kept whole.
 Span = tuple[int, int]
@@ -46,7 +46,11 @@ def left_out(groups: dict[int, list[int]], rows: int, depth: int, compared: int)
 
 
 def assemble(
-    front: Front, call: Call, spans: list[Span], at_hand: dict[int, torch.Tensor], groups: dict[int, list[int]]
+    front: SkippableFront,
+    call: Call,
+    spans: list[Span],
+    at_hand: dict[int, torch.Tensor],
+    groups: dict[int, list[int]],
 ) -> torch.Tensor:
     """What crosses the boundary: activations at hand, and the others computed from where they were left."""
     parts = {

@@ -110,7 +110,7 @@ class FrontState:
 
     def _list_modules(self) -> None:
         units = enumerate(self._stack.units[: self._depth])
-        listed = {m: i for i, unit in units for top in unit.modules.values() for m in top.modules()}
+        listed = {module: i for i, unit in units for module in unit.submodules()}
         blocks = set(self._stack.blocks)
         self._modules, self._children = [], []
         for name, module in self._entry.named_modules():

@@ -79,7 +79,6 @@ class ActivationStore:
         shared (`bool`, *optional*, defaults to `False`): whether other processes of the host open it, through `handles`.
 
     Attributes:
-        full (`bool`): whether a row was refused for lack of room.
         trouble (`str`, *optional*): why the disk is out of use, in one line.
 
     Raises:
@@ -114,7 +113,7 @@ class ActivationStore:
                 raise ValueError(f"`{name}` is {value}; it must be at least 0.")
         if dtype not in FORMATS:
             raise ValueError(f"`dtype` is {dtype!r}; it must be {one_of(dtype, FORMATS)}")
-        self.full, self.dtype = False, dtype
+        self.dtype = dtype
         self.trouble: str | None = None
         self._memory: MemoryTier | LmdbTier = MemoryTier(memory_bytes)
         self._disk: LmdbTier | None = None
@@ -207,7 +206,6 @@ class ActivationStore:
                 placed = tier.put({k: wanted[k] for k, held in here if held is not None or known[k] is None})
                 kept += len(placed)
                 wanted = {key: row for key, row in wanted.items() if key not in placed}
-        self.full |= kept < len(keys)
         return kept
 
     def close(self) -> None:

@@ -191,8 +191,8 @@ class ComputeMeter:
     def state_dict(self) -> dict[str, Any]:
         """
         JSON values: `costs` (`forward` and `backward` of [`PassCosts`]; `None` until counted), `update` (FLOPs of an
-        optimizer step by unit), `elements` and `steps` (by the frozen units, a hexadecimal bit mask), `passes`, `forward_elements` (of passes without
-        gradients), `probe_elements`, `skipped_elements` (by unit).
+        optimizer step by unit), `elements` and `steps` (by the frozen units, a hexadecimal bit mask), `passes`,
+        `forward_elements` (of passes without gradients), `probe_elements`, `skipped_elements` (by unit).
         """
         self._collect()
         return {

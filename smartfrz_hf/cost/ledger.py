@@ -2,11 +2,11 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .stages import Stage, StageRecord, StartStage, frozen_spans
+from .stages import Stage, StageRecord, StartStage, freeze_steps, frozen_spans
 
 HEAD = "head"
 CACHE_NOW = ("bytes_memory", "bytes_disk", "off")  # fields of a cache that are no sums
@@ -129,9 +129,7 @@ class Ledger:
     @property
     def freeze_steps(self) -> dict[str, int]:
         """The step at which each unit that is frozen now froze."""
-        never = self.max_steps + 1
-        spans = frozen_spans(map(asdict, self.stages), never)
-        return {unit: last[0] for unit, (*_, last) in spans.items() if last[1] == never}
+        return freeze_steps(map(asdict, self.stages))
 
     @property
     def frozen_spans(self) -> dict[str, list[tuple[int, int]]]:
@@ -181,17 +179,7 @@ class Ledger:
         for unit in (*self.units, HEAD):
             parameters = f"{self.unit_parameters[unit]:,}" if unit in self.unit_parameters else "?"
             rows.append((unit, parameters, str(steps.get(unit, "-")), f"{saved.get(unit, 0.0):.1%}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join(
-                [
-                    row[0].ljust(widths[0]),
-                    *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-                ]
-            )
-            for row in rows
-        ]
-        lines.insert(1, "-" * len(lines[0]))
+        lines = text_table(rows)
         lines.append(lines[1])
         lines.append(
             f"frozen now: {self.frozen_units} of {len(self.units)} units, {self.frozen_parameters:,} of "
@@ -271,6 +259,16 @@ class Ledger:
             for name, value in state["cache"].items():
                 if hasattr(self.cache, name) and name not in CACHE_NOW:
                     setattr(self.cache, name, value)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table with a line below its first row, its first column on the left and the others on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first, *others = (
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+    return [first, "-" * len(first), *others]
 
 
 def _saved(spent: Flops, full: Flops) -> float:

@@ -1,8 +1,11 @@
 """What a ledger keeps of each freezing stage."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+NEVER = sys.maxsize  # a step
 
 
 @dataclass
@@ -98,3 +101,13 @@ def frozen_spans(stages: Iterable[Mapping[str, Any]], end: int) -> dict[str, lis
                 spans[unit][-1] = (spans[unit][-1][0], stage["step"])
         before = frozen
     return spans
+
+
+def freeze_steps(stages: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """
+    The step at which each unit froze that is frozen after some stages.
+
+    Args:
+        stages (`Iterable[Mapping]`): as for [`frozen_spans`].
+    """
+    return {unit: spans[-1][0] for unit, spans in frozen_spans(stages, NEVER).items() if spans[-1][1] == NEVER}

@@ -77,7 +77,9 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"Process {dist.get_rank()} of {self.count} got no answer from another process about {about}: {error}"
+                f"Process {dist.get_rank()} of {self.count} got no answer from another process about {about}: {error}. "
+                "See in the output of the others which one has ended, or waits elsewhere; one that only takes long needs a larger "
+                "`ddp_timeout` (`timeout` of `FreezingRun`)."
             ) from error
 
     def close(self) -> None:

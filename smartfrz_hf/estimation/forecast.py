@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import part
+from ..config import share_of
 from ..policies.smartfrz import LOWERED_SHARE, MUCH_RAISED
 from ..signals.pilot import MIN_STEPS
 from .measured import Profile
@@ -97,6 +97,7 @@ class Estimate:
         chosen ([`PointForecast`], *optional*): the one that the configuration asks for; `None` without a pilot.
         profile ([`Profile`]): what was measured.
         cache_room (`int`): bytes that the cache may use.
+        measured (`list[int]`): the depths at which steps were timed; the others lie in between.
     """
 
     pays: bool
@@ -147,30 +148,31 @@ def forecast(
         depth, *earlier = (min(d, cap, profile.deepest) for d in (decision.depth, *profile.earlier_depths[name]))
         at = depths[depth]
         factor = pilot.rate_factor(at.depth) if pilot is not None and rate and at.depth else 1.0
-        late = depths[max(depth, min(1 + part(LOWERED_SHARE, len(profile.units) - 1), cap, profile.deepest))]
+        late = depths[max(depth, min(1 + share_of(LOWERED_SHARE, len(profile.units) - 1), cap, profile.deepest))]
         more = 0.0
         if later and factor >= MUCH_RAISED:
             more = (1 - LATER) * profile.total_steps * max(0.0, at.step_seconds - late.step_seconds)
         seconds = min(at.seconds, at.cached_seconds)
         points.append(
             PointForecast(
-                name,
-                at.depth,
-                at.compute_saved,
-                1 - seconds / plain.seconds,
-                1 - (seconds - more) / plain.seconds,
-                1 - at.memory / plain.memory,
-                at.points_lost if at.depth else 0.0,
-                factor,
-                decision.reason,
-                min([depth, *earlier]),
-                max([depth, *earlier]),
+                name=name,
+                depth=at.depth,
+                compute_saved=at.compute_saved,
+                time_saved=1 - seconds / plain.seconds,
+                later_saved=1 - (seconds - more) / plain.seconds,
+                memory_saved=1 - at.memory / plain.memory,
+                points_lost=at.points_lost if at.depth else 0.0,
+                rate_factor=factor,
+                reason=decision.reason,
+                least=min([depth, *earlier]),
+                most=max([depth, *earlier]),
             )
         )
     point = next((point for point in points if point.name == chosen), None)
     pays, verdict = _verdict(profile, point, depths)
-    measured = [cost.depth for cost in profile.costs]
-    return Estimate(pays, verdict, depths, points, point, profile, cache_room, measured)
+    return Estimate(
+        pays, verdict, depths, points, point, profile, cache_room, measured=[cost.depth for cost in profile.costs]
+    )
 
 
 def _depth(profile: Profile, depth: int, points_lost: list[float] | None, cache_room: int) -> DepthForecast:
@@ -197,15 +199,15 @@ def _depth(profile: Profile, depth: int, points_lost: list[float] | None, cache_
     seconds = pilot * plain + rest * frozen
     saved = profile.savings[depth] * rest / steps if depth else 0.0
     return DepthForecast(
-        depth,
-        frozen if depth else plain,
-        served,
-        seconds,
-        seconds - again * (frozen - (served or frozen)),
-        round(between([float(cost.memory) for cost in costs], at)),
-        cache_bytes,
-        saved,
-        None if points_lost is None else (points_lost[depth - 1] if depth else 0.0),
+        depth=depth,
+        step_seconds=frozen if depth else plain,
+        cached_step_seconds=served,
+        seconds=seconds,
+        cached_seconds=seconds - again * (frozen - (served or frozen)),
+        memory=round(between([float(cost.memory) for cost in costs], at)),
+        cache_bytes=cache_bytes,
+        compute_saved=saved,
+        points_lost=None if points_lost is None else (points_lost[depth - 1] if depth else 0.0),
     )
 
 

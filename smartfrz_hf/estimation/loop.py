@@ -1,7 +1,7 @@
 """Training steps with a Trainer's model, data and loss, outside the Trainer's own loop."""
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -86,14 +86,12 @@ class Loop:
         scale = FP16_SCALE if self.trainer.accelerator.mixed_precision == "fp16" else 1.0
         for batch in batches:
             (self.loss(batch) * (scale / len(batches))).backward()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if scale != 1.0:
-            for gradient in gradients:
-                gradient.div_(scale)
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
         if self.args.max_grad_norm:
-            nn.utils.clip_grad_norm_(
-                [p for p in self.model.parameters() if p.grad is not None], self.args.max_grad_norm
-            )
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         seconds = time_of(next(self.model.parameters())) - began
         self.optimizer.zero_grad(set_to_none=True)
@@ -120,16 +118,3 @@ class Loop:
         fixed = sum(tensor.nbytes for tensor in (*weights, *gradients, *states))
         self.optimizer.zero_grad(set_to_none=True)
         return fixed, sum(kept.values())
-
-
-def first_share(batch: Any, share: float) -> tuple[Any, float]:
-    """The first rows of a batch, and what share of it they are."""
-    if not isinstance(batch, Mapping):
-        return batch, 1.0
-    rows = max((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), default=1)
-    kept = max(1, round(share * rows))
-    part = {
-        key: value[:kept] if isinstance(value, torch.Tensor) and value.dim() and len(value) == rows else value
-        for key, value in batch.items()
-    }
-    return part, kept / rows

@@ -17,12 +17,12 @@ from ..activation_cache.cache import MIN_DEPTH
 from ..checks import check_trainer
 from ..config import SmartFRZConfig
 from ..model.generators import generators_left_as_found
-from ..model.nested import main_input_elements
+from ..model.nested import batch_size, first_rows, main_input_elements
 from ..policies import Decision, Observation, Policy
 from ..run import FreezingRun
 from ..signals.pilot import MIN_STEPS
 from ..signals.pilot_signals import PilotSignals
-from .loop import Loop, check_estimate, first_share
+from .loop import Loop, check_estimate
 from .measured import DepthCost, Profile
 from .restoring import restored
 
@@ -173,7 +173,9 @@ def _measure_depths(loop: Loop, seen: list[Any], result: Profile, config: SmartF
     batch = seen[len(seen) // 2]
     share = 1.0
     if result.batch_seconds > LONG_STEP:
-        batch, share = first_share(batch, LONG_STEP / result.batch_seconds)
+        rows = batch_size(batch) or 1
+        kept = max(1, round(rows * LONG_STEP / result.batch_seconds))
+        batch, share = first_rows(batch, kept), kept / rows
     accumulated = loop.args.gradient_accumulation_steps
     elements = main_input_elements(loop.model, ((), batch))
     scale = accumulated * result.batch_elements / elements
@@ -204,10 +206,12 @@ def _measure_depths(loop: Loop, seen: list[Any], result: Profile, config: SmartF
             result.costs.append(
                 DepthCost(
                     depth,
-                    scale * plain,
-                    fixed + int(activations / share),
-                    None if served is None else scale * served,
-                    None if row_bytes is None else row_bytes * result.batch_elements * share / elements,
+                    seconds=scale * plain,
+                    memory=fixed + int(activations / share),
+                    cached_seconds=None if served is None else scale * served,
+                    cached_row_bytes=(
+                        None if row_bytes is None else row_bytes * result.batch_elements * share / elements
+                    ),
                 )
             )
     if run.front.cache is None:

@@ -70,10 +70,9 @@ def task_trainer(
     _check_complete(data, task, [*(texts if image is None else []), *([label] if label else [])])
     if image is not None:
         args.remove_unused_columns = False  # the collator reads them
-        trained = _images(model, task, data, image, label, from_scratch)
+        network, prepared, collator = _images(model, task, data, image, label, from_scratch)
     else:
-        trained = _texts(model, task, data, texts, label, from_scratch, max_length)
-    network, prepared, collator = trained
+        network, prepared, collator = _texts(model, task, data, texts, label, from_scratch, max_length)
     network.accepts_loss_kwargs = False  # heads that ignore `num_items_in_batch` would get a wrong loss
     return Trainer(network, args, train_dataset=prepared, data_collator=collator), rows
 
@@ -99,10 +98,9 @@ def _may_be_on_the_hub(name: str) -> bool:
 
 
 def _load(task: str, data_dir: Path | None) -> Any:
-    """The training split."""
+    """The training split, from a file or a folder, or from the Hub."""
     try:
         from datasets import disable_progress_bars, load_dataset
-        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise ImportError(
             "`smartfrz estimate` reads its data with `datasets`: pip install 'smartfrz_hf[estimate]'"
@@ -124,6 +122,14 @@ def _load(task: str, data_dir: Path | None) -> Any:
                 f"The data {task} cannot be loaded from the Hub: {_quoted(error)}. Check the name and the connection, or give a local "
                 "file or folder as `--task`, or the folder that holds it as `--data_dir`."
             ) from error
+    return _load_files(place)
+
+
+def _load_files(place: Path) -> Any:
+    """The training rows in a file or a folder."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
     files = [place] if place.is_file() else [file for file in sorted(place.rglob("*")) if file.is_file()]
     files = [file for file in files if file.suffix[1:] in BUILDERS]
     train = [file for file in files if file.stem.startswith("train")] or files
@@ -153,11 +159,9 @@ def _quoted(error: BaseException) -> str:
 
 def _make(auto: Any, name: str, from_scratch: bool, **options: Any) -> Any:
     config = AutoConfig.from_pretrained(name, **options)
-    return (
-        auto.from_config(config)
-        if from_scratch
-        else auto.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
-    )
+    if from_scratch:
+        return auto.from_config(config)
+    return auto.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
 
 
 def _numbered(data: Any, task: str, label: str) -> tuple[list[int], int]:

@@ -1,8 +1,9 @@
 """An estimate as text."""
 
-from collections.abc import Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING
+
+from ..cost.ledger import text_table
 
 if TYPE_CHECKING:
     from .forecast import Estimate
@@ -17,7 +18,7 @@ def summary(estimate: "Estimate") -> str:
     Args:
         estimate ([`Estimate`]): to show.
     """
-    profile, depths = estimate.profile, estimate.depths
+    profile = estimate.profile
     epochs = profile.total_steps / profile.steps_per_epoch
     lines = [
         f"{profile.model}: {len(profile.units)} units, {profile.trainable:,} of {profile.parameters:,} parameters train.",
@@ -25,8 +26,19 @@ def summary(estimate: "Estimate") -> str:
         + (f", {epochs:.3g} epochs of {profile.rows:,} rows" if epochs else "")
         + f", on {profile.device}. Measured in {profile.seconds:.0f} s.",
         "",
+        *_by_depth(estimate),
+        "",
     ]
-    rows: list[tuple[str, ...]] = []
+    if estimate.points:
+        lines += [f"What freezes after the first {profile.pilot_steps} steps, by operating point:", ""]
+        lines += [*_by_point(estimate), ""]
+    return "\n".join([*lines, fill(f"Does it pay? {estimate.verdict}", WIDTH)])
+
+
+def _by_depth(estimate: "Estimate") -> list[str]:
+    """The table of what each depth costs, with its notes."""
+    profile, depths = estimate.profile, estimate.depths
+    rows = [("frozen", "s/step", "cached", "memory", "cache", "compute saved", "time saved", "points lost")]
     for at in depths:
         mark = "" if at.depth in estimate.measured else "*"
         rows.append(
@@ -34,71 +46,52 @@ def summary(estimate: "Estimate") -> str:
                 f"{at.depth}{mark}" if at.depth else "0 (plain)",
                 f"{at.step_seconds:.3g}",
                 "-" if at.cached_step_seconds is None else f"{at.cached_step_seconds:.3g}",
-                _bytes(at.memory),
-                _bytes(at.cache_bytes) if at.cache_bytes else "-",
+                readable(at.memory),
+                readable(at.cache_bytes) if at.cache_bytes else "-",
                 f"{at.compute_saved:.0%}",
                 f"{1 - min(at.seconds, at.cached_seconds) / depths[0].seconds:.0%}",
                 "-" if at.points_lost is None else f"{at.points_lost:.1f}",
             )
         )
-    head: tuple[str, ...] = (
-        "frozen",
-        "s/step",
-        "cached",
-        "memory",
-        "cache",
-        "compute saved",
-        "time saved",
-        "points lost",
-    )
-    lines += _table(head, rows)
-    notes = [
-        "cached: a step whose rows all come from the activation cache, which holds all rows in the size under cache"
-    ]
-    if len(estimate.measured) < len(depths):
-        notes.insert(0, "*: between measured depths")
+    notes = [] if len(estimate.measured) == len(depths) else ["*: between measured depths"]
     if profile.cache_off is not None:
-        notes[-1] = f"The activation cache was not measured: {profile.cache_off}"
-    elif any(at.cache_bytes > estimate.cache_room for at in depths):
+        notes.append(f"The activation cache was not measured: {profile.cache_off}")
+    else:
         notes.append(
-            f"the cache has room for {_bytes(estimate.cache_room)}; `cache_memory` and `cache_disk` give it more"
+            "cached: a step whose rows all come from the activation cache, which holds all rows in the size under cache"
         )
-    lines += [fill(f"({'; '.join(notes)}.)", WIDTH), ""]
-    if estimate.points:
-        rows = [
+        if any(at.cache_bytes > estimate.cache_room for at in depths):
+            room = readable(estimate.cache_room)
+            notes.append(f"the cache has room for {room}; `cache_memory` and `cache_disk` give it more")
+    return [*text_table(rows), fill(f"({'; '.join(notes)}.)", WIDTH)]
+
+
+def _by_point(estimate: "Estimate") -> list[str]:
+    """The table of what each operating point freezes, with its note."""
+    rows = [("point", "freezes", "compute saved", "time saved", "memory saved", "points lost", "learning rate")]
+    for point in estimate.points:
+        spread = "" if point.sure else f" ({point.least}-{point.most})"
+        rows.append(
             (
                 point.name + (" <" if point is estimate.chosen else ""),
-                f"{point.depth} of {len(profile.units)}" + ("" if point.sure else f" ({point.least}-{point.most})"),
+                f"{point.depth} of {len(estimate.profile.units)}{spread}",
                 f"{point.compute_saved:.0%}",
                 f"{point.time_saved:.0%}",
                 f"{point.memory_saved:.0%}",
                 "-" if point.points_lost is None else f"{point.points_lost:.1f}",
                 f"x {point.rate_factor:.2f}",
             )
-            for point in estimate.points
-        ]
-        lines += [f"What freezes after the first {profile.pilot_steps} steps, by operating point:", ""]
-        head = ("point", "freezes", "compute saved", "time saved", "memory saved", "points lost", "learning rate")
-        lines += _table(head, rows)
-        if not all(point.sure for point in estimate.points):
-            note = "in brackets: the range that slightly shorter pilots gave, which says how certain the decision is"
-            lines.append(fill(f"({note}.)", WIDTH))
-        lines.append("")
-    return "\n".join([*lines, fill(f"Does it pay? {estimate.verdict}", WIDTH)])
+        )
+    if all(point.sure for point in estimate.points):
+        return text_table(rows)
+    note = "in brackets: the range that slightly shorter pilots gave, which says how certain the decision is"
+    return [*text_table(rows), fill(f"({note}.)", WIDTH)]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in (head, *rows)
-    ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
-
-
-def _bytes(size: float) -> str:
+def readable(size: float) -> str:
+    """A number of bytes, with three digits and a unit of powers of 1,000."""
     for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
+        if size < 999.5:  # three digits of more would be "1e+03"
             return f"{size:.3g} {unit}"
         size /= 1000
-    raise AssertionError
+    return f"{size:.3g} TB"

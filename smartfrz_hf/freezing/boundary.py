@@ -12,18 +12,13 @@ from .._compat import disable_input_grads, has_input_grads, require_checkpoint_g
 from ..distributed.fsdp import gather_for_backward
 from ..model.forward_patch import LeftBehind
 from ..model.nested import float_tensors
-from ..model.units import BlockStack, Unit
+from ..model.units import BlockStack
 from .checkpointing import CheckpointedModules
 
 
 def front_of(units: Collection[int]) -> int:
     """How many units from the first one on are among `units`, without a gap."""
     return next(depth for depth in count() if depth not in units)
-
-
-def modules_of(unit: Unit) -> list[nn.Module]:
-    """All modules of a unit, at all levels."""
-    return [child for module in unit.modules.values() for child in module.modules()]
 
 
 class Boundary:
@@ -57,8 +52,8 @@ class Boundary:
         """
         units = self._stack.units
         self._frozen, self._depth = frozen, front_of(frozen)
-        front = [module for unit in units[: self._depth] for module in modules_of(unit)]
-        apart = [module for index in frozen if index > self._depth for module in modules_of(units[index])]
+        front = [module for unit in units[: self._depth] for module in unit.submodules()]
+        apart = [module for index in frozen if index > self._depth for module in units[index].submodules()]
         self._modules = [*front, *apart]
         for module in self._modules:
             module.training = False

@@ -28,9 +28,10 @@ class GraphLimits:
 
     def extend(self) -> None:
         """To be called at each freezing stage."""
+        settings = _compat.compile_settings()
         for name, limit in self._limits.items():
-            setattr(_compat.compile_settings(), name, getattr(_compat.compile_settings(), name) + limit)
-            self._raised = True
+            setattr(settings, name, getattr(settings, name) + limit)
+        self._raised = bool(self._limits)
 
     def restore(self) -> None:
         """Put the limits back. All graphs are dropped, since there are more of them than the limit allows."""

@@ -13,7 +13,7 @@ from ..distributed.fsdp import is_sharded
 from ..model.forward_patch import MethodPatch
 from ..model.tracing import set_modes
 from ..model.units import BlockStack, Unit
-from .boundary import Boundary, front_of, modules_of
+from .boundary import Boundary, front_of
 from .explain import Explanations
 from .kept import adapter_parameters, idle_features, kept_parameters, tied_names
 from .weights import FrozenWeights
@@ -212,7 +212,7 @@ class Freezer:
         parameters = {name: p for name, p in unit.named_parameters().items() if name not in self.kept}
         before = _Before(
             {parameter: parameter.requires_grad for parameter in parameters.values()},
-            {module: module.training for module in modules_of(unit)},
+            {module: module.training for module in unit.submodules()},
             set(adapter_parameters(unit)),
         )
         self._before[index] = before  # first, so that an exception below leaves nothing that cannot be undone

@@ -26,11 +26,10 @@ def kept_parameters(unit: Unit) -> dict[str, nn.Parameter]:
     """
     trainable = {name: p for name, p in unit.named_parameters().items() if p.requires_grad}
     kept = {name: p for name, p in trainable.items() if TRAINED_BESIDE_ADAPTERS & set(name.split("."))}
-    tables = {m.weight for module in unit.modules.values() for m in module.modules() if isinstance(m, nn.Embedding)}
+    tables = {module.weight for module in unit.submodules() if isinstance(module, nn.Embedding)}
     others = [p for p in trainable.values() if p not in tables]
-    if not any(
-        has_gradient_hook(p) for p in others
-    ):  # else hooks are on everything, such as those that clip gradients
+    # Where hooks are on everything, such as those that clip gradients, they pick nothing.
+    if not any(has_gradient_hook(p) for p in others):
         kept |= {name: p for name, p in trainable.items() if p in tables and has_gradient_hook(p)}
     return kept
 
@@ -40,17 +39,16 @@ def adapter_parameters(unit: Unit) -> Iterator[nn.Parameter]:
     Parameters of PEFT's adapters in a unit. PEFT makes them trainable whenever adapters are switched on, as at the end of
     `with model.disable_adapter()`.
     """
-    for module in unit.modules.values():
-        for layer in module.modules():
-            for name in getattr(layer, "adapter_layer_names", ()):
-                part = getattr(layer, name, None)
-                if isinstance(part, nn.Module | nn.ParameterDict):
-                    yield from part.parameters()
+    for layer in unit.submodules():
+        for name in getattr(layer, "adapter_layer_names", ()):
+            part = getattr(layer, name, None)
+            if isinstance(part, nn.Module | nn.ParameterDict):
+                yield from part.parameters()
 
 
 def idle_features(unit: Unit) -> list[str]:
     """Names of what the Trainer does to the modules of a unit in training mode only, and which ends when the unit freezes."""
-    noisy = any(hasattr(m, "neftune_noise_alpha") for module in unit.modules.values() for m in module.modules())
+    noisy = any(hasattr(module, "neftune_noise_alpha") for module in unit.submodules())
     return ["NEFTune (`neftune_noise_alpha`)"] if noisy else []
 
 

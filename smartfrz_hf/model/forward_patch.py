@@ -49,9 +49,8 @@ class MethodPatch:
     """
 
     def __init__(self, module: nn.Module, name: str, replacement: Callable[..., Any]):
-        functools.update_wrapper(
-            self, getattr(module, name)
-        )  # signatures are inspected; first, as it copies attributes
+        # Signatures are inspected. First, as it copies attributes.
+        functools.update_wrapper(self, getattr(module, name))
         self.module, self.name, self.replacement = module, name, replacement
         self.original = getattr(module, name)
         self._previous = module.__dict__.get(name)  # a patch that somebody else has made

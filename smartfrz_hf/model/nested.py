@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from accelerate.utils import recursively_apply
 
-CONTAINERS = {"dict": dict, "list": list, "tuple": tuple}
-
 
 def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors of nested lists, tuples and dictionaries, each with the innermost key that leads to it."""
@@ -59,7 +57,8 @@ def to_state(value: Any) -> Any:
     """
     Nested inputs as a state dict: dictionaries whose values are JSON values and tensors.
 
-    A container becomes `{"dict" | "list" | "tuple": {key or index: part}}`; anything else stays as it is.
+    A container becomes `{"dict" | "list" | "tuple": {key or index: part}}`, and so does one of a subclass, such as `torch.Size`;
+    anything else stays as it is.
 
     Raises:
         TypeError: there is something else among the inputs.
@@ -67,20 +66,22 @@ def to_state(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {"dict": {key: to_state(part) for key, part in value.items()}}
     if isinstance(value, list | tuple):
-        return {type(value).__name__: {str(i): to_state(part) for i, part in enumerate(value)}}
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: {str(i): to_state(part) for i, part in enumerate(value)}}
     if value is None or isinstance(value, torch.Tensor | bool | int | float | str):
         return value
     raise TypeError(f"an input of type {type(value).__name__}, which a checkpoint cannot hold")
 
 
 def from_state(state: Any) -> Any:
-    """The nested inputs that [`to_state`] was given."""
+    """The nested inputs that [`to_state`] was given, in plain containers."""
     if not isinstance(state, Mapping):
         return state
     ((kind, parts),) = state.items()
     if kind == "dict":
         return {key: from_state(part) for key, part in parts.items()}
-    return CONTAINERS[kind](from_state(parts[str(i)]) for i in range(len(parts)))
+    values = [from_state(parts[str(i)]) for i in range(len(parts))]
+    return values if kind == "list" else tuple(values)
 
 
 def main_input_elements(model: Any, inputs: Any) -> int:

@@ -141,9 +141,8 @@ class _UntracedAssigner(_Assigner):
                 self.parts[0].own[f"{name}.{key}".lstrip(".")] = parameter
 
     def place(self, name: str, module: nn.Module, before: bool) -> None:
-        in_sequence = isinstance(
-            self.model.get_submodule(name.rpartition(".")[0]), nn.Sequential
-        )  # runs as it is registered
+        # A sequence runs as it is registered.
+        in_sequence = isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.Sequential)
         no_parameters = next(module.parameters(), None) is None
         embedding = is_input(name.rpartition(".")[2]) or is_input(type(module).__name__)
         if isinstance(module, nn.Embedding) or (before and (embedding or in_sequence or no_parameters)):

@@ -1,15 +1,16 @@
 """The units of a model: the stem and the blocks, in the order in which they run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from .discovery import NoOrderError, describe, find_stacks, match, stack_of
 from .stem import STEM, assign
-from .tracing import Inputs, trace
+from .tracing import Inputs, Trace, trace
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,6 +43,19 @@ class Unit:
             if f"{prefix}.{name}" not in self.shared
         }
         return parameters | self.own
+
+    def submodules(self) -> list[nn.Module]:
+        """All modules, at all levels."""
+        return [child for module in self.modules.values() for child in module.modules()]
+
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers, such as running statistics, by dotted name in the unwrapped model."""
+        buffers = {
+            f"{prefix}.{name}": buffer
+            for prefix, module in self.modules.items()
+            for name, buffer in module.named_buffers()
+        }
+        return {**self.named_parameters(), **buffers}
 
     @property
     def trainable(self) -> bool:
@@ -219,26 +233,7 @@ def find_blocks(
     stacks = training or stacks
     names = [name for members in stacks.values() for name in members]
     traced = trace(model, outermost, names, inputs, [name for name in everything if name not in names])
-    kind, why, problem = type(model).__name__, traced.problem or "none could be made for it", ""
-    if traced.order:
-        idle = [name for name in names if modules[name] not in traced.order]
-        if idle:
-            problem = f"{', '.join(dict.fromkeys(map(stack_of, idle)))} of {kind} did not run on a small batch ({why}), and never freeze."
-        names = [name for name in names if modules[name] in traced.order]
-        names.sort(key=lambda name: traced.order[modules[name]])
-        if traced.without_autograd.issuperset(modules[name] for name in names):
-            raise ValueError(
-                f"{kind} runs its blocks inside a backward pass of its own, such as that of Reformer's reversible layers, which "
-                "stops if what enters them, or one of them, is frozen. Train it without SmartFRZ."
-            )
-    elif len(stacks) > 1:
-        raise NoOrderError(
-            f"{kind} has {len(stacks)} stacks of blocks, and does not run on a small batch ({why}), so it is not known in which "
-            f"order they run. Pass a batch of your own, `FreezingRun(..., inputs=batch)`, or name what can freeze, front first: "
-            f"{describe(stacks)}."
-        )
-    else:
-        problem = f"{kind} does not run on a small batch ({why}); its blocks are taken to run as they are registered."
+    names, problem = _in_order(model, stacks, names, traced)
     by_hand = None if stem is None else match(model, stem, "stem", parameters=True)
     parts = assign(model, names, traced, by_hand)
     units: list[Unit] = []
@@ -250,3 +245,30 @@ def find_blocks(
         units.append(Unit(name, part.modules, own, part.modules.get(name) in traced.runs_once, shared))
         taken.update(inside.values())
     return BlockStack(model, traced.backbone, tuple(units), traced.bypassed, problem)
+
+
+def _in_order(
+    model: nn.Module, stacks: Mapping[str, Sequence[str]], names: Sequence[str], traced: Trace
+) -> tuple[list[str], str]:
+    """The names of the blocks in the order in which they run, and what is not known about it. Raises as [`find_blocks`]."""
+    kind, why, problem = type(model).__name__, traced.problem or "none could be made for it", ""
+    if not traced.order and len(stacks) > 1:
+        raise NoOrderError(
+            f"{kind} has {len(stacks)} stacks of blocks, and does not run on a small batch ({why}), so it is not known in which "
+            f"order they run. Pass a batch of your own, `FreezingRun(..., inputs=batch)`, or name what can freeze, front first: "
+            f"{describe(stacks)}."
+        )
+    if not traced.order:
+        problem = f"{kind} does not run on a small batch ({why}); its blocks are taken to run as they are registered."
+        return list(names), problem
+    blocks = {name: model.get_submodule(name) for name in names}
+    ran = sorted((n for n in names if blocks[n] in traced.order), key=lambda name: traced.order[blocks[name]])
+    if idle := [name for name in names if name not in ran]:
+        where = ", ".join(dict.fromkeys(map(stack_of, idle)))
+        problem = f"{where} of {kind} did not run on a small batch ({why}), and never freeze."
+    if traced.without_autograd.issuperset(blocks[name] for name in ran):
+        raise ValueError(
+            f"{kind} runs its blocks inside a backward pass of its own, such as that of Reformer's reversible layers, which "
+            "stops if what enters them, or one of them, is frozen. Train it without SmartFRZ."
+        )
+    return ran, problem

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..config import part
+from ..config import share_of
 from ..signals.steps import BeforeUpdate, l1_norm
 from .base import Decision, Observation, Policy
 
@@ -42,7 +42,7 @@ class GradESPolicy(Policy):
     def before_update(self, now: BeforeUpdate) -> None:
         """Copy the matrices of the active blocks."""
         self._before = {}
-        if now.step + 1 >= part(self.alpha, now.max_steps):
+        if now.step + 1 >= share_of(self.alpha, now.max_steps):
             for unit in range(max(1, now.depth), now.units):
                 matrices = (p for p in now.weights(unit).values() if p.dim() >= 2)
                 self._before[unit] = [(p, p.detach().clone()) for p in matrices]

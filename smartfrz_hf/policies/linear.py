@@ -1,6 +1,6 @@
 """A prefix that grows evenly over the run, after MosaicML Composer's layer freezing."""
 
-from ..config import part
+from ..config import share_of
 from .base import Decision, Observation, Policy
 
 
@@ -22,5 +22,5 @@ class LinearPolicy(Policy):
     def decide(self, observation: Observation) -> Decision:
         """Freeze to the depth that the schedule has reached."""
         reached = max(0.0, (observation.progress - self.start) / (1 - self.start))
-        depth = part(reached * self.level, observation.units)
+        depth = share_of(reached * self.level, observation.units)
         return Decision(max(depth, observation.depth), f"schedule at {observation.progress:.0%} of the run")

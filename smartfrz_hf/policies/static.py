@@ -1,6 +1,6 @@
 """A fixed prefix, frozen from the start: what people do by hand."""
 
-from ..config import part
+from ..config import share_of
 from .base import Decision, Observation, Policy
 
 
@@ -20,7 +20,7 @@ class StaticPolicy(Policy):
 
     def decide(self, observation: Observation) -> Decision:
         """Freeze to the fixed depth."""
-        depth = part(self.depth, observation.units) if self.depth < 1 else int(self.depth)
+        depth = share_of(self.depth, observation.units) if self.depth < 1 else int(self.depth)
         if depth > observation.units:
             raise ValueError(
                 f"`static_depth` is {depth}, but the model has {observation.units} units (the stem and "

@@ -22,14 +22,15 @@ PREDICTOR = "predictor"
 REGRESSION = "logistic regression"
 REGRESSION_WITHOUT_PROBE = "logistic regression without the front probe"
 MIN_SLOPE = 1e-3
+BATCH = 256  # rows
 
 
 @torch.no_grad()
-def logits(predictor: SmartFRZPredictor, stages: FreezingStages, batch_size: int = 256) -> np.ndarray:
+def logits(predictor: SmartFRZPredictor, stages: FreezingStages) -> np.ndarray:
     """Log-odds of each freezing stage and unit: `np.ndarray` of shape `(rows, units)`."""
     parts = []
-    for begin in range(0, len(stages), batch_size):
-        batch = {key: stages.columns[key][begin : begin + batch_size].to(predictor.device) for key in INPUTS}
+    for begin in range(0, len(stages), BATCH):
+        batch = {key: stages.columns[key][begin : begin + BATCH].to(predictor.device) for key in INPUTS}
         parts.append(predictor.eval()(**batch).logits.cpu())
     return torch.cat(parts).double().numpy()
 

@@ -28,6 +28,7 @@ from .metrics import operating_points, summarize
 from .table import RecordedRun, read_runs
 
 SPACINGS = (1, 2)
+UNITS, DECISIONS = 33, 50  # of a model, and how many are timed
 GROUPS: dict[str, Callable[[RecordedRun], str]] = {
     "leave_one_family_out": lambda run: run.family,
     "leave_one_task_out": lambda run: run.task,
@@ -46,22 +47,22 @@ class _RandomWeights(WeightSampler):
     def __init__(self, weights_per_unit: int):
         self.weights_per_unit = weights_per_unit
 
-    def read_all(self, units: Sequence[int]) -> torch.Tensor:
+    def read(self, units: Sequence[int]) -> torch.Tensor:
         return torch.randn(len(units), self.weights_per_unit)
 
 
-def decision_ms(predictor: SmartFRZPredictor, blocks: int = 32, repeats: int = 50) -> float:
-    """Median time of one decision for all units of a model, in milliseconds on one CPU thread."""
+def decision_ms(predictor: SmartFRZPredictor) -> float:
+    """Median time of one decision for all units of a model of 32 blocks, in milliseconds on one CPU thread."""
     config = predictor.config
-    history = WeightHistory(blocks + 1, config.window, config.weights_per_unit)
+    history = WeightHistory(UNITS, config.window, config.weights_per_unit)
     for step in range(100 - config.window, 100):
         history.record(_RandomWeights(config.weights_per_unit), step)
-    observation = Observation(99, 200, 0, [True] * (blocks + 1), LearningRates([1.0] * 201), history)
+    observation = Observation(99, 200, 0, [True] * UNITS, LearningRates([1.0] * 201), history)
     policy, threads = SmartFRZPolicy(predictor, 0.5), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         times = []
-        for _ in range(repeats):
+        for _ in range(DECISIONS):
             start = time.perf_counter()
             policy.decide(observation)
             times.append(time.perf_counter() - start)

@@ -181,5 +181,5 @@ def _reliability(labels: np.ndarray, probabilities: np.ndarray) -> Iterable[dict
         yield {"rows": int(here.sum())} | _rounded(means)
 
 
-def _rounded(values: dict[str, float], digits: int = 4) -> dict[str, float]:
-    return {key: round(float(value), digits) for key, value in values.items()}
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {key: round(float(value), 4) for key, value in values.items()}

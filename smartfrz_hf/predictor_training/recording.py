@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..model.generators import device_of
 from ..model.nested import block_input
 from ..model.tracing import evaluation_mode
 from ..model.units import BlockStack, find_blocks
@@ -84,7 +85,7 @@ class HeldOutBatches:
 
     def __init__(self, stack: BlockStack, batches: list[dict[str, torch.Tensor]]):
         self.stack = stack
-        device = next(stack.model.parameters()).device
+        device = device_of(stack.model)
         self.batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
     def predict(self, max_rows: int | None = None) -> tuple[float, torch.Tensor]:
@@ -174,14 +175,14 @@ class RecordingCallback(TrainerCallback):
         self._held_out = HeldOutBatches(stack, self.batches)
         self._front = ProbeHistory(FrontProbe(stack))
         self._rewinder = Rewinder(stack)
-        self._gradients = [torch.zeros(self.weights_per_unit) for _ in stack.units]
+        self._units = range(len(stack))
+        self._gradients = torch.zeros(len(stack), self.weights_per_unit)
         self._start = self._held_out.predict(self.rewind_rows)
         self._record(state, kwargs["lr_scheduler"])
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Sum the gradients at the sampled positions."""
-        for unit, total in enumerate(self._gradients):
-            total += self._sampler.read_gradients([unit])[0].cpu()
+        self._gradients += self._sampler.read_gradients(self._units).cpu()
         if not self._front.steps:
             self._record_front(0)
 
@@ -194,15 +195,14 @@ class RecordingCallback(TrainerCallback):
         if step % max(1, last // self.snapshots) == 0 or step == last:
             self.steps.append(step)
             self.learning_rates.append(lr_scheduler.get_last_lr()[0])
-            self.weights.append(torch.stack([self._sampler.read(i).cpu() for i in range(len(self.names))]))
+            self.weights.append(self._sampler.read(self._units).cpu())
         if step in {round(i * last / self.probes) for i in range(self.probes + 1)}:
             self.probe_steps.append(step)
             loss, outputs = self._held_out.outputs()
             self.probe_losses.append(loss)
             self._outputs.append(outputs)
-            self.gradient_norms.append([float(total.norm()) for total in self._gradients])
-            for total in self._gradients:
-                total.zero_()
+            self.gradient_norms.append(self._gradients.norm(dim=1).tolist())
+            self._gradients.zero_()
             if self._front.steps:
                 self._record_front(step)
         if step < last and step in {round(i * last / self.rewinds) for i in range(self.rewinds)}:

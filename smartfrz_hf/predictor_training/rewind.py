@@ -58,7 +58,7 @@ class Rewinder:
 
     def _weights(self) -> list[dict[str, torch.Tensor]]:
         return [
-            {name: value.detach().to("cpu", copy=True) for name, value in _tensors(unit).items()}
+            {name: value.detach().to("cpu", copy=True) for name, value in unit.named_tensors().items()}
             for unit in self.stack.units
         ]
 
@@ -98,14 +98,6 @@ class _OutputReplay:
         return output
 
 
-def _tensors(unit: Unit) -> dict[str, torch.Tensor]:
-    """Parameters and buffers (running statistics) of a unit."""
-    buffers = {
-        f"{prefix}.{name}": value for prefix, module in unit.modules.items() for name, value in module.named_buffers()
-    }
-    return {**unit.named_parameters(), **buffers}
-
-
 def _restore(unit: Unit, weights: dict[str, torch.Tensor]) -> None:
-    for name, value in _tensors(unit).items():
+    for name, value in unit.named_tensors().items():
         value.data.copy_(weights[name])

@@ -59,9 +59,10 @@ class RunSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        unknown = set(self.pretraining) - {f.name for f in fields(self)}
+        known = [f.name for f in fields(self)]
+        unknown = sorted(set(self.pretraining) - set(known))
         if unknown:
-            raise TypeError(f"unknown key in `pretraining`: {', '.join(sorted(unknown))}")
+            raise TypeError(f"unknown key in `pretraining`: {', '.join(unknown)}; the keys are {', '.join(known)}")
 
     @property
     def regime(self) -> str:
@@ -85,5 +86,5 @@ def read_specs(path: str | os.PathLike) -> list[RunSpec]:
         raise ValueError(f"{path}: a run has an unknown key or lacks a required one: {error}") from error
     repeated = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
     if repeated:
-        raise ValueError(f"{path}: two runs share a name: {repeated}")
+        raise ValueError(f"{path}: two runs share a name: {', '.join(repeated)}. Give each one a name of its own.")
     return specs

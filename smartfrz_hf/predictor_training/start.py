@@ -1,140 +1,32 @@
 """Fitting the start predictor to runs that were frozen from their first step on, and judging it on others."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import part
+from ..config import share_of
 from ..predictor import SmartFRZPredictor, SmartFRZPredictorConfig, StartPredictor
 from ..predictor.configuration import DEFAULT_LIMITS
-from ..signals.pilot import WEIGHTS_PER_UNIT
 from ..signals.pilot_signals import PilotSignals
+from .start_pairs import StartPair
 
-# Loss that is added counts as so many points lost: over the harvest, a change of the held-out loss by 0.1 goes with one of about
-# 4 points. The mean of both is less noisy than the points of a thousand rows.
-POINTS_PER_LOSS = 40.0
+Rule = Callable[[StartPair], torch.Tensor]  # from a pair to `(units,)` scores
+
 QUANTILE = 0.7  # of the points lost that is predicted: more than the median, as a loss that was not foreseen is worse
-MOST_POINTS = 30.0  # at which labels are cut off: how bad a very bad front is does not matter
+FIT_STEPS = 300  # of Adam
+# Mean points lost on held-out tasks and on held-out families, as measured, that the choice of a tolerance allows.
+ALLOWED = {"conservative": 0.1, "balanced": 0.3, "aggressive": 1.0}
+GRID = [round(0.05 * step, 2) for step in range(1, 41)]
 
 
-@dataclass(frozen=True)
-class StartPair:
+def fit_start(pairs: Sequence[StartPair]) -> StartPredictor:
     """
-    A model and a task: one full run and several with a front that was frozen from the first step on.
-
-    Attributes:
-        name (`str`), family (`str`), task (`str`): of the pair, its model and its data set.
-        pilot ([`PilotSignals`]): what the first steps of the full run have shown.
-        depths (`torch.Tensor` of shape `(runs,)`, `int`): frozen units of each run.
-        points_lost (`torch.Tensor` of shape `(runs,)`): what each run lost against the full one, from points and loss.
-        points, loss (`torch.Tensor` of shape `(runs,)`): lost points and added held-out loss, as measured.
-        saved (`torch.Tensor` of shape `(units + 1,)`): share of the compute that each depth saves.
-    """
-
-    name: str
-    family: str
-    task: str
-    pilot: PilotSignals
-    depths: torch.Tensor
-    points_lost: torch.Tensor
-    points: torch.Tensor
-    loss: torch.Tensor
-    saved: torch.Tensor
-
-
-def read_pairs(folder: Path, moment: str = "0.05") -> list[StartPair]:
-    """
-    Read the results of `benchmarks/predictor/start/harvest.py`.
-
-    Args:
-        folder (`Path`): one JSON file a run.
-        moment (`str`, *optional*, defaults to `"0.05"`): which moment of the full runs stands for the end of the pilot.
-
-    Returns:
-        `list[StartPair]`: those with a full run and at least one frozen one.
-
-    Raises:
-        FileNotFoundError: the folder has no results.
-    """
-    runs: dict[str, dict[int | None, Any]] = {}
-    for file in sorted(Path(folder).glob("*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
-        runs.setdefault(result["pair"]["name"], {})[result["frozen_blocks"]] = result
-    pairs = [_pair(name, found, moment) for name, found in runs.items() if None in found and len(found) > 1]
-    if not pairs:
-        raise FileNotFoundError(f"{folder} holds no pair of a full run and one with a frozen front.")
-    return pairs
-
-
-def pilot_signals(signals: dict[str, Any], moment: str, pretrained: bool = True) -> PilotSignals:
-    """
-    What the pilot of a full run would have shown, from its recorded signals.
-
-    Args:
-        signals (`dict`): of the full run.
-        moment (`str`): when the pilot is over, or the earliest later moment that was recorded.
-        pretrained (`bool`, *optional*, defaults to `True`): whether the model had learned something before.
-    """
-    known = signals["moments"]
-    seen = known.get(moment) or known[min(known, key=float)]
-    squares = torch.tensor([*seen["sampled_gradient_square_norm"], 0.0]) / WEIGHTS_PER_UNIT
-    head = seen.get("head_loss_change", 0.0) / max(1, signals["head_parameters"])
-    return PilotSignals(
-        seen["step"] + 1,
-        torch.tensor([*signals["unit_parameters"], signals["head_parameters"]], dtype=torch.float64),
-        squares.sqrt(),
-        torch.tensor([*(change / WEIGHTS_PER_UNIT for change in seen["sampled_loss_change"]), head]),
-        torch.tensor([*seen["sampled_displacement"], 0.0]) / WEIGHTS_PER_UNIT**0.5,
-        torch.full_like(squares, torch.inf),  # not recorded
-        len(signals["unit_names"]) if pretrained else 0,
-        regression=signals["classes"] == 1,
-    )
-
-
-def _pair(name: str, runs: dict[int | None, Any], moment: str) -> StartPair:
-    full = runs.pop(None)
-    signals = full["signals"]
-    pilot = pilot_signals(signals, moment, "scratch" not in full["pair"]["model"])
-    depths = sorted(blocks for blocks in runs if blocks is not None)
-    before = full["evaluations"][-1]
-    points = torch.tensor([before["points"] - runs[blocks]["evaluations"][-1]["points"] for blocks in depths])
-    loss = torch.tensor([runs[blocks]["evaluations"][-1]["loss"] - before["loss"] for blocks in depths])
-    both = points if pilot.regression else (points + POINTS_PER_LOSS * loss) / 2
-    units = len(signals["unit_names"])
-    return StartPair(
-        name,
-        full["pair"]["model"].split("-")[0],
-        full["pair"]["task"],
-        pilot,
-        torch.tensor(depths) + 1,
-        both.clamp(max=MOST_POINTS),
-        points,
-        loss,
-        compute_saved(units),
-    )
-
-
-def compute_saved(units: int) -> torch.Tensor:
-    """
-    Share of the compute that freezing so many units saves, `(units + 1,)`: blocks of equal cost, a stem of none, and a backward
-    pass that costs twice the forward pass.
-    """
-    return torch.tensor([0.0, *(2 / 3 * block / (units - 1) for block in range(units))])
-
-
-def fit_start(pairs: Sequence[StartPair], steps: int = 300) -> StartPredictor:
-    """
-    Fit a start predictor. Each pair counts as much as any other, and points are squashed: a tenth of a point matters where
-    little is lost only.
+    Fit a start predictor. Each pair counts as much as any other.
 
     Args:
         pairs (`Sequence[StartPair]`): what it learns from.
-        steps (`int`, *optional*, defaults to `300`): of Adam, each over all pairs.
 
     Returns:
         [`StartPredictor`]
@@ -142,7 +34,7 @@ def fit_start(pairs: Sequence[StartPair], steps: int = 300) -> StartPredictor:
     pairs = [pair for pair in pairs if may_freeze(pair.pilot)]  # what never freezes teaches nothing about cost
     model = StartPredictor()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    for _ in range(steps):
+    for _ in range(FIT_STEPS):  # each over all pairs
         loss = torch.zeros(())
         for pair in pairs:
             missing = squashed(pair.points_lost) - squashed(model.predict(pair.pilot)[pair.depths - 1])
@@ -161,9 +53,6 @@ def squashed(points: torch.Tensor) -> torch.Tensor:
 def may_freeze(pilot: PilotSignals) -> int:
     """Units that the policy may freeze from the start: none that are not pretrained, none where the pilot objects."""
     return 0 if pilot.objection else pilot.pretrained
-
-
-Rule = Callable[[StartPair], torch.Tensor]
 
 
 def judge(
@@ -187,7 +76,7 @@ def judge(
     columns = []
     for pair in pairs:
         allowed = (rule(pair) <= points) & (pair.pilot.front_shares <= share)
-        deepest = min(may_freeze(pair.pilot), 1 + part(blocks, len(allowed) - 1))
+        deepest = min(may_freeze(pair.pilot), 1 + share_of(blocks, len(allowed) - 1))
         fit = [run for run, d in enumerate(pair.depths.tolist()) if allowed[d - 1] and d <= deepest]
         columns.append(
             [
@@ -226,11 +115,6 @@ def fixed(share: float) -> Rule:
         return torch.where(torch.arange(units) / (units - 1) <= share + 1e-6, 0.0, torch.inf)
 
     return score
-
-
-# Mean points lost on held-out tasks and on held-out families, as measured, that the choice of a tolerance allows.
-ALLOWED = {"conservative": 0.1, "balanced": 0.3, "aggressive": 1.0}
-GRID = [round(0.05 * step, 2) for step in range(1, 41)]
 
 
 def choose_limits(rules: Sequence[Rule], pairs: Sequence[StartPair]) -> dict[str, dict[str, float]]:

@@ -6,6 +6,7 @@ from math import floor, log10
 
 from .runs import SavedRun
 
+ROW = 20  # pixels of the row of a unit
 Curve = Sequence[tuple[float, float]]
 
 
@@ -20,7 +21,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 def number(value: float) -> str:
     """A short number for an axis."""
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 or value == int(value) else f"{value:.3g}"  # never "1e+03"
 
 
 def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
@@ -45,6 +46,39 @@ def short(unit: str, length: int) -> str:
     return unit if len(unit) <= length else f"…{unit[1 - length :]}"
 
 
+class _Rows:
+    """
+    A chart with a row of bars for each unit.
+
+    Args:
+        width (`int`): of the chart, in pixels.
+    """
+
+    def __init__(self, width: int):
+        self.wide = width > 500
+        self.left, self.right = (190, width - 74) if self.wide else (84, width - 44)
+        self.parts: list[str] = []
+        self.bottom = 2
+
+    def add(self, unit: str, froze_at: int | None) -> None:
+        """Begin the row of a unit."""
+        y = self.bottom
+        at = "–" if froze_at is None else f"step {froze_at:,}" if self.wide else f"{froze_at:,}"
+        self.parts += [
+            _text(self.left - 8, y + 13, short(unit, 26 if self.wide else 11), "end"),
+            f'<rect class="trains" x="{self.left}" y="{y}" width="{self.right - self.left}" height="{ROW - 2}"/>',
+            _text(self.right + 6, y + 13, at, "start"),
+        ]
+        self.bottom += ROW
+
+    def bar(self, kind: str, x: float, width: float, title: str, opacity: float = 1.0) -> None:
+        """Add a bar to the last row."""
+        self.parts.append(
+            f'<rect class="{kind}" x="{x:.1f}" y="{self.bottom - ROW}" width="{width:.1f}" height="{ROW - 2}" '
+            f'fill-opacity="{opacity:.3f}"><title>{escape(title)}</title></rect>'
+        )
+
+
 def timeline(run: SavedRun, width: int) -> str:
     """
     The units over the steps: the probability that the predictor gave each unit at each freezing stage, and when it froze.
@@ -54,36 +88,22 @@ def timeline(run: SavedRun, width: int) -> str:
         width (`int`): of the chart, in pixels.
     """
     assert run.state is not None
-    units, records, spans = run.state["units"], run.ledger.get("records") or [], run.frozen_spans
-    wide = width > 500
-    left, right, row = (190 if wide else 84), width - (74 if wide else 44), 20
-    high, scale = run.steps, (right - left) / run.steps
-    parts = []
-    for i, unit in enumerate(units):
-        y = i * row + 2
-        parts.append(_text(left - 8, y + 13, short(unit, 26 if wide else 11), "end"))
-        parts.append(f'<rect class="trains" x="{left}" y="{y}" width="{right - left}" height="{row - 2}"/>')
+    records, spans, froze_at = run.ledger.get("records") or [], run.frozen_spans, run.freeze_steps
+    rows = _Rows(width)
+    left, scale = rows.left, (rows.right - rows.left) / run.steps
+    for i, unit in enumerate(run.state["units"]):
+        rows.add(unit, froze_at.get(unit))
         for record, following in zip(records, [*records[1:], None], strict=True):
-            scores, place = record["probabilities"], i - record["depth"]
-            if not scores or not 0 <= place < len(scores):
-                continue
-            x, end = left + record["step"] * scale, left + (following["step"] if following else high) * scale
-            parts.append(
-                f'<rect class="score" x="{x:.1f}" y="{y}" width="{max(end - x, 1):.1f}" height="{row - 2}" '
-                f'fill-opacity="{scores[place] ** 2:.3f}"><title>{escape(unit)}, step {record["step"]}: probability '
-                f"{scores[place]:.3f}</title></rect>"
-            )
+            scores, place, step = record["probabilities"], i - record["depth"], record["step"]
+            if scores and 0 <= place < len(scores):
+                steps = (following["step"] if following else run.steps) - step
+                title = f"{unit}, step {step}: probability {scores[place]:.3f}"
+                rows.bar("score", left + step * scale, max(steps * scale, 1), title, scores[place] ** 2)
         for begin, end in spans.get(unit, ()):
-            parts.append(
-                f'<rect class="frozen" x="{left + begin * scale:.1f}" y="{y}" width="{max((end - begin) * scale, 2):.1f}" '
-                f'height="{row - 2}"><title>{escape(unit)}: frozen from step {begin} to {end}</title></rect>'
-            )
-        step = run.freeze_steps.get(unit)
-        at = "–" if step is None else f"step {step:,}" if wide else f"{step:,}"
-        parts.append(_text(right + 6, y + 13, at, "start"))
-    bottom = len(units) * row + 2
-    parts += _x_axis(left, right, bottom, high, "optimizer step", 8 if wide else 4)
-    return _svg(width, bottom + 40, "Units over the steps of the run", parts)
+            title = f"{unit}: frozen from step {begin} to {end}"
+            rows.bar("frozen", left + begin * scale, max((end - begin) * scale, 2), title)
+    axis = _x_axis(left, rows.right, rows.bottom, run.steps, "optimizer step", 8 if rows.wide else 4)
+    return _svg(width, rows.bottom + 40, "Units over the steps of the run", [*rows.parts, *axis])
 
 
 def attention(run: SavedRun, width: int) -> str:
@@ -91,33 +111,21 @@ def attention(run: SavedRun, width: int) -> str:
     For each unit that the predictor froze, its attention to each snapshot of the weight history: one row of cells, oldest first.
 
     Args:
-        run ([`SavedRun`]): with a state of SmartFRZ.
+        run ([`SavedRun`]): with attentions.
         width (`int`): of the chart, in pixels.
-
-    Returns:
-        `str`: SVG; empty if no attention was recorded.
     """
-    rows = run.attentions
-    if not rows:
-        return ""
-    wide = width > 500
-    left, right, height = (190 if wide else 84), width - (74 if wide else 44), 20
-    parts = []
-    for i, row in enumerate(rows):
-        y, cell, most = i * height + 2, (right - left) / len(row.weights), max(row.weights) or 1.0
-        parts.append(_text(left - 8, y + 13, short(row.unit, 26 if wide else 11), "end"))
-        parts.append(f'<rect class="trains" x="{left}" y="{y}" width="{right - left}" height="{height - 2}"/>')
+    rows = _Rows(width)
+    for row in run.attentions:
+        rows.add(row.unit, row.step)
+        cell, most = (rows.right - rows.left) / len(row.weights), max(row.weights) or 1.0
         for j, (step, weight) in enumerate(zip(row.steps, row.weights, strict=True)):
-            parts.append(
-                f'<rect class="score" x="{left + j * cell:.1f}" y="{y}" width="{max(cell - 1, 1):.1f}" height="{height - 2}" '
-                f'fill-opacity="{weight / most:.3f}"><title>{escape(row.unit)}, snapshot of step {step}: attention '
-                f"{weight:.3f}</title></rect>"
-            )
-        parts.append(_text(right + 6, y + 13, f"step {row.step:,}" if wide else f"{row.step:,}", "start"))
-    bottom = len(rows) * height + 2
-    parts.append(_text(left, bottom + 16, "oldest snapshot", "start"))
-    parts.append(_text(right, bottom + 16, "newest", "end"))
-    return _svg(width, bottom + 24, "Attention to the snapshots of the weight history", parts)
+            title = f"{row.unit}, snapshot of step {step}: attention {weight:.3f}"
+            rows.bar("score", rows.left + j * cell, max(cell - 1, 1), title, weight / most)
+    ends = [
+        _text(rows.left, rows.bottom + 16, "oldest snapshot", "start"),
+        _text(rows.right, rows.bottom + 16, "newest", "end"),
+    ]
+    return _svg(width, rows.bottom + 24, "Attention to the snapshots of the weight history", [*rows.parts, *ends])
 
 
 def curves(named: Mapping[str, Curve], width: int, x_label: str, y_label: str) -> str:

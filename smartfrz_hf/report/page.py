@@ -133,17 +133,13 @@ def _tiles(run: SavedRun, plain: SavedRun | None) -> str:
     if run.state is not None:
         stages = run.ledger["stages"]
         tiles.append((f"{_frozen(stages[-1]) if stages else 0} of {len(run.state['units'])}", "units frozen"))
-    spent, full = run.ledger.get("spent"), run.ledger.get("full")
-    if spent and full and sum(full.values()):
-        tiles.append((f"{1 - sum(spent.values()) / sum(full.values()):.1%}", "compute saved"))
-        tiles.append((f"{sum(spent.values()):.3g}", f"FLOPs, of {sum(full.values()):.3g} in full"))
+    spent, full = (sum((run.ledger.get(key) or {}).values()) for key in ("spent", "full"))
+    if full:
+        tiles.append((f"{1 - spent / full:.1%}", "compute saved"))
+        tiles.append((f"{spent:.3g}", f"FLOPs, of {full:.3g} in full"))
         if gap := run.ledger.get("gap"):
-            tiles.append(
-                (
-                    f"{gap / sum(full.values()):.1%}",
-                    "of the compute ran back through units frozen behind units that train",
-                )
-            )
+            label = "of the compute ran back through units frozen behind units that train"
+            tiles.append((f"{gap / full:.1%}", label))
     if run.seconds is not None:
         share = ""
         if plain is not None and plain.seconds:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cost.stages import frozen_spans
+from ..cost.stages import freeze_steps, frozen_spans
 
 STATE_FILE = "smartfrz_state.json"
 FORMAT = 2
@@ -104,7 +104,7 @@ class SavedRun:
     @property
     def freeze_steps(self) -> dict[str, int]:
         """The step at which each unit that is frozen at the end froze."""
-        return {unit: spans[-1][0] for unit, spans in self.frozen_spans.items() if spans[-1][1] >= self.steps}
+        return freeze_steps(self.ledger.get("stages", ()))
 
     @property
     def frozen_spans(self) -> dict[str, list[tuple[int, int]]]:

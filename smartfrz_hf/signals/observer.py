@@ -7,6 +7,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..distributed.fsdp import reshard
+from ..model.generators import device_of
 from ..model.units import BlockStack
 from .pilot import Pilot
 from .probe import FrontProbe
@@ -60,8 +61,7 @@ class Observer:
         if history_size is not None:
             window, weights_per_unit = history_size
             self.sampler = WeightSampler(stack.units, weights_per_unit, sampling_seed, lora_products=True)
-            device = next(stack.backbone.parameters()).device
-            self.history = WeightHistory(len(stack), window, weights_per_unit, device)
+            self.history = WeightHistory(len(stack), window, weights_per_unit, device_of(stack.backbone))
         self.probe: ProbeHistory | None = None
         if probe_examples:
             probe = FrontProbe(
@@ -102,7 +102,7 @@ class Observer:
     def restart(self, step: int) -> None:
         """Forget everything: what was seen says nothing about where a new cycle of the learning rate leads."""
         if self.history is not None:
-            self.history = WeightHistory(*self.history.shape, next(self._stack.backbone.parameters()).device)
+            self.history = WeightHistory(*self.history.shape, device_of(self._stack.backbone))
             self.history.record(self.sampler, step)
         if self.probe is not None and self.probe.steps:
             self.probe.restart()

@@ -78,7 +78,7 @@ class Pilot:
         self.steps = 0
 
     def _read(self) -> torch.Tensor:
-        return self._sampler.read_all(self._recorded).cpu()
+        return self._sampler.read(self._recorded).cpu()
 
     @torch.no_grad()
     def before_update(self) -> None:
@@ -89,10 +89,9 @@ class Pilot:
         gradients, weights = self._sampler.read_gradients(self._recorded).cpu(), self._read()
         if not gradients.isfinite().all():
             return
-        self._loss_change += (gradients * (weights - self._previous)).mean(
-            1
-        )  # of the batch after the one that moved it
-        self._moved += ((weights - self._previous) ** 2).mean(1)
+        moved = weights - self._previous
+        self._loss_change += (gradients * moved).mean(1)  # of the batch after the one that moved it
+        self._moved += (moved**2).mean(1)
         self._squares += (gradients**2).mean(1)
         self._previous = weights
         self.steps += 1
@@ -116,15 +115,9 @@ class Pilot:
         ]
         missing = len(self._stack) + 1 - len(self._recorded)
         parameters, gradient, change, displacement, motion = (nn.functional.pad(each, (0, missing)) for each in found)
+        regression = is_regression(self._stack.model)
         return PilotSignals(
-            self.steps,
-            parameters,
-            gradient,
-            change,
-            displacement,
-            motion,
-            self._pretrained,
-            is_regression(self._stack.model),
+            self.steps, parameters, gradient, change, displacement, motion, self._pretrained, regression
         )
 
     @torch.no_grad()
@@ -137,14 +130,14 @@ class Pilot:
             kept (`Collection[str]`, *optional*): parameters that go on training, and stay as they are, by dotted name.
         """
         for unit, copies in zip(self._stack.units[:depth], self._copies, strict=False):
-            for name, tensor in _tensors(unit).items():
+            for name, tensor in unit.named_tensors().items():
                 copy = copies.get(name)
                 # Some models make a buffer anew when a longer row comes, such as sinusoidal positions.
                 if copy is not None and name not in kept and copy.shape == _local(tensor).shape:
                     _local(tensor).copy_(copy)
 
     def _convert(self, how: Callable, number: int, copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        tensors = _tensors(self._stack.units[number])
+        tensors = self._stack.units[number].named_tensors()
         return {name: how(copy, tensors[name]) for name, copy in copies.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,8 +145,9 @@ class Pilot:
         What a run needs to continue. Under FSDP2 all ranks have to call it.
 
         Returns:
-            `dict`: `"steps"`, `"pretrained"` (units), `"weights"` (by unit, those of the start by name), `"sampled_start"`, `"sampled_previous"`,
-            `"gradient_squares"`, `"loss_change"` and `"motion_squares"` (one number for each unit, and the head if it trains).
+            `dict`: `"steps"`, `"pretrained"` (units), `"weights"` (by unit, those of the start by name), `"sampled_start"`,
+            `"sampled_previous"`, `"gradient_squares"`, `"loss_change"` and `"motion_squares"` (one number for each unit, and the
+            head if it trains).
         """
         return {
             "steps": self.steps,
@@ -177,20 +171,11 @@ class Pilot:
         self._moved = state["motion_squares"].clone()
 
 
-def _tensors(unit: Unit) -> dict[str, torch.Tensor]:
-    """The parameters and the buffers of a unit, by dotted name."""
-    parameters = {name: p.detach() for name, p in unit.named_parameters().items()}
-    return parameters | {
-        f"{prefix}.{name}": buffer
-        for prefix, module in unit.modules.items()
-        for name, buffer in module.named_buffers()
-    }
-
-
 def _copy(unit: Unit) -> dict[str, torch.Tensor]:
-    """Those that training changes, in host memory."""
+    """The parameters and buffers of a unit that training changes, in host memory."""
     fixed = {name for name, p in unit.named_parameters().items() if not p.requires_grad}
-    return {name: _local(t).to("cpu", copy=True) for name, t in _tensors(unit).items() if name not in fixed}
+    tensors = unit.named_tensors().items()
+    return {name: _local(t.detach()).to("cpu", copy=True) for name, t in tensors if name not in fixed}
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

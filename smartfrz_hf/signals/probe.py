@@ -13,6 +13,7 @@ from accelerate.utils import recursively_apply, send_to_device
 from torch import nn
 
 from ..model.forward_patch import LeftBehind
+from ..model.generators import device_of
 from ..model.nested import (
     batch_size,
     block_input,
@@ -33,26 +34,23 @@ TOKENS = 2  # kept of each row of the model's output, where it has tokens
 NOT_INPUTS = ("labels", "num_items_in_batch", "fused_lm_head")
 
 
-def spread_tokens(
-    hidden: torch.Tensor, attention_mask: torch.Tensor | None = None, count: int = TOKENS
-) -> torch.Tensor:
+def spread_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Some tokens of each row, evenly spread over those that are not padding. Always the same ones.
+    Two tokens of each row, evenly spread over those that are not padding. Always the same ones.
 
     Args:
         hidden (`torch.Tensor`): of shape `(rows, tokens, features)` or `(rows, features, height, width)`.
         attention_mask (`torch.Tensor`, *optional*): of shape `(rows, tokens)`, 0 at padding.
-        count (`int`, *optional*, defaults to 2): tokens per row.
 
     Returns:
-        `torch.Tensor` of shape `(rows * count, features)`.
+        `torch.Tensor` of shape `(2 * rows, features)`.
     """
     hidden = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
     rows, tokens = hidden.shape[:2]
     if attention_mask is None:
         attention_mask = torch.ones(rows, tokens, device=hidden.device)
     present = attention_mask.bool().long()
-    wanted = (present.sum(1, keepdim=True) * torch.arange(1, 2 * count, 2, device=hidden.device)) // (2 * count)
+    wanted = (present.sum(1, keepdim=True) * torch.arange(1, 2 * TOKENS, 2, device=hidden.device)) // (2 * TOKENS)
     # The position of a row's k-th token, wherever its padding is.
     positions = torch.searchsorted(present.cumsum(1), wanted + 1).clamp(max=tokens - 1)
     return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
@@ -102,7 +100,7 @@ class FirstBatch:
     @property
     def device(self) -> torch.device:
         """Device of the model."""
-        return next(self._model.parameters()).device
+        return device_of(self._model)
 
     @property
     def elements(self) -> int:
@@ -192,16 +190,6 @@ class FrontProbe:
         self._stack = stack
         self.batch = FirstBatch(stack.model, rows)
         self.on_pass: Callable[[int], None] = lambda elements: None
-
-    @property
-    def units(self) -> int:
-        """Number of units."""
-        return len(self._stack)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        return self.batch.device
 
     @property
     def ready(self) -> bool:

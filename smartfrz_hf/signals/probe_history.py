@@ -102,6 +102,6 @@ class ProbeHistory:
         self.steps = list(state["steps"])
         self.changes = None if state["changes"] is None else state["changes"].cpu()
         self._snapshots = {}
-        for number, snapshot in send_to_device(state["snapshots"], self.probe.device).items():
-            hidden = [snapshot["hidden"][str(unit)] for unit in range(self.probe.units)]
+        for number, snapshot in send_to_device(state["snapshots"], self.probe.batch.device).items():
+            hidden = [snapshot["hidden"][str(unit)] for unit in range(len(snapshot["hidden"]))]
             self._snapshots[int(number)] = ProbeSnapshot(hidden, snapshot["output"])

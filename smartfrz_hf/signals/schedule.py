@@ -165,15 +165,14 @@ def _run_ahead(scheduler: LRScheduler, steps: int) -> list[float]:
     """The learning rate of the first group now and after each of the next steps, as far as a copy of the scheduler goes."""
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = SGD([parameter], lr=0.0)
-    groups = [
-        {key: value for key, value in group.items() if key != "params"} for group in scheduler.optimizer.param_groups
+    optimizer.param_groups = [
+        copy.deepcopy({key: value for key, value in group.items() if key != "params"}) | {"params": [parameter]}
+        for group in scheduler.optimizer.param_groups
     ]
-    optimizer.param_groups = [copy.deepcopy(group) | {"params": [parameter]} for group in groups]
     rates = [float(optimizer.param_groups[0]["lr"])]
     try:
-        ahead = copy.deepcopy(
-            scheduler, {id(scheduler.optimizer): optimizer}
-        )  # without the parameters and their state
+        # Without the parameters and their state.
+        ahead = copy.deepcopy(scheduler, {id(scheduler.optimizer): optimizer})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of steps without steps of the optimizer
             for _ in range(steps):

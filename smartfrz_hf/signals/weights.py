@@ -97,20 +97,7 @@ class WeightSampler:
         return _Read(read.source, tuple(i[here] for i in index), read.places[here])
 
     @torch.no_grad()
-    def read(self, unit: int) -> torch.Tensor:
-        """
-        The weights of one unit at its positions.
-
-        Args:
-            unit (`int`): index of the unit.
-
-        Returns:
-            `torch.Tensor` of shape `(weights_per_unit,)`, `float32`.
-        """
-        return self.read_all([unit])[0]
-
-    @torch.no_grad()
-    def read_all(self, units: Sequence[int]) -> torch.Tensor:
+    def read(self, units: Sequence[int]) -> torch.Tensor:
         """
         The weights of several units at their positions. Under FSDP2 all ranks have to call it.
 
@@ -214,7 +201,7 @@ class WeightHistory:
         """
         slot = len(self.steps) % self.window
         units = list(range(len(self._ring)) if units is None else units)
-        self._ring[units, slot] = sampler.read_all(units).to(self._ring.device)
+        self._ring[units, slot] = sampler.read(units).to(self._ring.device)
         if not self.steps:
             self.start[units] = self._ring[units, slot]
         self.steps.append(step)

@@ -81,7 +81,7 @@ def test_disk_takes_what_memory_cannot(tmp_path):
     batch = torch.randn(10, 700)  # too long for two of them to share a page
     store = ActivationStore(4 * 2800, 5 * PAGE, tmp_path)
     assert store.put(keys(10), 2, batch) == 7
-    assert store.memory_used == 4 * 2800 and store.full
+    assert store.memory_used == 4 * 2800
     assert 3 * PAGE < store.disk_used <= 5 * PAGE
     found = store.get(keys(10))
     for row, expected in zip(found[:7], batch[:7], strict=True):
@@ -96,7 +96,6 @@ def test_no_budget_stores_nothing_and_makes_no_file(tmp_path):
     store = ActivationStore(0, 0, tmp_path)
     assert store.put(keys(2), 1, torch.ones(2, 3)) == 0
     assert store.get(keys(2)) == [None, None]
-    assert store.full
     assert not os.listdir(tmp_path)
     store.close()
 
@@ -147,7 +146,7 @@ def test_behaves_like_a_dict_within_its_budgets(memory_bytes, disk_bytes, steps)
         for front, rows in enumerate(steps, start=1):
             kept = store.put(list(rows), front, list(rows.values()))
             stored = [key for key, found in zip(rows, store.fronts(list(rows)), strict=True) if found == front]
-            assert kept == len(stored) and store.full >= (kept < len(rows))
+            assert kept == len(stored)
             for key in rows:
                 # Only a row that is bigger than the one before may be refused.
                 assert key in stored or key not in model or rows[key].nbytes > model[key][1].nbytes
@@ -253,7 +252,6 @@ def test_unusable_folder_costs_the_disk_only(tmp_path, kind):
     assert str(folder) in store.trouble and "\n" not in store.trouble
     assert store.put(keys(2), 1, torch.ones(2, 3)) == 1
     assert [found is None for found in store.get(keys(2))] == [False, True]
-    assert store.full
     store.close()
 
 
@@ -264,7 +262,6 @@ def test_a_full_disk_costs_nothing_but_room(half_a_megabyte, caplog):
     assert 4 <= sum(kept) <= 13
     assert store.trouble and "\n" not in store.trouble
     assert [store.trouble in record.message for record in caplog.records] == [True]
-    assert store.full
     found = store.get(keys(40))
     assert sum(entry is not None for entry in found) == sum(kept) == len(store)
     for entry, expected in zip(found, batch, strict=True):
@@ -326,7 +323,7 @@ def test_a_file_full_of_gaps_costs_nothing_but_room(tmp_path, monkeypatch):
     batch = torch.randn(20, 10000)
     kept = sum(store.put(keys(1, i), 1, batch[i : i + 1]) for i in range(20))
     assert 4 <= kept <= 12
-    assert store.full and store.trouble is None
+    assert store.trouble is None
     for entry, expected in zip(store.get(keys(kept)), batch[:kept], strict=True):
         assert_same(entry[1], expected)
     store.close()

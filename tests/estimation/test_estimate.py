@@ -2,6 +2,7 @@
 
 import copy
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from training import Rows, arguments, assert_left_alone, assert_same_run, predic
 from transformers import Trainer, get_linear_schedule_with_warmup
 
 from smartfrz_hf import Decision, SmartFRZCallback, SmartFRZTrainer, estimate
+from smartfrz_hf.estimation.text import readable
 from smartfrz_hf.policies import SmartFRZPolicy
 from smartfrz_hf.signals import pilot
 from smartfrz_hf.signals.pilot_signals import PilotSignals
@@ -176,6 +178,27 @@ def test_nothing_is_promised_for_later_where_the_threshold_stays(tmp_path, pretr
     callback = SmartFRZCallback(predictor=predictor_that_loses(0.4), **options)
     chosen = estimate(trainer_of(tmp_path, callbacks=[callback]), seconds=1).chosen
     assert chosen.rate_factor > 1.25 and chosen.later_saved == chosen.time_saved
+
+
+def test_a_long_step_is_measured_on_fewer_rows(tmp_path, monkeypatch):
+    whole = estimate(trainer_of(tmp_path), seconds=0.5)
+    monkeypatch.setattr(sys.modules["smartfrz_hf.estimation.profile"], "LONG_STEP", 1e-9)
+    rows = []
+    compute_loss = Trainer.compute_loss
+
+    def count(self, model, inputs, *args, **kwargs):
+        rows.append(len(inputs["input_ids"]))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "compute_loss", count)
+    part = estimate(trainer_of(tmp_path), seconds=0.5)
+    assert rows[-1] == 1 < rows[0], "the pilot sees whole batches"
+    assert part.depths[0].memory == pytest.approx(whole.depths[0].memory, rel=0.2)
+
+
+def test_sizes_are_short_and_plain():
+    sizes = (0, 999, 1000, 999_600, 2.5e9, 999.6e9, 1.5e12)
+    assert [*map(readable, sizes)] == ["0 B", "999 B", "1 KB", "1 MB", "2.5 GB", "1 TB", "1.5 TB"]
 
 
 def test_a_cache_folder_that_cannot_be_used_costs_its_room_only(tmp_path):

@@ -79,7 +79,7 @@ def files_of(folder):
 
 
 def test_push_and_load_again(hub, run, folder):
-    words = ("-m", "smartfrz_hf.cli", "push", str(folder), REPO)
+    words = ("-m", "smartfrz_hf", "push", str(folder), REPO)
     done = run(*words, "--private", token=TOKEN)
     assert done.returncode == 0, done.stderr
     assert f"{hub.endpoint}/{REPO}/commit/" in done.stdout
@@ -132,7 +132,7 @@ def test_a_predictor_in_a_subfolder(hub, run, folder):
 
 @pytest.mark.parametrize("token", [None, "hf_wrong"])
 def test_push_without_a_right_token(hub, run, folder, token):
-    done = run("-m", "smartfrz_hf.cli", "push", str(folder), REPO, token=token)
+    done = run("-m", "smartfrz_hf", "push", str(folder), REPO, token=token)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "denies the upload to me/mine: log in with `hf auth login`" in done.stderr and "401" in done.stderr
@@ -142,7 +142,7 @@ def test_push_without_a_right_token(hub, run, folder, token):
 def test_push_of_a_damaged_predictor_reaches_no_hub(hub, run, folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    done = run("-m", "smartfrz_hf.cli", "push", str(folder), REPO, token=TOKEN)
+    done = run("-m", "smartfrz_hf", "push", str(folder), REPO, token=TOKEN)
     assert done.returncode == 1
     assert "damaged" in done.stderr and "Traceback" not in done.stderr
     assert not hub.requests

@@ -16,8 +16,8 @@ from smartfrz_hf.predictor_training.start import (
     fit_start,
     fixed,
     judge,
-    read_pairs,
 )
+from smartfrz_hf.predictor_training.start_pairs import read_pairs
 
 UNITS = 7
 

@@ -102,7 +102,7 @@ def test_signals_against_gradients_at_all_weights():
         model(**batch).loss.backward()
         pilot.before_update()
         gradients.append(pilot._sampler.read_gradients([unit])[0].double())
-        weights.append(pilot._sampler.read(unit).double())
+        weights.append(pilot._sampler.read([unit])[0].double())
         optimizer.step()
         optimizer.zero_grad()
     rates = torch.tensor([0.0, 0.5, 1.0, 1.0, 0.5])
@@ -114,7 +114,7 @@ def test_signals_against_gradients_at_all_weights():
     assert signals.gradient[unit] == pytest.approx(float((squares / 5 / count).sqrt()), rel=1e-5)
     change = sum(float((gradients[t + 1] * (weights[t + 1] - weights[t])).sum()) for t in range(4)) / count
     assert signals.loss_change[unit] == pytest.approx(change, rel=1e-3)
-    end = pilot._sampler.read(unit).double()
+    end = pilot._sampler.read([unit])[0].double()
     assert signals.displacement[unit] == pytest.approx(float((end - weights[0]).square().mean().sqrt()), rel=1e-5)
     steps = torch.stack([*weights, end]).diff(dim=0).square().mean()
     motion = (steps / weights[0].square().mean() / 0.5).sqrt()  # the mean square of the rates is 0.5

@@ -31,22 +31,22 @@ def numbered(*shapes):
 def test_positions_are_distinct_fixed_and_even():
     module = numbered((40, 50), (8, 4, 5, 5))
     sampler = WeightSampler([unit_of(module)], weights_per_unit=1400, seed=3)
-    first = sampler.read(0)
+    first = sampler.read([0])[0]
     assert first.shape == (1400,) and first.dtype == torch.float32
     assert len(first.unique()) == 1400
-    assert torch.equal(first, sampler.read(0))
-    assert torch.equal(first, WeightSampler([unit_of(module)], 1400, seed=3).read(0))
-    assert not torch.equal(first, WeightSampler([unit_of(module)], 1400, seed=4).read(0))
+    assert torch.equal(first, sampler.read([0])[0])
+    assert torch.equal(first, WeightSampler([unit_of(module)], 1400, seed=3).read([0])[0])
+    assert not torch.equal(first, WeightSampler([unit_of(module)], 1400, seed=4).read([0])[0])
     share = (first >= 2000).float().mean()  # the second parameter holds 800 of 2,800 weights
     assert abs(share - 800 / 2800) < 0.05
     with torch.no_grad():
         module.p0 += 0.5
-    moved = sampler.read(0) - first
+    moved = sampler.read([0])[0] - first
     assert torch.equal(moved != 0, first < 2000), "each read sees the weights as they are now"
 
 
 def test_small_units_repeat_their_weights():
-    values = WeightSampler([unit_of(numbered((2, 3)))], weights_per_unit=20).read(0)
+    values = WeightSampler([unit_of(numbered((2, 3)))], weights_per_unit=20).read([0])[0]
     assert sorted(values.unique().tolist()) == [0, 1, 2, 3, 4, 5]
     counts = values.unique(return_counts=True)[1]
     assert counts.max() - counts.min() <= 1
@@ -55,14 +55,16 @@ def test_small_units_repeat_their_weights():
 def test_only_trainable_matrices_are_read():
     module = numbered((3, 3), (100,), (5, 5))
     module.p0.requires_grad_(False)
-    assert WeightSampler([unit_of(module)], weights_per_unit=25).read(0).min() == 109
+    assert WeightSampler([unit_of(module)], weights_per_unit=25).read([0])[0].min() == 109
     module.p2.requires_grad_(False)
-    assert WeightSampler([unit_of(module)], 100).read(0).tolist() == list(range(9, 109)), "a vector if that is all"
+    assert WeightSampler([unit_of(module)], 100).read([0])[0].tolist() == list(range(9, 109)), (
+        "a vector if that is all"
+    )
 
 
 def test_a_unit_without_weights_reads_as_zeros():
     sampler = WeightSampler([unit_of(nn.Dropout()), unit_of(numbered((2, 2)))], weights_per_unit=4)
-    assert sampler.read_all([0, 1]).tolist() == [[0.0] * 4, [0.0, 1.0, 2.0, 3.0]]
+    assert sampler.read([0, 1]).tolist() == [[0.0] * 4, [0.0, 1.0, 2.0, 3.0]]
 
 
 def test_process_random_state_is_left_alone():
@@ -76,15 +78,15 @@ def test_process_random_state_is_left_alone():
 def test_every_architecture_is_sampled(name):
     stack = find_blocks(build(name))
     sampler = WeightSampler(stack.units, weights_per_unit=64)
-    snapshots = torch.stack([sampler.read(i) for i in range(len(stack))])
+    snapshots = torch.stack([sampler.read([i])[0] for i in range(len(stack))])
     assert snapshots.shape == (len(stack), 64) and torch.isfinite(snapshots).all()
 
 
 def test_strided_kernels_and_half_precision_are_read_right():
     conv = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
-    values = WeightSampler([unit_of(conv)], weights_per_unit=6 * 4 * 9).read(0)
+    values = WeightSampler([unit_of(conv)], weights_per_unit=6 * 4 * 9).read([0])[0]
     assert torch.equal(values, conv.weight.detach().contiguous().flatten())
-    half = WeightSampler([unit_of(nn.Linear(8, 8).bfloat16())], weights_per_unit=16).read(0)
+    half = WeightSampler([unit_of(nn.Linear(8, 8).bfloat16())], weights_per_unit=16).read([0])[0]
     assert half.dtype == torch.float32
 
 

@@ -25,7 +25,7 @@ from benchmarks.tasks import Pair, Plan, Task, find_data, load_task, losses, poi
 from benchmarks.utils import claim, provenance
 from smartfrz_hf.freezing.freezer import Freezer
 from smartfrz_hf.model.units import find_blocks
-from smartfrz_hf.predictor_training.start import pilot_signals
+from smartfrz_hf.predictor_training.start_pairs import pilot_signals
 
 HERE = Path(__file__).parent
 EARLY_ROWS = 200  # held-out rows of the evaluations before the last one

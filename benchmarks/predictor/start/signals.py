@@ -83,7 +83,7 @@ class Signals:
         return self.sampler.read_gradients(self.all_units).cpu()
 
     def _weights(self) -> torch.Tensor:
-        return self.sampler.read_all(self.all_units).cpu()
+        return self.sampler.read(self.all_units).cpu()
 
     def _square_norms(self) -> torch.Tensor:
         return torch.tensor(
