@@ -86,6 +86,9 @@ class SmartFRZCallback(TrainerCallback):
         if self.run is not None and self.run.active and self.trainer is None:
             check_restart(args, self.run.frozen_units)
         self._check(args, model)
+        if state.max_steps == 0:  # `num_train_epochs=0`, as to evaluate with a training script
+            self.run, self.ledger = None, Ledger()
+            return
         epochs = state.num_train_epochs
         self.run = FreezingRun(
             model if self.trainer is None else self.trainer.model_wrapped,

@@ -199,7 +199,7 @@ class SmartFRZConfig:
             self._require(name, getattr(self, name) > 0 and _is_share_or_count(getattr(self, name)), wanted)
         legal = _is_share_or_count(self.static_depth)
         self._require("static_depth", legal, "a fraction below 1 or a whole number of units")
-        for name in ("max_depth", "probe_examples"):
+        for name in ("max_depth", "probe_examples", "sampling_seed"):
             self._require(name, (getattr(self, name) or 0) >= 0, "at least 0")
         self._require("blocks", self.blocks != [], "at least one name or pattern, or left out")
         if self.offload_frozen and not self.activation_cache:

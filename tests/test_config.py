@@ -25,6 +25,7 @@ from smartfrz_hf import SmartFRZArguments, SmartFRZConfig
         ({"linear_start": 1}, "must be below 1"),
         ({"linear_depth": 2}, r"between 0 and 1"),
         ({"max_depth": -1}, "at least 0"),
+        ({"sampling_seed": -1}, "at least 0"),
         ({"blocks": []}, "at least one name"),
         ({"policy": "statc"}, "; did you mean 'static'?"),
         ({"order": "independendt"}, "'front', 'independent'; did you mean 'independent'?"),

@@ -166,6 +166,19 @@ def test_training_twice_with_nothing_frozen_equals_the_plain_trainer(tmp_path):
     assert_same_run(plain, trainer)
 
 
+@EITHER
+def test_no_steps(tmp_path, alone):
+    """As the plain Trainer, which evaluates with `num_train_epochs=0`; nothing of an earlier run is told again."""
+    trainer, callback = make(tmp_path, alone, {"policy": "static"})
+    trainer.train()
+    weights = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
+    trainer.train()
+    assert trainer.state.global_step == 0 and not callback.ledger.stages and callback.run is None
+    assert all(torch.equal(value, weights[key]) for key, value in trainer.model.state_dict().items())
+    assert_left_alone(trainer.model)
+
+
 class Optuna(ModuleType):
     """As much of Optuna as the Trainer calls: it tries three numbers of epochs, and breaks the second trial off."""
 
