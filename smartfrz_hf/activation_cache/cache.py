@@ -237,9 +237,10 @@ class ActivationCache:
         """Run everything for a padded batch while nobody knows whether padding is read, and keep its rows once that is known."""
         hidden: list[torch.Tensor] = []
         marks = self.depth == len(self.stack)  # else nothing that the backbone returns need have a gradient
-        output = self._front.watch(call, hidden.append, marks)
+        # What runs behind the boundary may write to what crosses it.
+        output = self._front.watch(call, lambda value: hidden.append(value.to("cpu", copy=True)), marks)
         self._padding.watch(call, output)
-        self._pending = call, self._state.front, hidden[0].cpu()
+        self._pending = call, self._state.front, hidden[0]
         return output
 
     def _keep_pending(self) -> None:

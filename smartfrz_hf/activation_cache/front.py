@@ -232,6 +232,8 @@ class SkippableFront:
         self._learn(index, one, output, args, kwargs)
         if last:
             one.hidden = tensors_in(output)[0].detach()
+            if not one.hidden.ndim or len(one.hidden) != one.rows:  # a block may be given some of the rows only
+                raise UnsupportedModelError("what its blocks return does not have one entry per row")
             if one.stop:
                 raise _AtBoundary
             if one.on_boundary is not None:

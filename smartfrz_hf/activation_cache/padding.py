@@ -37,7 +37,7 @@ class PaddingWatch:
         outside = ~content(call.mask)
 
         def note(gradient: torch.Tensor) -> None:
-            self._seen.append((gradient != 0).flatten(2).any(2).logical_and(outside).any())
+            self._seen.append((gradient != 0).reshape(*outside.shape, -1).any(2).logical_and(outside).any())
 
         by_position = [t for t in tensors_in(output) if t.is_floating_point() and t.shape[:2] == outside.shape]
         if not by_position and self.unread is None:

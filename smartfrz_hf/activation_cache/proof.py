@@ -139,9 +139,11 @@ def prove(front: SkippableFront, call: Call, without_padding: bool) -> Verdict:
     """
     Try whether the front can be left out for calls of this kind, in the mode in which the model is.
 
-    The front is computed twice, and has to give the same values and draw no random number. Then the outputs of the whole model,
-    its loss included, are compared with those when all frozen blocks return NaN, the activations are put in place at the
-    boundary, and zeros stand for padding. The model and the generators of random numbers are left as found.
+    The front is computed twice, and each row with nothing but itself, and has to give the same values and draw no random number.
+    Then the outputs of the whole model, its loss included, are compared with those when all frozen blocks return NaN, the
+    activations are put in place at the boundary, and zeros stand for padding. The model is as it was found before each of these
+    passes, so that what a block has left behind for others in an earlier one is not there; in the end, so are the generators of
+    random numbers.
 
     Args:
         front ([`SkippableFront`]): the front.
@@ -155,6 +157,8 @@ def prove(front: SkippableFront, call: Call, without_padding: bool) -> Verdict:
     if call.mask is not None:  # the rows with the most padding in front and behind
         shown = call.mask.ne(0).int()
         rows = [int(shown.argmax(1).argmax()), int(shown.flip(1).argmax(1).argmax())]
+        if rows[0] == rows[1]:  # another row shows what one does to the other
+            rows[1] = (rows[0] + 1) % call.rows
     try:
         with generators_left_as_found(call.device), torch.no_grad():
             return _prove(front, call, rows, without_padding)
@@ -166,26 +170,36 @@ def prove(front: SkippableFront, call: Call, without_padding: bool) -> Verdict:
 
 def _prove(front: SkippableFront, call: Call, rows: list[int], without_padding: bool) -> Verdict:
     rounding, start, state = tolerance(front, call), random_states(call.device), random_state(call.device)
-    states = []
-    whole = Pass(call.layout, 2, on_boundary=lambda _: states.append(random_states(call.device)))
+    crossed = []
+
+    def cross(hidden: torch.Tensor) -> None:
+        crossed.append((hidden.clone(), random_states(call.device)))  # what runs behind may write to it
+
+    whole = Pass(call.layout, 2, on_boundary=cross)
     with model_left_as_found(front.stack.model):
         expected = front.try_pass(whole, front.call_model(rows, call))
-    hidden = whole.hidden
-    assert hidden is not None
-    if not hidden.is_floating_point() or hidden.ndim < 2 or len(hidden) != 2:
+    hidden, at_boundary = crossed[0]
+    if not hidden.is_floating_point() or hidden.ndim < 2:
         raise UnsupportedModelError("what its blocks return does not have one entry per row")
     if not hidden.isfinite().all():
         raise UnsupportedModelError("its frozen blocks return values that are not finite")
+    if not tensors_in(expected):
+        raise UnsupportedModelError(
+            f"it returns a {type(expected).__name__}, in which no tensors can be seen; return a dictionary or a tuple"
+        )
     between = random_states(call.device)
-    again = front.run(call, rows)
+    again = _run(front, call, rows)
     after = random_states(call.device)
     # Whatever else draws numbers of Python or NumPy now and then will not do so both times.
-    drawn = [a != b and c != d for a, b, c, d in zip(start, states[0], between, after, strict=True)]
+    drawn = [a != b and c != d for a, b, c, d in zip(start, at_boundary, between, after, strict=True)]
     if any(drawn) or not agree(hidden, again, rounding):
         raise UnsupportedModelError(
             "its frozen front draws random numbers (dropout, masked features, dropped layers or noise), so that no row "
             "comes again with the same activations"
         )
+    alone = [_run(front, call, [row, row])[:1] for row in rows]
+    if not agree(hidden, torch.cat(alone), rounding):
+        raise UnsupportedModelError("what its frozen blocks return for a row depends on the other rows of the batch")
     verdict, spans = Verdict(), [(0, -1)] * 2
     if without_padding and call.mask is not None and hidden.ndim > 2 and hidden.shape[1] == call.length:
         verdict = _try_padding(front, call, rows, hidden, rounding)
@@ -195,7 +209,8 @@ def _prove(front: SkippableFront, call: Call, rows: list[int], without_padding: 
         inside[~inside.any(1)] = True  # with nothing else to read, a row reads its padding, and is not kept
         hidden = hidden * inside.view(*inside.shape, *[1] * (hidden.ndim - 2))
         spans = [(int(row.int().argmax()), int(row.int().argmax() + row.sum())) for row in inside]
-    front.learn_layout(call)
+    with model_left_as_found(front.stack.model):
+        front.learn_layout(call)
     set_random_state(state, call.device)
     served = Pass(call.layout, 2, front.depth, hidden, poison=True)
     with model_left_as_found(front.stack.model):
@@ -207,6 +222,12 @@ def _prove(front: SkippableFront, call: Call, rows: list[int], without_padding: 
         set_random_state(state, call.device)
         return _prove(front, call, rows, without_padding=False)
     raise UnsupportedModelError("what runs behind the boundary reads more of the front than what crosses it")
+
+
+def _run(front: SkippableFront, call: Call, rows: Sequence[int]) -> torch.Tensor:
+    """What crosses the boundary for some rows, with the model left as found."""
+    with model_left_as_found(front.stack.model):
+        return front.run(call, rows)
 
 
 def _try_padding(front: SkippableFront, call: Call, rows: list[int], hidden: torch.Tensor, rounding: float) -> Verdict:
@@ -229,7 +250,7 @@ def _try_padding_of(
         return False, None
 
     def same(other: Call, first: int) -> bool:
-        found = front.run(other, [row, row])[:1]
+        found = _run(front, other, [row, row])[:1]
         return agree(hidden[:, start:end], found[:, start - first : end - first], rounding)
 
     if end - start < call.length and not same(call.refill(row), 0):

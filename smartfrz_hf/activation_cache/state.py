@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -19,6 +20,7 @@ from .._compat import (
     tensor_version,
 )
 from ..model.forward_patch import ForwardPatch
+from ..model.nested import tensors_in
 from ..model.units import BlockStack
 from .calls import as_integers
 
@@ -137,6 +139,8 @@ class FrontState:
                     tensors[unit].append(value)
                 elif isinstance(value, PreTrainedConfig):
                     configs[id(value)] = value
+                elif isinstance(value, list | tuple | dict) and (inner := tensors_in(value)):
+                    tensors[unit].extend(inner)
                 elif callable(value) and not isinstance(value, nn.Module):
                     functions.append(id(value))
                 else:
@@ -219,6 +223,8 @@ def _plain(value: Any) -> Any:
     """Plain values, alone, nested, or as attributes of an object; the name of the type for anything else."""
     if isinstance(value, SIMPLE):
         return value
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tobytes()
     if isinstance(value, list | tuple | set | frozenset | dict) and len(value) <= 64:
         parts = value.items() if isinstance(value, dict) else sorted(value, key=repr) if _is_set(value) else value
         return tuple(_plain(part) for part in parts)
