@@ -18,7 +18,7 @@ START_LIMITS = ("points", "share", "blocks")
 DEFAULT_LIMITS = {
     "conservative": {"points": 0.1, "share": 0.3, "blocks": 0.34},
     "balanced": {"points": 0.3, "share": 0.4, "blocks": 0.34},
-    "aggressive": {"points": 1.0, "share": 0.4, "blocks": 0.5},
+    "aggressive": {"points": 1.0, "share": 0.6, "blocks": 0.5},
 }
 SIZES = ("window", "weights_per_unit", "encoder_size", "attention_size", "unit_size", "head_size")
 
