@@ -94,7 +94,7 @@ def opening_line(run: FreezingRun) -> str:
     """One line on what a run will do."""
     config, policy, units = run.config, run.policy, len(run.stack)
     if not isinstance(policy, SmartFRZPolicy):
-        name = f"policy {type(policy).__name__.removesuffix('Policy')}"
+        name = f"policy {run.configuration['policy']}"
     elif config.target_saving is not None:
         name = f"predictor, to save {config.target_saving:.0%} of the compute"
     elif config.freeze_threshold is not None:
@@ -125,7 +125,7 @@ def closing_line(ledger: Ledger, steps: int) -> str:
     if ledger.gap:
         line += f" ({ledger.gap_share:.1%} went through units frozen behind units that train)"
     if ledger.cache is not None and ledger.cache.rows:
-        line += f", and {ledger.cache.seconds_saved:.1f} s by the cache ({ledger.cache.hit_rate:.0%} of rows found)"
+        line += f"; {ledger.cache.outcome} by the cache ({ledger.cache.hit_rate:.0%} of rows found)"
     return f"{line}."
 
 

@@ -90,7 +90,7 @@ def test_progress_bar_and_lines(tmp_path, capsys):
     first, *_, last = [line for line in out.splitlines() if line.startswith("SmartFRZ")]
     assert first == (
         "SmartFRZ: up to 5 of 5 units of BertForSequenceClassification may freeze, decided at every step of 20 "
-        "(policy Static); 2 are frozen already."
+        "(policy static); 2 are frozen already."
     )
     assert last.startswith("SmartFRZ: 2 of 5 units are frozen at the end, the first froze at step 0 of 20; saved ")
 

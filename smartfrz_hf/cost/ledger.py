@@ -58,6 +58,12 @@ class CacheSavings:
         """Share of the rows looked up that were found."""
         return self.hits / self.rows if self.rows else 0.0
 
+    @property
+    def outcome(self) -> str:
+        """`"1.5 s saved"`, or `"0.6 s lost"` where it took longer than it saved."""
+        seconds = round(self.seconds_saved, 1)
+        return f"{abs(seconds):.1f} s {'lost' if seconds < 0 else 'saved'}"
+
 
 @dataclass
 class Ledger:
@@ -197,10 +203,10 @@ class Ledger:
         if self.start is not None:
             lines.append(f"start stage, after {self.start.step} steps: {self.start}")
         if self.cache is not None:
-            held = (self.cache.bytes_memory + self.cache.bytes_disk) / 2**20
+            held = (self.cache.bytes_memory + self.cache.bytes_disk) / 1e6
             lines.append(
                 f"activation cache: {self.cache.hit_rate:.1%} of {self.cache.rows:,} rows found, "
-                f"{self.cache.seconds_saved:.1f} s saved, {held:.1f} MiB held"
+                f"{self.cache.outcome}, {held:.1f} MB held"
                 + (f"; turned off: {self.cache.off}" if self.cache.off else "")
             )
         return "\n".join(lines)

@@ -138,7 +138,7 @@ def resolve(
         options, config = {**config, **options}, None
     if not isinstance(config, SmartFRZConfig | None):
         raise TypeError(
-            f"The configuration is {config!r}; it must be a `SmartFRZConfig`, a `dict` of its fields, or left out. Options "
+            f"The configuration is of type {type(config).__name__}; it must be a `SmartFRZConfig`, a `dict` of its fields, or left out. Options "
             'are given by name, such as `operating_point="conservative"`.'
         )
     if policy is not None and not isinstance(policy, Policy):

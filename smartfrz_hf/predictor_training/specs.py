@@ -77,9 +77,14 @@ def read_specs(path: str | os.PathLike) -> list[RunSpec]:
     Read a list of runs from JSON.
 
     Raises:
-        ValueError: two runs share a name, or a run has an unknown key or lacks one.
+        ValueError: it is no list of runs, two runs share a name, or a run has an unknown key or lacks one.
     """
-    entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path} must hold a list of runs, each of them an object with the fields of `RunSpec`.")
     try:
         specs = [RunSpec(**entry) for entry in entries]
     except TypeError as error:

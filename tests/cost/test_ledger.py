@@ -40,10 +40,12 @@ def test_the_summary_is_a_table_of_units_with_totals():
         "frozen now: 2 of 3 units, 3,500 of 6,010 trainable parameters (58.2%)",
         "compute saved: 25.0% (90 of 120 FLOPs spent)",
     ]
-    cache = CacheSavings(rows=1200, hits=900, seconds_saved=1.5, bytes_memory=2**20, off="it does not pay")
+    cache = CacheSavings(rows=1200, hits=900, seconds_saved=1.5, bytes_memory=10**6, off="it does not pay")
     assert ledger(cache=cache).summary().splitlines()[-1] == (
-        "activation cache: 75.0% of 1,200 rows found, 1.5 s saved, 1.0 MiB held; turned off: it does not pay"
+        "activation cache: 75.0% of 1,200 rows found, 1.5 s saved, 1.0 MB held; turned off: it does not pay"
     )
+    cache = CacheSavings(rows=8, seconds_saved=-0.62)
+    assert ", 0.6 s lost, " in ledger(cache=cache).summary()
 
 
 def test_the_start_stage_is_told():

@@ -498,3 +498,7 @@ def test_bad_input_of_the_commands(harvested, tmp_path):
     file.write_text(json.dumps([{"name": "a", "model": "vit", "data": "cifar10", "colour": 1}]))
     with pytest.raises(ValueError, match="colour"):
         read_specs(file)
+    for text in ("[{", "{}", "[]", '["a"]'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"runs.json (is not JSON|must hold a list of runs)"):
+            read_specs(file)
