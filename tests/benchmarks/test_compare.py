@@ -18,6 +18,7 @@ import pytest
 import torch
 from architectures import build
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from training import Rows, arguments
 from transformers import Trainer, TrainerCallback
 
@@ -329,6 +330,20 @@ def test_flops_are_those_of_the_ledger_and_counting_changes_nothing(tmp_path):
     assert found["forward"] == pytest.approx(full.forward, rel=0.01)
     assert found["backward"] == pytest.approx(full.backward, rel=0.01)
     assert found["optimizer"] == pytest.approx(full.optimizer, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_backward_pass_of_a_grouped_convolution_is_counted_for_its_groups(kind, groups, bias):
+    mapping = {torch.ops.aten.convolution_backward: module("measure").convolution_backward}
+    layer = kind(8, 16, 3, stride=2, groups=groups, bias=bias)
+    inputs = torch.randn(2, 8, 9, 9, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        output = layer(inputs)
+    with FlopCounterMode(display=False, custom_mapping=mapping) as backward:
+        output.sum().backward()
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
 
 
 def test_lisa_trains_some_blocks_at_a_time(tmp_path):

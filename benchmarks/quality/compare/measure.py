@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from smartfrz_hf.signals.probe import FirstBatch
 
 ROWS = 16
 STATUS = Path("/proc/self/status")
+
+
+def convolution_backward(
+    out: torch.Size, inputs: torch.Size, weight: torch.Size, *args: Any, out_shape: Any = None
+) -> int:
+    """
+    FLOPs of the backward pass of a convolution, from the shapes of the output's gradient, of its input and its weight: those of the
+    forward pass for each of the two gradients that is asked for. The counter of torch takes grouped convolutions for whole ones.
+    """
+    transposed, asked = args[4], args[7]
+    return 2 * prod(inputs if transposed else out) * prod(weight[1:]) * sum(asked[:2])
 
 
 class Stopwatch:
@@ -122,7 +134,8 @@ class FlopMeter(TrainerCallback):
         with evaluation_mode(self.model), torch.enable_grad(), bf16_autocast(), plain:
             with FlopCounterMode(display=False) as forward:
                 loss = self.model(*args, **kwargs).loss
-            with FlopCounterMode(display=False) as backward:
+            mapping = {torch.ops.aten.convolution_backward: convolution_backward}
+            with FlopCounterMode(display=False, custom_mapping=mapping) as backward:
                 loss.backward()
         for parameter in self._parameters:
             parameter.grad = None
