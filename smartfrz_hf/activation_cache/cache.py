@@ -108,7 +108,7 @@ class ActivationCache:
             self._enter(entry, self._offload.weights)
         self._front.grow(depth)
         self._state.watch(depth, self._front.patches)
-        self._verdicts = Verdicts(self._front, self.savings)
+        self._verdicts = Verdicts(self._front, self._state, self.savings)
         self.checks.start()
         if depth >= MIN_DEPTH:
             self._monitor.start()
@@ -117,7 +117,7 @@ class ActivationCache:
         """Stand in for the forward pass of the module that runs the front."""
         self._front = SkippableFront(self.stack, entry, self._forward, lambda: self._offload.wake())
         self._state = FrontState(self.stack, entry)
-        self._verdicts = Verdicts(self._front, self.savings)
+        self._verdicts = Verdicts(self._front, self._state, self.savings)
         self._offload: Offload = Offload(weights, self._state)
 
     def end_of_step(self, step: int) -> None:

@@ -9,10 +9,11 @@ import torch
 
 from ..cost.ledger import CacheSavings
 from ..model.generators import generators_left_as_found, random_state, random_states, set_random_state
+from ..model.left_as_found import model_left_as_found
 from ..model.nested import tensors_in
 from .calls import Call, content
 from .front import Pass, SkippableFront, UnsupportedModelError
-from .trial import model_left_as_found
+from .state import FrontState
 
 # Relative error, in the norm of a row, that the order of sums can make, by what the front computes in.
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
@@ -53,14 +54,15 @@ class Verdicts:
 
     Args:
         front ([`SkippableFront`]): the front.
+        state ([`FrontState`]): what its output depends on.
         savings ([`CacheSavings`]): where the time of the trials is counted.
 
     Attributes:
         known (`dict[Kind, Verdict | str]`): what was found by kind of call: why the front is not left out where that is so.
     """
 
-    def __init__(self, front: SkippableFront, savings: CacheSavings):
-        self._front, self._savings = front, savings
+    def __init__(self, front: SkippableFront, state: FrontState, savings: CacheSavings):
+        self._front, self._state, self._savings = front, state, savings
         self.known: dict[Kind, Verdict | str] = {}
 
     def reach(self, kind: Kind, call: Call, training: bool, steps_left: float) -> Verdict | str:
@@ -82,7 +84,7 @@ class Verdicts:
             began = perf_counter()
             try:
                 holes = kind.padding[2]  # what some models compute there depends on how much padding follows
-                self.known[kind] = prove(self._front, call, kind.padding_unread is True and not holes)
+                self.known[kind] = prove(self._front, self._state, call, kind.padding_unread is True and not holes)
             except UnsupportedModelError as error:
                 if training:
                     raise
@@ -135,11 +137,12 @@ def agree(
     return bool(((a - b).norm(dim=1) <= rounding * (a.norm(dim=1) + floor) + 1e-30).all())
 
 
-def prove(front: SkippableFront, call: Call, without_padding: bool) -> Verdict:
+def prove(front: SkippableFront, state: FrontState, call: Call, without_padding: bool) -> Verdict:
     """
     Try whether the front can be left out for calls of this kind, in the mode in which the model is.
 
     The front is computed twice, and each row with nothing but itself, and has to give the same values and draw no random number.
+    What it leaves behind in its modules has to be the same for both rows: whoever reads that would find another row's.
     Then the outputs of the whole model, its loss included, are compared with those when all frozen blocks return NaN, the
     activations are put in place at the boundary, and zeros stand for padding. The model is as it was found before each of these
     passes, so that what a block has left behind for others in an earlier one is not there; in the end, so are the generators of
@@ -147,6 +150,7 @@ def prove(front: SkippableFront, call: Call, without_padding: bool) -> Verdict:
 
     Args:
         front ([`SkippableFront`]): the front.
+        state ([`FrontState`]): what its output depends on.
         call ([`Call`]): the batch; two of its rows are tried.
         without_padding (`bool`): whether to try to keep rows without their padding.
 
@@ -161,15 +165,15 @@ def prove(front: SkippableFront, call: Call, without_padding: bool) -> Verdict:
             rows[1] = (rows[0] + 1) % call.rows
     try:
         with generators_left_as_found(call.device), torch.no_grad():
-            return _prove(front, call, rows, without_padding)
+            return _prove(front, state, call, rows, without_padding)
     except UnsupportedModelError:
         raise
     except Exception as error:  # the model's own code runs here, with tensors that it may not expect
         raise UnsupportedModelError(f"it does not run without them ({type(error).__name__}: {error})") from error
 
 
-def _prove(front: SkippableFront, call: Call, rows: list[int], without_padding: bool) -> Verdict:
-    rounding, start, state = tolerance(front, call), random_states(call.device), random_state(call.device)
+def _prove(front: SkippableFront, state: FrontState, call: Call, rows: list[int], without_padding: bool) -> Verdict:
+    rounding, start, generator = tolerance(front, call), random_states(call.device), random_state(call.device)
     crossed = []
 
     def cross(hidden: torch.Tensor) -> None:
@@ -197,7 +201,7 @@ def _prove(front: SkippableFront, call: Call, rows: list[int], without_padding: 
             "its frozen front draws random numbers (dropout, masked features, dropped layers or noise), so that no row "
             "comes again with the same activations"
         )
-    alone = [_run(front, call, [row, row])[:1] for row in rows]
+    alone = _run_alone(front, state, call, rows)
     if not agree(hidden, torch.cat(alone), rounding):
         raise UnsupportedModelError("what its frozen blocks return for a row depends on the other rows of the batch")
     verdict, spans = Verdict(), [(0, -1)] * 2
@@ -211,7 +215,7 @@ def _prove(front: SkippableFront, call: Call, rows: list[int], without_padding: 
         spans = [(int(row.int().argmax()), int(row.int().argmax() + row.sum())) for row in inside]
     with model_left_as_found(front.stack.model):
         front.learn_layout(call)
-    set_random_state(state, call.device)
+    set_random_state(generator, call.device)
     served = Pass(call.layout, 2, front.depth, hidden, poison=True)
     with model_left_as_found(front.stack.model):
         given = front.try_pass(served, front.call_model(rows, call))
@@ -219,8 +223,8 @@ def _prove(front: SkippableFront, call: Call, rows: list[int], without_padding: 
     if all(agree(a, b, rounding, spans if a.shape[:2] == (2, call.length) else None, 0.1) for a, b in pairs):
         return verdict
     if verdict.without_padding:  # something behind the boundary reads padding, or more
-        set_random_state(state, call.device)
-        return _prove(front, call, rows, without_padding=False)
+        set_random_state(generator, call.device)
+        return _prove(front, state, call, rows, without_padding=False)
     raise UnsupportedModelError("what runs behind the boundary reads more of the front than what crosses it")
 
 
@@ -228,6 +232,21 @@ def _run(front: SkippableFront, call: Call, rows: Sequence[int]) -> torch.Tensor
     """What crosses the boundary for some rows, with the model left as found."""
     with model_left_as_found(front.stack.model):
         return front.run(call, rows)
+
+
+def _run_alone(front: SkippableFront, state: FrontState, call: Call, rows: list[int]) -> list[torch.Tensor]:
+    """What crosses the boundary for each row, computed with nothing but itself."""
+    alone = []
+    left = {state.front} if rows[0] == rows[1] else set()
+    with model_left_as_found(front.stack.model):
+        for row in rows:
+            alone.append(front.run(call, [row, row])[:1])
+            state.look()
+            left.add(state.front)
+    state.look()
+    if len(left) > 1:
+        raise UnsupportedModelError("its frozen blocks keep something of each batch in their attributes")
+    return alone
 
 
 def _try_padding(front: SkippableFront, call: Call, rows: list[int], hidden: torch.Tensor, rounding: float) -> Verdict:

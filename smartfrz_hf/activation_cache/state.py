@@ -1,6 +1,7 @@
 """What the output of a frozen front depends on besides its inputs: weights, settings of its modules, hooks."""
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,11 +140,10 @@ class FrontState:
                     tensors[unit].append(value)
                 elif isinstance(value, PreTrainedConfig):
                     configs[id(value)] = value
-                elif isinstance(value, list | tuple | dict) and (inner := tensors_in(value)):
-                    tensors[unit].extend(inner)
                 elif callable(value) and not isinstance(value, nn.Module):
                     functions.append(id(value))
                 else:
+                    tensors[unit].extend(_tensors_of(value))
                     settings[unit][name, field] = _plain(value)
             if module is not self._entry and not all(records_outputs(hook) for hook in forward_hooks(module)):
                 self.obstacle = f"somebody has put a forward hook on {name}"
@@ -219,13 +219,22 @@ class FrontState:
         return [torch.cat(views) for views in self._probes]
 
 
+def _tensors_of(value: Any) -> list[torch.Tensor]:
+    """Tensors in a container, nested, or in the attributes of an object."""
+    if isinstance(value, (*SIMPLE, nn.Module)):
+        return []
+    if isinstance(value, deque):
+        return tensors_in(list(value))
+    return tensors_in(value if isinstance(value, list | tuple | dict) else getattr(value, "__dict__", None))
+
+
 def _plain(value: Any) -> Any:
     """Plain values, alone, nested, or as attributes of an object; the name of the type for anything else."""
     if isinstance(value, SIMPLE):
         return value
     if isinstance(value, np.generic | np.ndarray):
         return value.tobytes()
-    if isinstance(value, list | tuple | set | frozenset | dict) and len(value) <= 64:
+    if isinstance(value, list | tuple | deque | set | frozenset | dict) and len(value) <= 64:
         parts = value.items() if isinstance(value, dict) else sorted(value, key=repr) if _is_set(value) else value
         return tuple(_plain(part) for part in parts)
     fields = getattr(value, "__dict__", {}) if not isinstance(value, torch.Tensor | nn.Module) else {}

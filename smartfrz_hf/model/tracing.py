@@ -19,6 +19,7 @@ from .batches import tiny_batches
 from .discovery import base_model
 from .forward_patch import ForwardPatch
 from .generators import device_of, generators_left_as_found
+from .left_as_found import attributes_left_as_found
 from .nested import float_tensors
 
 logger = logging.get_logger(__name__)
@@ -59,11 +60,14 @@ class Trace:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run without gradients in evaluation mode, draw no random number, and leave every module in the mode it had."""
+    """
+    Run without gradients in evaluation mode, draw no random number, and leave every module with the mode, the attributes and the
+    buffers that it had.
+    """
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.no_grad(), generators_left_as_found(device_of(model)):
+        with torch.no_grad(), generators_left_as_found(device_of(model)), attributes_left_as_found(model):
             yield
     finally:
         set_modes(modes)

@@ -84,6 +84,50 @@ class ReadsALossOfTheBlocks(Net):
         return super().loss(output, labels) + output["penalty"]
 
 
+class LossReadsWhatABlockKeeps(Net):
+    """The loss, outside the model, reads what the second block has left behind."""
+
+    block = Keeps
+
+    def loss(self, output, labels):
+        return super().loss(output, labels) + self.head(self.blocks[1].kept[0]).pow(2).mean()
+
+
+class Notes:
+    values = None
+
+
+class KeepsInAnObject(Block):
+    def __init__(self):
+        super().__init__()
+        self.notes = Notes()
+
+    def forward(self, hidden):
+        self.notes.values = super().forward(hidden)
+        return self.notes.values
+
+
+class LossReadsAnObject(Net):
+    block = KeepsInAnObject
+
+    def loss(self, output, labels):
+        return super().loss(output, labels) + self.head(self.blocks[1].notes.values).pow(2).mean()
+
+
+class EverySecond(Block):
+    """Scales every second call."""
+
+    calls = 0
+
+    def forward(self, hidden):
+        self.calls += 1
+        return super().forward(hidden) * (1 + self.calls % 2)
+
+
+class Alternates(Net):
+    block = EverySecond
+
+
 @dataclass
 class Features:
     first: torch.Tensor
@@ -170,7 +214,7 @@ class ScaledByATensorInADict(ScaledByANumber):
         return self.options["scale"]
 
 
-def losses(model, padded, cache):
+def losses(model, padded, cache, size, shuffle):
     """Of a short training whose front freezes at step 3; and what the cache has done."""
     draw, order = torch.Generator().manual_seed(1), random.Random(0)
     ids, mask = torch.randint(1, 50, (ROWS, LENGTH), generator=draw), torch.ones(ROWS, LENGTH, dtype=torch.long)
@@ -180,11 +224,13 @@ def losses(model, padded, cache):
     optimizer, found, waiting = torch.optim.SGD(model.parameters(), lr=0.05), [], []
     config = {"activation_cache": cache, "first_decision": 2, "decide_every": 1}
     model.before_step(0)
-    batch = {"input_ids": ids[:2], "attention_mask": mask[:2]}
-    with FreezingRun(model, optimizer, STEPS, config, policy=At({0: 0, 3: 3}), steps_per_epoch=4, inputs=batch) as run:
+    batch, epoch = {"input_ids": ids[:size], "attention_mask": mask[:size]}, ROWS // size
+    with FreezingRun(
+        model, optimizer, STEPS, config, policy=At({0: 0, 3: 3}), steps_per_epoch=epoch, inputs=batch
+    ) as run:
         for number in range(STEPS):
-            waiting = waiting or order.sample(range(ROWS), ROWS)
-            rows, waiting = waiting[:2], waiting[2:]
+            waiting = waiting or (order.sample(range(ROWS), ROWS) if shuffle else [*range(ROWS)])
+            rows, waiting = waiting[:size], waiting[size:]
             model.before_step(number)
             loss = model.loss(model(input_ids=ids[rows], attention_mask=mask[rows]), torch.tensor(rows) % 2)
             loss.backward()
@@ -198,9 +244,12 @@ def losses(model, padded, cache):
 # Why the cache stands aside, where it has to.
 MODELS = {
     Net: None,
-    ReadsWhatABlockKeeps: "reads more of the front than what crosses it",
-    ReadsALossOfTheBlocks: "reads more of the front than what crosses it",
+    ReadsWhatABlockKeeps: "keep something of each batch",
+    ReadsALossOfTheBlocks: "keep something of each batch",
     ReturnsAnObject: "it returns a Features, in which no tensors can be seen",
+    LossReadsWhatABlockKeeps: "keep something of each batch",
+    LossReadsAnObject: "keep something of each batch",
+    Alternates: "keep something of each batch",
     RanksRows: "depends on the other rows of the batch",
     SomeRowsOnly: "does not have one entry per row",
     AsManyClassesAsTokens: None,
@@ -210,14 +259,18 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("shuffle", [True, False], ids=["", "in order"])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_losses_are_those_without(kind, padded):
+def test_losses_are_those_without(kind, padded, shuffle, size):
     torch.manual_seed(0)
     model = kind().train()
-    expected, _ = losses(copy.deepcopy(model), padded, cache=False)
-    found, savings = losses(copy.deepcopy(model), padded, cache=True)
+    expected, _ = losses(copy.deepcopy(model), padded, False, size, shuffle)
+    found, savings = losses(copy.deepcopy(model), padded, True, size, shuffle)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    if size == 1 or not shuffle:  # what one row does to another is not to be seen
+        return
     if MODELS[kind] is not None:
         assert MODELS[kind] in savings.off
     else:

@@ -34,7 +34,7 @@ from architectures import build  # noqa: E402
 from smartfrz_hf import Freezer, find_blocks  # noqa: E402
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore, checks  # noqa: E402
 from smartfrz_hf.activation_cache.monitor import CacheMonitor  # noqa: E402
-from smartfrz_hf.activation_cache.trial import model_left_as_found  # noqa: E402
+from smartfrz_hf.model.left_as_found import model_left_as_found  # noqa: E402
 
 TEXT = ["bert", "roberta", "distilbert", "deberta-v2", "electra", "albert", "mpnet", "modernbert"]
 CAUSAL = ["gpt2", "llama", "qwen2"]

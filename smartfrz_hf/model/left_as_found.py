@@ -1,6 +1,7 @@
 """Running a model now and then beside its training, without a trace."""
 
 import contextlib
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,44 +10,54 @@ from torch import nn
 
 from .._compat import TorchDispatchMode, written_arguments
 
+CONTAINERS = (list, dict, OrderedDict, set, deque)
+EXCHANGED = ("_parameters", "_buffers")  # by FSDP2, for a pass
+
 
 @contextlib.contextmanager
-def model_left_as_found(model: nn.Module) -> Iterator[None]:
-    """
-    Run without gradients, and undo what the model's own code does to it in its forward pass: teachers that follow the model,
-    queues of past outputs, running statistics, counters.
-    """
+def attributes_left_as_found(model: nn.Module) -> Iterator[None]:
+    """Undo what the model's own code does to its attributes, hooks and buffers in its forward pass, such as counters, queues and statistics."""
     # Kernels of batch norm do not say that they write to their statistics, so these are copied beforehand.
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-    parameters = [(parameter, parameter.detach()) for parameter in model.parameters()]
     attributes = [(vars(module), vars(module).copy()) for module in model.modules()]
-    contents = [(v, v.copy()) for _, fields in attributes for v in fields.values() if type(v) in (list, dict)]
-    watch = _CopyOnWrite(data for _, data in parameters)
+    held = [value for _, fields in attributes for name, value in fields.items() if name not in EXCHANGED]
+    contents = [(value, value.copy()) for value in held if type(value) in CONTAINERS]
     try:
-        with torch.no_grad(), watch:
-            yield
+        yield
     finally:
-        # Autocast keeps weights that it has cast; torch 2.7 gives those that were cast without a graph to the pass that is under
-        # way, and its weights would get no gradient.
-        torch.clear_autocast_cache()
         for fields, before in attributes:
             fields.clear()
             fields.update(before)
         for value, copied in contents:
             value.clear()
-            value.extend(copied) if isinstance(value, list) else value.update(copied)
+            value.extend(copied) if isinstance(value, list | deque) else value.update(copied)
         with torch.no_grad():
-            for parameter, data in parameters:
-                if parameter.data_ptr() != data.data_ptr():
-                    parameter.data = data
-            for written, values in watch.copies.values():
-                written.copy_(values)
             for module, name, buffer, values in buffers:
                 if getattr(module, name) is not buffer:
                     setattr(module, name, buffer)
                 if not torch.equal(buffer, values):
                     # Through `.data`, as batch norm writes: a backward pass that is still to come may have saved the buffer.
                     buffer.data.copy_(values)
+
+
+@contextlib.contextmanager
+def model_left_as_found(model: nn.Module) -> Iterator[None]:
+    """Run without gradients, and undo what the model's own code does to its weights, too, such as teachers that follow it."""
+    parameters = [(parameter, parameter.detach()) for parameter in model.parameters()]
+    watch = _CopyOnWrite(data for _, data in parameters)
+    try:
+        with attributes_left_as_found(model), torch.no_grad(), watch:
+            yield
+    finally:
+        # Autocast keeps weights that it has cast; torch 2.7 gives those that were cast without a graph to the pass that is under
+        # way, and its weights would get no gradient.
+        torch.clear_autocast_cache()
+        with torch.no_grad():
+            for parameter, data in parameters:
+                if parameter.data_ptr() != data.data_ptr():
+                    parameter.data = data
+            for written, values in watch.copies.values():
+                written.copy_(values)
 
 
 class _CopyOnWrite(TorchDispatchMode):
