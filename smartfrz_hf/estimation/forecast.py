@@ -231,8 +231,8 @@ def _verdict(profile: Profile, point: PointForecast | None, depths: list[DepthFo
             "No: the model's blocks are as a library initializes them. Trained from scratch, they learn until the end of the "
             "run, so nothing freezes from the start." + later
         )
-    if not point.depth and pilot.objection and not pilot.regression:
-        return False, f"No: {pilot.objection}, the first {profile.steps_taken} steps. Check the learning rate." + later
+    if not point.depth and pilot.problem:
+        return False, f"No: {pilot.problem}, the first {profile.steps_taken} steps. Check the learning rate." + later
     lora = profile.trainable < FEW_TRAINED * profile.parameters
     few = f" Only {profile.trainable / profile.parameters:.1%} of the parameters train, as with LoRA." if lora else ""
     if not point.depth:

@@ -170,7 +170,7 @@ class SmartFRZPolicy(Policy):
             if not savings[-1] > 0:  # a loss scaler has left out all steps of the pilot
                 return Decision(observation.depth, "no step of the pilot was counted")
             if not pilot.finite:
-                return Decision(observation.depth, pilot.objection or "")
+                return Decision(observation.depth, pilot.problem or "")
             enough = (depth for depth, saving in enumerate(savings) if saving >= self.target_saving)
             depth = max(next(enough, observation.units - 1), observation.depth)  # the last block trains in any case
             return Decision(depth, f"from the start, to save {savings[depth]:.0%} of the compute")

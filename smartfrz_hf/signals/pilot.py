@@ -44,6 +44,12 @@ def is_regression(model: nn.Module) -> bool:
     return getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1
 
 
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a model of Transformers predicts tokens: causal, masked, or sequence to sequence."""
+    head = getattr(model, "get_output_embeddings", None)
+    return head is not None and head() is not None
+
+
 class Pilot:
     """
     Records the first steps of a run, and keeps the weights of its start until a policy has decided what freezes with them.
@@ -115,9 +121,17 @@ class Pilot:
         ]
         missing = len(self._stack) + 1 - len(self._recorded)
         parameters, gradient, change, displacement, motion = (nn.functional.pad(each, (0, missing)) for each in found)
-        regression = is_regression(self._stack.model)
+        model = self._stack.model
         return PilotSignals(
-            self.steps, parameters, gradient, change, displacement, motion, self._pretrained, regression
+            self.steps,
+            parameters,
+            gradient,
+            change,
+            displacement,
+            motion,
+            self._pretrained,
+            is_regression(model),
+            is_language_model(model),
         )
 
     @torch.no_grad()

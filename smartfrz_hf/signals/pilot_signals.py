@@ -35,6 +35,7 @@ class PilotSignals:
             \\(w_{t+1} - w_t\\) over those of \\(w_0\\) and of the learning rates relative to the peak.
         pretrained (`int`): units in front of the first block whose weights are as a library initializes them.
         regression (`bool`): whether the model has a single output. Its pilot shows how the mean of the labels is learned.
+        language (`bool`): whether the model predicts tokens. All its blocks go on learning.
     """
 
     steps: int
@@ -45,6 +46,7 @@ class PilotSignals:
     motion: torch.Tensor
     pretrained: int
     regression: bool = False
+    language: bool = False
 
     @property
     def reach(self) -> torch.Tensor:
@@ -85,8 +87,8 @@ class PilotSignals:
         return self.steps > 0 and bool(self.displacement.isfinite().all())
 
     @property
-    def objection(self) -> str | None:
-        """Why nothing should freeze from the start, if there is a reason."""
+    def problem(self) -> str | None:
+        """What is wrong with the pilot or the weights that it began with, if anything is."""
         if not self.pretrained:
             return "the blocks are as a library initializes them"
         if not self.finite:
@@ -95,9 +97,16 @@ class PilotSignals:
             return "no weight moves in the pilot"
         if not self.agreement > LEAST_AGREEMENT:  # also where it is not a number
             return "the loss rises in the pilot"
-        if self.regression:
-            return "the pilot of a regression shows little but the mean of its labels"
         return None
+
+    @property
+    def objection(self) -> str | None:
+        """Why nothing should freeze from the start, if there is a reason."""
+        if self.problem is None and self.regression:
+            return "the pilot of a regression shows little but the mean of its labels"
+        if self.problem is None and self.language:
+            return "a language model needs its whole depth to learn a text"
+        return self.problem
 
     def rate_factor(self, depth: int) -> float:
         r"""

@@ -8,6 +8,7 @@ import torch
 from architectures import build
 from torch.utils.data import DataLoader
 from training import START_LIMITS, Rows, predictor_that_loses, predictor_that_says, train
+from zoo import build_tiny, loss_of, make_batch
 
 from smartfrz_hf import (
     FreezingRun,
@@ -167,6 +168,21 @@ def test_a_regression_freezes_nothing_from_the_start(tmp_path, shares):
     model.classifier, model.num_labels = torch.nn.Linear(model.config.hidden_size, 1), 1
     train(tmp_path, [callback], model=model, dataset=rows, max_steps=STEPS)
     assert callback.ledger.depth == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_language_model_freezes_nothing_from_the_start(shares, name):
+    """It needs its whole depth, stem and all: the loss of a text falls with every block that trains."""
+    model = build_tiny(name)
+    assert pilot.is_language_model(model) and not pilot.is_language_model(build("bert"))
+    optimizer, batch = torch.optim.AdamW(model.parameters()), make_batch(model)
+    with FreezingRun(model, optimizer, STEPS, predictor=predictor_that_loses(0.01), inputs=batch) as run:
+        for _ in range(STEPS):
+            loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step()
+    assert run.ledger.depth == 0
 
 
 def test_the_formula():
