@@ -46,8 +46,10 @@ def is_regression(model: nn.Module) -> bool:
 
 def is_language_model(model: nn.Module) -> bool:
     """Whether a model of Transformers predicts tokens: causal, masked, or sequence to sequence."""
-    head = getattr(model, "get_output_embeddings", None)
-    return head is not None and head() is not None
+    known: Any = model
+    if not hasattr(model, "get_output_embeddings"):
+        return False
+    return known.get_output_embeddings() is not None or known.can_generate()
 
 
 class Pilot:
