@@ -280,7 +280,7 @@ def test_methods_are_compared_with_ours_on_the_tasks_that_they_ran_on():
     )
     assert "random" not in text, "it ran on one task"
     assert "No other method" in headline.methods({"tasks": {"alone": tasks["alone"]}})
-    text = headline.from_scratch({"tasks": tasks})
+    text = headline.by_method({"tasks": tasks}, "scratch")
     assert "| `scratch` | `egeria` | 2 | +5.00 [+5.00, +5.00] | 0.50 | 0.40 |" in text and text.count("\n") == 3
 
 

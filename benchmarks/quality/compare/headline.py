@@ -176,11 +176,11 @@ def is_equal(run: dict[str, Any]) -> bool:
     return run["seeds"] > 1 and lost["mean"] < MEAN_LOST and lost["high"] < MOST_LOST
 
 
-def from_scratch(known: dict) -> str:
-    """One row for each method and each task from scratch, in Markdown; the one with the least compute first."""
+def by_method(known: dict, kind: str) -> str:
+    """One row for each method and each task of a kind, in Markdown; the one with the least compute first."""
     rows: list[list[object]] = []
     for task, part in known["tasks"].items():
-        if part["kind"] != "scratch":
+        if part["kind"] != kind:
             continue
         for arm, run in sorted(part["arms"].items(), key=lambda entry: entry[1]["compute"]):
             if arm not in ("full", "hindsight"):

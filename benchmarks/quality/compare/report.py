@@ -277,7 +277,7 @@ def summary(tasks: list[Task], found: dict[str, list[Row]]) -> dict:
     return {
         "tasks": {
             task.name: {
-                "kind": task.kind,
+                "kind": "language" if task.objective == "language" else task.kind,
                 "model": task.model,
                 "epochs": task.epochs,
                 "seen": task.seen,
