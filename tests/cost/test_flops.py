@@ -369,6 +369,17 @@ def test_state_goes_through_json():
     assert not any(name.startswith("_") for name in state)
 
 
+def test_what_was_not_yet_taken_is_taken_after_resuming():
+    bench, other, earlier = Bench.of("bert"), Bench.of("bert"), Bench.of("bert")
+    bench.step()
+    bench.meter.add_forward(7)  # the front probe runs after the Trainer has counted the step
+    state = bench.meter.state_dict()
+    other.meter.load_state_dict(state)
+    assert other.meter.take() == bench.meter.take() != Flops()
+    earlier.meter.load_state_dict({name: value for name, value in state.items() if name != "taken"})
+    assert earlier.meter.take() == Flops()
+
+
 PVT = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4], "image_size": 32}
 OTHERS = {
     "mobilenet-v2": lambda: build("mobilenet-v2"),
