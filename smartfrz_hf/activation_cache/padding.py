@@ -39,12 +39,15 @@ class PaddingWatch:
         def note(gradient: torch.Tensor) -> None:
             self._seen.append((gradient != 0).reshape(*outside.shape, -1).any(2).logical_and(outside).any())
 
-        by_position = [t for t in tensors_in(output) if t.is_floating_point() and t.shape[:2] == outside.shape]
-        if not by_position and self.unread is None:
+        tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+        by_position = [tensor for tensor in tensors if tensor.shape[:2] == outside.shape]
+        watched = [tensor for tensor in by_position if tensor.requires_grad]
+        if self.unread is None and not by_position:
             self.unread = True
-        for tensor in by_position:
-            if tensor.requires_grad:
-                tensor.register_hook(note)
+        elif self.unread is None and not watched and any(tensor.requires_grad for tensor in tensors):
+            self.unread = False  # no gradient will tell, such as of what a frozen encoder returns beside its decoder
+        for tensor in watched:
+            tensor.register_hook(note)
 
     def settle(self) -> None:
         """Take the answers of the backward passes so far into account."""

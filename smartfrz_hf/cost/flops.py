@@ -62,7 +62,7 @@ class ComputeMeter:
         self._skipped = np.zeros(units)
         self._passes = self._forward_only = self._aside = 0
         self._new_elements = self._new_passes = self._new_forward_only = 0  # since `_collect`
-        self._taken = Flops()
+        self._taken: Flops | None = None  # what `take` has given so far
         self._first_batch = FirstBatch(model, ROWS, without=())  # some models need the labels to run
         self._hook = model.register_forward_pre_hook(LeftBehind(self._before_pass), with_kwargs=True)
 
@@ -164,10 +164,9 @@ class ComputeMeter:
 
     def take(self) -> Flops:
         """FLOPs of the forward and backward passes since the last call. Nothing until the counted pass is done."""
-        spent = self.spent
-        new = Flops(spent.forward - self._taken.forward, spent.backward - self._taken.backward)
+        spent, taken = self.spent, self._taken or Flops()
         self._taken = spent
-        return new
+        return Flops(spent.forward - taken.forward, spent.backward - taken.backward)
 
     def skip(self, fractions: Sequence[float]) -> None:
         """
@@ -192,7 +191,8 @@ class ComputeMeter:
         """
         JSON values: `costs` (`forward` and `backward` of [`PassCosts`]; `None` until counted), `update` (FLOPs of an
         optimizer step by unit), `elements` and `steps` (by the frozen units, a hexadecimal bit mask), `passes`,
-        `forward_elements` (of passes without gradients), `probe_elements`, `skipped_elements` (by unit).
+        `forward_elements` (of passes without gradients), `probe_elements`, `skipped_elements` (by unit), `taken` (forward
+        and backward FLOPs that `take` has given; `None` if it was never called).
         """
         self._collect()
         return {
@@ -204,6 +204,7 @@ class ComputeMeter:
             "forward_elements": self._forward_only,
             "probe_elements": self._aside,
             "skipped_elements": self._skipped.tolist(),
+            "taken": None if self._taken is None else [self._taken.forward, self._taken.backward],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -214,7 +215,9 @@ class ComputeMeter:
         self._steps = Counter({int(frozen, 16): steps for frozen, steps in state["steps"].items()})
         self._passes, self._forward_only = state["passes"], state["forward_elements"]
         self._aside = state["probe_elements"]
-        self._taken = self.spent
+        # A Trainer that counts `total_flos` itself has taken everything. Earlier versions did not say what was taken.
+        taken = state.get("taken")
+        self._taken = self.spent if taken is None else Flops(*taken)
         if self._costs is not None:
             self._first_batch.close()
 

@@ -107,7 +107,7 @@ class _Tracer(TorchFunctionMode):
         with sdpa_kernel(SDPBackend.MATH) if attention else nullcontext():
             result = func(*args, **kwargs)
         flops: float = self.counter.get_total_flops() - before
-        tensors = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+        tensors = [t for t in tensors_in((args, kwargs)) if _may_need_gradient(t)]
         units = reduce(or_, map(self._mark_of, tensors), CONSTANT)
         operands = sorted(self._mark_of(t) for t in tensors if t.dim() > 1)[-2:]
         if attention:  # a fused kernel computes all gradients, whichever are needed
@@ -123,7 +123,7 @@ class _Tracer(TorchFunctionMode):
     def mark(self, value: Any, units: int) -> None:
         """Mark nested tensors."""
         for tensor in tensors_in(value):
-            self._marks[id(tensor)] = weakref.ref(tensor), units if tensor.is_floating_point() else CONSTANT
+            self._marks[id(tensor)] = weakref.ref(tensor), units if _may_need_gradient(tensor) else CONSTANT
 
     def mark_weights(self, module: nn.Module, *_: Any) -> None:
         """Mark the parameters and buffers that a module holds itself."""
@@ -156,7 +156,7 @@ class _Tracer(TorchFunctionMode):
         again = sum(self.forward) - self._started.pop()
         if not uses_reentrant_checkpointing(module):
             again -= self._tail
-        marks = (self._mark_of(t) for t in tensors_in(output) if t.is_floating_point())
+        marks = (self._mark_of(t) for t in tensors_in(output) if _may_need_gradient(t))
         if units := reduce(or_, marks, CONSTANT):
             self.backward[self._unit][units] += again
 
@@ -184,6 +184,10 @@ class _Tracer(TorchFunctionMode):
             result = operands[0]
         self.mark(result, units)
         self._seen |= units
+
+
+def _may_need_gradient(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _keeps_tensors(func: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:

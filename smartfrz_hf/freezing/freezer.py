@@ -138,7 +138,8 @@ class Freezer:
             for index in indices:
                 self._freeze(index)
             self._boundary.update(self.frozen)
-            if tied := tied_names(self.stack, new, self._frozen):
+            trained = {p for index in indices for p, flag in self._before[index].requires_grad.items() if flag}
+            if tied := tied_names(self.stack, new, trained):
                 logger.warning(f"Freezing the front also freezes {', '.join(tied)}, which is the same parameter.")
             if kept:
                 self._explanations.kept(list(kept), "stays trainable, as it was picked to be trained")

@@ -468,6 +468,21 @@ def test_a_model_that_reads_more_of_the_front_is_refused(tmp_path, always):
     assert "reads more of the front" in trainer.ledger.cache.off
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_frozen_encoder_beside_a_decoder_that_trains_is_refused(padded):
+    """Nothing asks for a gradient of what it returns, so that none can tell whether its padding is read."""
+    torch.manual_seed(0)
+    model, batch = pegasus()
+    batch["attention_mask"][:, 5:] = 0 if padded else 1
+    stack = find_blocks(model.train())
+    Freezer(stack).freeze_to(5)
+    cache = ActivationCache(stack, ActivationStore(2**24))
+    cache.freeze_to(5)
+    for _ in range(2):
+        model(**batch).loss.backward()
+    assert "cannot be served" in (cache.savings.off or "")
+
+
 # Padding
 
 

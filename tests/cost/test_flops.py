@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers as t
@@ -36,6 +37,16 @@ def test_totals_are_what_torch_counts(name, depth):
 @pytest.mark.parametrize("name", ["bert", "vit", "llama"])
 def test_totals_under_activation_checkpointing(name, checkpointing, depth):
     assert_as_torch_counts(Bench.of(name, checkpointing=checkpointing), depth)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # from peft
+@pytest.mark.parametrize("depth", [0, 2])
+def test_totals_of_adapters_that_compute_with_complex_numbers(depth):
+    """FourierFT makes the change of a weight from some of its frequencies."""
+    config = peft.FourierFTConfig(n_frequency=20, target_modules=["query", "value"], task_type="SEQ_CLS")
+    bench = Bench(peft.get_peft_model(build("bert"), config), ARCHITECTURES["bert"].batch(build("bert")))
+    # The kernel of BERT's attention, which has dropout, leaves out the gradient of keys that need none.
+    assert_as_torch_counts(bench, depth, tolerance=0.02)
 
 
 def test_depths_may_come_in_any_order():
@@ -367,6 +378,17 @@ def test_state_goes_through_json():
         assert getattr(other.meter, name) == getattr(bench.meter, name)
     assert bench.step() == other.step()
     assert not any(name.startswith("_") for name in state)
+
+
+def test_what_was_not_yet_taken_is_taken_after_resuming():
+    bench, other, earlier = Bench.of("bert"), Bench.of("bert"), Bench.of("bert")
+    bench.step()
+    bench.meter.add_forward(7)  # the front probe runs after the Trainer has counted the step
+    state = bench.meter.state_dict()
+    other.meter.load_state_dict(state)
+    assert other.meter.take() == bench.meter.take() != Flops()
+    earlier.meter.load_state_dict({name: value for name, value in state.items() if name != "taken"})
+    assert earlier.meter.take() == Flops()
 
 
 PVT = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4], "image_size": 32}

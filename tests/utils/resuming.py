@@ -69,3 +69,4 @@ def assert_same_end(first, second):
     assert ledger.stages == other_ledger.stages and ledger.decisions == other_ledger.decisions
     assert ledger.spent.backward == pytest.approx(other_ledger.spent.backward, rel=1e-9)
     assert ledger.full.total == pytest.approx(other_ledger.full.total, rel=1e-9)
+    assert trainer.state.total_flos == pytest.approx(other.state.total_flos, rel=1e-9)
