@@ -101,7 +101,9 @@ def opening_line(run: FreezingRun) -> str:
         name = f"predictor, threshold {config.freeze_threshold:g}"
     else:
         name = f"predictor, {config.operating_point}"
-    most = min(units, units if config.max_depth is None else config.max_depth)
+    most = min(units, policy.most(units), units if config.max_depth is None else config.max_depth)
+    if not most:
+        return f"SmartFRZ: no unit of {type(run.stack.model).__name__} will freeze ({name})."
     every = config.steps("decide_every", run.total_steps)
     pilot = run.observer.pilot_steps
     start = f"after the first {pilot} steps and then " if pilot else ""
