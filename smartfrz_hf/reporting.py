@@ -186,7 +186,7 @@ def model_card_section(ledger: Ledger, config: SmartFRZConfig | dict[str, Any], 
         f"were frozen at the end, and {ledger.compute_saved:.1%} of the training compute was saved. "
         f"Options: {', '.join(options) or 'the default ones'}.",
         "",
-        "| unit | parameters | froze at step | compute saved |",
+        "| unit | trainable | froze at step | compute saved |",
         "|---|---|---|---|",
         *rows,
         *(["", f"![When each unit froze]({picture})"] if picture else []),
