@@ -196,7 +196,7 @@ def _check_ddp(args: TrainingArguments, kind: DistributedType, with_mixin: bool)
             "SmartFRZ does not work with `ddp_static_graph=True`, which fixes what is trained in the first step: ranks "
             "would drift apart after a freeze. Leave it out."
         )
-    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if args.should_log and (args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
         logger.warning_once("Accelerate does not shard models on the CPU: this run asks for FSDP and uses DDP.")
     if with_mixin:
         return
@@ -206,10 +206,11 @@ def _check_ddp(args: TrainingArguments, kind: DistributedType, with_mixin: bool)
             "DDP stops at the first step after a freeze unless it looks for unused parameters. Use `SmartFRZTrainer`, or "
             "add `SmartFRZMixin` to your own Trainer class; or set `ddp_find_unused_parameters=True`."
         )
-    logger.warning(
-        "With the callback alone, DDP keeps sending the gradients of frozen units, which are zero. `SmartFRZTrainer`, or "
-        "`SmartFRZMixin` in your own Trainer class, avoids that."
-    )
+    if args.should_log:  # once a machine
+        logger.warning(
+            "With the callback alone, DDP keeps sending the gradients of frozen units, which are zero. `SmartFRZTrainer`, or "
+            "`SmartFRZMixin` in your own Trainer class, avoids that."
+        )
 
 
 def _check_fsdp(args: TrainingArguments, config: SmartFRZConfig, with_mixin: bool) -> None:

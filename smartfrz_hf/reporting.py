@@ -108,7 +108,9 @@ def opening_line(run: FreezingRun) -> str:
     pilot = run.observer.pilot_steps
     start = f"after the first {pilot} steps and then " if pilot else ""
     often = "at every step" if every == 1 else f"every {every} steps"
-    frozen = f"; {run.frozen_units} are frozen already" if run.frozen_units else ""
+    frozen = (
+        f"; {run.frozen_units} {'is' if run.frozen_units == 1 else 'are'} frozen already" if run.frozen_units else ""
+    )
     return (
         f"SmartFRZ: up to {most} of {units} units of {type(run.stack.model).__name__} may freeze, decided {start}{often} of "
         f"{run.total_steps} ({name}){frozen}."
