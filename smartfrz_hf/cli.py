@@ -72,7 +72,10 @@ def _evaluation_in(file: Path) -> Iterator[dict[str, Any]]:
     """What `smartfrz evaluate` wrote into a file. Something else is refused."""
     with _arguments_refused():
         try:
-            yield json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError(f"{file} holds no evaluation; write it with `smartfrz evaluate`.")
+            yield content
         except KeyError as error:
             raise ValueError(f"{file} lacks {error}; write it with `smartfrz evaluate`.") from error
 

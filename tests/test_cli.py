@@ -24,7 +24,9 @@ def test_version():
     assert (done.exit_code, done.output) == (0, f"smartfrz_hf {smartfrz_hf.__version__}\n")
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "Expecting property name"), ("{}", "lacks 'label'")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "Expecting property name"), ("{}", "lacks 'label'"), ("[]", "holds no evaluation")]
+)
 def test_a_damaged_evaluation_is_refused(tmp_path, content, message):
     (tmp_path / "evaluation.json").write_text(content)
     words = ["card", str(tmp_path), "--evaluation", str(tmp_path / "evaluation.json")]
