@@ -53,7 +53,7 @@ def check_other_run(model: nn.Module, other: Any) -> None:
         )
 
 
-def check_loop(model: nn.Module, optimizer: Any, total_steps: int) -> None:
+def check_loop(model: nn.Module, optimizer: Any, total_steps: int, lr_scheduler: Any) -> None:
     """
     Refuse what no training loop can go with. An optimizer without any of the model's parameters is worth a warning.
 
@@ -61,13 +61,19 @@ def check_loop(model: nn.Module, optimizer: Any, total_steps: int) -> None:
         model (`torch.nn.Module`): the unwrapped model.
         optimizer (`torch.optim.Optimizer`): plain or prepared by Accelerate.
         total_steps (`int`): optimizer steps of the run.
+        lr_scheduler (`torch.optim.lr_scheduler.LRScheduler`, *optional*): plain or prepared by Accelerate.
 
     Raises:
-        TypeError: the optimizer is none.
+        TypeError: the optimizer or the scheduler is none.
         ValueError: `total_steps` is no whole number from 1 on.
     """
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(f"`optimizer` is a {type(optimizer).__name__}; it must be a `torch.optim.Optimizer`.")
+    if lr_scheduler is not None and not hasattr(lr_scheduler, "step"):
+        raise TypeError(
+            f"`lr_scheduler` is {lr_scheduler!r}; it must be a `torch.optim.lr_scheduler.LRScheduler`, or left out if the "
+            "learning rate is constant."
+        )
     if not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(
             f"`total_steps` is {total_steps!r}; it must be the whole number of optimizer steps of the run."
@@ -190,7 +196,7 @@ def _check_ddp(args: TrainingArguments, kind: DistributedType, with_mixin: bool)
             "SmartFRZ does not work with `ddp_static_graph=True`, which fixes what is trained in the first step: ranks "
             "would drift apart after a freeze. Leave it out."
         )
-    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if args.should_log and (args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
         logger.warning_once("Accelerate does not shard models on the CPU: this run asks for FSDP and uses DDP.")
     if with_mixin:
         return
@@ -200,10 +206,11 @@ def _check_ddp(args: TrainingArguments, kind: DistributedType, with_mixin: bool)
             "DDP stops at the first step after a freeze unless it looks for unused parameters. Use `SmartFRZTrainer`, or "
             "add `SmartFRZMixin` to your own Trainer class; or set `ddp_find_unused_parameters=True`."
         )
-    logger.warning(
-        "With the callback alone, DDP keeps sending the gradients of frozen units, which are zero. `SmartFRZTrainer`, or "
-        "`SmartFRZMixin` in your own Trainer class, avoids that."
-    )
+    if args.should_log:  # once a machine
+        logger.warning(
+            "With the callback alone, DDP keeps sending the gradients of frozen units, which are zero. `SmartFRZTrainer`, or "
+            "`SmartFRZMixin` in your own Trainer class, avoids that."
+        )
 
 
 def _check_fsdp(args: TrainingArguments, config: SmartFRZConfig, with_mixin: bool) -> None:

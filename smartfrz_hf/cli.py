@@ -16,7 +16,8 @@ import typer
 
 DEFAULT_LABEL, DEFAULT_TARGET = "rewind-shift-0.03", "kept"
 
-app = typer.Typer(no_args_is_help=True)
+# `--batch_size`, as in the scripts of Transformers, is `--batch-size`.
+app = typer.Typer(no_args_is_help=True, context_settings={"token_normalize_func": lambda word: word.replace("_", "-")})
 
 
 def _tell_version(asked: bool) -> None:
@@ -56,10 +57,13 @@ def _errors_told() -> Iterator[None]:
 
 @contextmanager
 def _arguments_refused() -> Iterator[None]:
-    """Say what is wrong with the arguments, and exit with 2."""
+    """Say what is wrong with the arguments, and exit with 2; or with the machine, such as a full disk, and exit with 1."""
     try:
         yield
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system; our own have no number
+            typer.echo(f"{error}", err=True)
+            raise typer.Exit(1) from error
         raise typer.BadParameter(str(error)) from error
 
 
@@ -68,7 +72,10 @@ def _evaluation_in(file: Path) -> Iterator[dict[str, Any]]:
     """What `smartfrz evaluate` wrote into a file. Something else is refused."""
     with _arguments_refused():
         try:
-            yield json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError(f"{file} holds no evaluation; write it with `smartfrz evaluate`.")
+            yield content
         except KeyError as error:
             raise ValueError(f"{file} lacks {error}; write it with `smartfrz evaluate`.") from error
 
@@ -127,34 +134,18 @@ def estimate(
         ),
     ],
     epochs: Annotated[float, typer.Option(min=0.01, help="Passes over the training data.")] = 3.0,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, help="Rows per step.")] = 32,
-    learning_rate: Annotated[
-        float, typer.Option("--learning-rate", "--learning_rate", help="Peak learning rate.")
-    ] = 5e-5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-5,
     warmup: Annotated[float, typer.Option(min=0, help="Warm-up: below 1 a fraction of the run, else steps.")] = 0.1,
-    max_length: Annotated[
-        int, typer.Option("--max-length", "--max_length", min=1, help="Most tokens of a text.")
-    ] = 128,
-    train_rows: Annotated[
-        int | None, typer.Option("--train-rows", "--train_rows", min=1, help="Training rows. Default: all.")
-    ] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Most tokens of a text.")] = 128,
+    train_rows: Annotated[int | None, typer.Option(min=1, help="Training rows. Default: all.")] = None,
     data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--data-dir", "--data_dir", help="Folder with a folder for the task.", exists=True, file_okay=False
-        ),
+        Path | None, typer.Option(help="Folder with a folder for the task.", exists=True, file_okay=False)
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in mixed precision.")] = False,
-    from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", "--from_scratch", help="Start from random weights.")
-    ] = False,
-    operating_point: Annotated[
-        str, typer.Option("--operating-point", "--operating_point", help="conservative, balanced or aggressive.")
-    ] = "balanced",
-    target_saving: Annotated[
-        float | None,
-        typer.Option("--target-saving", "--target_saving", help="Share of the compute to be saved instead."),
-    ] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Start from random weights.")] = False,
+    operating_point: Annotated[str, typer.Option(help="conservative, balanced or aggressive.")] = "balanced",
+    target_saving: Annotated[float | None, typer.Option(help="Share of the compute to be saved instead.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="About how long to measure.")] = 30.0,
 ) -> None:
     """Tell what freezing would save in a training on this machine, and whether it pays. Takes about a minute."""
@@ -193,7 +184,10 @@ def estimate(
 def harvest(
     runs: Annotated[Path, typer.Argument(help="JSON file with the list of runs.", exists=True, dir_okay=False)],
     out: Annotated[
-        Path, typer.Option(help="Folder for one Parquet file per run. Runs that are already there are kept.")
+        Path,
+        typer.Option(
+            help="Folder for one Parquet file per run. Runs that are already there are kept.", file_okay=False
+        ),
     ],
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of local copies of the data, DATA/*.parquet. Default: the Hub.")
@@ -213,7 +207,9 @@ def harvest(
 @app.command()
 def evaluate(
     runs: RunsFolder,
-    out: Annotated[Path, typer.Option(help="JSON file for the evaluation. Two charts are written next to it.")],
+    out: Annotated[
+        Path, typer.Option(help="JSON file for the evaluation. Two charts are written next to it.", dir_okay=False)
+    ],
     label: Annotated[
         str, typer.Option(help="What counts as converged, such as cka-0.99, settled or rewind-shift-0.03.")
     ] = DEFAULT_LABEL,
@@ -247,9 +243,10 @@ def evaluate(
             weights_per_unit=weights_per_unit,
             front_probe=form == "dynamics" if front_probe is None else front_probe,
         )
+        out.parent.mkdir(parents=True, exist_ok=True)  # before the long part
         results = evaluation.evaluate(runs, label, target, config, options)
-    _write_json(results, out)
-    _import("card").draw_charts(results, out.parent, prefix=f"{out.stem}_")
+        _write_json(results, out)
+        _import("card").draw_charts(results, out.parent, prefix=f"{out.stem}_")
     for name in evaluation.GROUPS:
         typer.echo(f"\n{name.replace('_', ' ')}: {results[name]['rows']} rows")
         for rule, part in [("predictor", results[name]), *results[name]["rules"].items()]:
@@ -260,7 +257,7 @@ def evaluate(
 def fit(
     runs: RunsFolder,
     evaluation: EvaluationFile,
-    out: Annotated[Path, typer.Option(help="Folder for the predictor, its model card and charts.")],
+    out: Annotated[Path, typer.Option(help="Folder for the predictor, its model card and charts.", file_okay=False)],
 ) -> None:
     """Fit a predictor to all runs, in the way that was evaluated, and save it with its model card."""
     with _evaluation_in(evaluation) as evaluated:
@@ -280,7 +277,9 @@ def fit_start(
             help="Folder of a predictor; the start predictor is added to it.", exists=True, file_okay=False
         ),
     ],
-    out: Annotated[Path, typer.Option(help="JSON file for the evaluation on held-out families and tasks.")],
+    out: Annotated[
+        Path, typer.Option(help="JSON file for the evaluation on held-out families and tasks.", dir_okay=False)
+    ],
 ) -> None:
     """Fit what decides which front freezes from the start, evaluate it, and add it to a predictor."""
     from .predictor import load_predictor
@@ -290,8 +289,8 @@ def fit_start(
         pairs = _import("start_pairs").read_pairs(results)
         evaluation = start.evaluate_start(pairs)
         joined = start.add_start(load_predictor(predictor.resolve()), pairs, evaluation)
-    _write_json(evaluation, out)
-    joined.save_pretrained(predictor)
+        _write_json(evaluation, out)
+        joined.save_pretrained(predictor)
     for group in ("family", "task"):
         for rule, by_tolerance in evaluation[group].items():
             for tolerance, found in by_tolerance.items():

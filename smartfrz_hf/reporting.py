@@ -101,12 +101,16 @@ def opening_line(run: FreezingRun) -> str:
         name = f"predictor, threshold {config.freeze_threshold:g}"
     else:
         name = f"predictor, {config.operating_point}"
-    most = min(units, units if config.max_depth is None else config.max_depth)
+    most = min(units, policy.most(units), units if config.max_depth is None else config.max_depth)
+    if not most:
+        return f"SmartFRZ: no unit of {type(run.stack.model).__name__} will freeze ({name})."
     every = config.steps("decide_every", run.total_steps)
     pilot = run.observer.pilot_steps
     start = f"after the first {pilot} steps and then " if pilot else ""
     often = "at every step" if every == 1 else f"every {every} steps"
-    frozen = f"; {run.frozen_units} are frozen already" if run.frozen_units else ""
+    frozen = (
+        f"; {run.frozen_units} {'is' if run.frozen_units == 1 else 'are'} frozen already" if run.frozen_units else ""
+    )
     return (
         f"SmartFRZ: up to {most} of {units} units of {type(run.stack.model).__name__} may freeze, decided {start}{often} of "
         f"{run.total_steps} ({name}){frozen}."
@@ -184,7 +188,7 @@ def model_card_section(ledger: Ledger, config: SmartFRZConfig | dict[str, Any], 
         f"were frozen at the end, and {ledger.compute_saved:.1%} of the training compute was saved. "
         f"Options: {', '.join(options) or 'the default ones'}.",
         "",
-        "| unit | parameters | froze at step | compute saved |",
+        "| unit | trainable | froze at step | compute saved |",
         "|---|---|---|---|",
         *rows,
         *(["", f"![When each unit froze]({picture})"] if picture else []),

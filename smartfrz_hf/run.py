@@ -64,6 +64,7 @@ class FreezingRun:
         should_stop (`bool`): whether nothing is left to train and `when_all_frozen="stop"` asks to stop then.
 
     Raises:
+        TypeError: the optimizer, the scheduler, the policy or an option is of the wrong type.
         ValueError: the model has no repeated blocks, nothing in it is left to freeze, another run freezes it
             already, or the configuration does not fit the model.
         OSError: the predictor's files are missing or damaged.
@@ -107,7 +108,7 @@ class FreezingRun:
         check_wrapper(model)
         check_stack(self.stack)
         check_other_run(self.stack.model, FreezingRun.of(self.stack.model))
-        check_loop(self.stack.model, optimizer, total_steps)
+        check_loop(self.stack.model, optimizer, total_steps, lr_scheduler)
         self._model, self.total_steps, self.steps_done = model, total_steps, 0
         self._begun = False
         between_stages = config.steps("decide_every", total_steps)

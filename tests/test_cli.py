@@ -1,7 +1,9 @@
 """The command line itself; what its commands do is tested beside them."""
 
+import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -22,7 +24,9 @@ def test_version():
     assert (done.exit_code, done.output) == (0, f"smartfrz_hf {smartfrz_hf.__version__}\n")
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "Expecting property name"), ("{}", "lacks 'label'")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "Expecting property name"), ("{}", "lacks 'label'"), ("[]", "holds no evaluation")]
+)
 def test_a_damaged_evaluation_is_refused(tmp_path, content, message):
     (tmp_path / "evaluation.json").write_text(content)
     words = ["card", str(tmp_path), "--evaluation", str(tmp_path / "evaluation.json")]
@@ -48,3 +52,23 @@ def test_completion(shell):
     words |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args", "_SMARTFRZ_COMPLETE": f"complete_{shell}"}
     done = CliRunner().invoke(app, [], env=words, prog_name="smartfrz")
     assert "report" in done.output and "push" not in done.output
+
+
+@pytest.mark.parametrize(("number", "status"), [(None, 2), (errno.ENOSPC, 1)])
+def test_a_full_disk_is_no_wrong_argument(tmp_path, monkeypatch, number, status):
+    def fail(self, **_):
+        raise OSError(number, "No space left on device") if number else OSError("no such run")
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    (tmp_path / "evaluation.json").touch()
+    done = CliRunner().invoke(app, ["card", str(tmp_path), "--evaluation", str(tmp_path / "evaluation.json")])
+    assert done.exit_code == status and ("No space left" in done.output) == (status == 1)
+    assert ("Invalid value" in done.output) == (status == 2)
+
+
+def test_options_are_shown_whole_and_take_underscores_too(tmp_path):
+    done = CliRunner().invoke(app, ["estimate", "--help"], env={"COLUMNS": "80", "TERM": "dumb"})
+    assert "--operating-point " in done.output and "…" not in done.output
+    for option in ("--batch_size=0", "--batch-size=0"):
+        done = CliRunner().invoke(app, ["estimate", "--model", "x", "--task", "y", option])
+        assert done.exit_code == 2 and "'--batch-size'" in done.output

@@ -89,10 +89,19 @@ def test_progress_bar_and_lines(tmp_path, capsys):
     assert "frozen 2/5" in err
     first, *_, last = [line for line in out.splitlines() if line.startswith("SmartFRZ")]
     assert first == (
-        "SmartFRZ: up to 5 of 5 units of BertForSequenceClassification may freeze, decided at every step of 20 "
+        "SmartFRZ: up to 2 of 5 units of BertForSequenceClassification may freeze, decided at every step of 20 "
         "(policy static); 2 are frozen already."
     )
     assert last.startswith("SmartFRZ: 2 of 5 units are frozen at the end, the first froze at step 0 of 20; saved ")
+
+
+def test_a_policy_that_freezes_nothing_says_so(tmp_path, capsys):
+    train(tmp_path, [SmartFRZCallback(policy="never")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SmartFRZ")]
+    assert lines == [
+        "SmartFRZ: no unit of BertForSequenceClassification will freeze (policy never).",
+        "SmartFRZ: nothing froze in 20 steps.",
+    ]
 
 
 def test_a_quiet_log_is_quiet(tmp_path, capsys):

@@ -249,6 +249,13 @@ def test_an_optimizer_of_another_model_is_told(caplog):
         transformers_logging.disable_propagation()
 
 
+def test_a_scheduler_that_is_none_is_refused():
+    model, optimizer, *_ = set_up()
+    with pytest.raises(TypeError, match="`lr_scheduler` is 3; it must be a `torch.optim.lr_scheduler.LRScheduler`"):
+        FreezingRun(model, optimizer, STEPS, policy="never", lr_scheduler=3)
+    assert_left_alone(model)
+
+
 def test_answers_of_a_policy_are_checked():
     class Wrong(Policy):
         def decide(self, observation):

@@ -181,7 +181,7 @@ class Ledger:
         if not self.units:
             return "Nothing to show: training has not begun."
         saved, steps = self.unit_compute_saved, self.freeze_steps
-        rows = [("unit", "parameters", "froze at step", "compute saved")]
+        rows = [("unit", "trainable", "froze at step", "compute saved")]
         for unit in (*self.units, HEAD):
             parameters = f"{self.unit_parameters[unit]:,}" if unit in self.unit_parameters else "?"
             rows.append((unit, parameters, str(steps.get(unit, "-")), f"{saved.get(unit, 0.0):.1%}"))

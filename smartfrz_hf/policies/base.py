@@ -62,7 +62,8 @@ class Decision:
     What a policy answers.
 
     Attributes:
-        depth (`int`): units of the front to freeze. A depth below the current one changes nothing.
+        depth (`int`): units of the front to freeze. A depth below the current one changes nothing, and one beyond the number of
+            units freezes all of them.
         reason (`str`): why, for the ledger and the log.
         unfreeze (`bool`): whether all units train again first.
         probabilities (`list[float]`, *optional*): that each active unit has converged, front first, for the report.
@@ -129,6 +130,15 @@ class Policy(ABC):
         Answer at a freezing stage. Called once before the first step, too. With several processes each one asks its own
         policy, and all take the answer of process 0.
         """
+
+    def most(self, units: int) -> int:
+        """
+        The most units that may ever freeze, which the line at the start of a run says.
+
+        Args:
+            units (`int`): number of units.
+        """
+        return units
 
     def before_update(self, now: BeforeUpdate) -> None:  # noqa: B027
         """

@@ -24,3 +24,7 @@ class LinearPolicy(Policy):
         reached = max(0.0, (observation.progress - self.start) / (1 - self.start))
         depth = share_of(reached * self.level, observation.units)
         return Decision(max(depth, observation.depth), f"schedule at {observation.progress:.0%} of the run")
+
+    def most(self, units: int) -> int:
+        """The depth at the end of the run."""
+        return share_of(self.level, units)

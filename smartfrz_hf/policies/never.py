@@ -9,3 +9,7 @@ class NeverPolicy(Policy):
     def decide(self, observation: Observation) -> Decision:
         """Keep the depth."""
         return Decision(observation.depth, "never")
+
+    def most(self, units: int) -> int:
+        """None."""
+        return 0

@@ -44,6 +44,7 @@ def register_policy(name: str, make: Callable[[SmartFRZConfig], Policy]) -> None
         make (`Callable[[SmartFRZConfig], Policy]`): makes it from a configuration; a class that takes one will do.
 
     Raises:
+        TypeError: the name is no string, or `make` cannot be called.
         ValueError: the name is taken.
 
     Example:
@@ -66,6 +67,13 @@ def register_policy(name: str, make: Callable[[SmartFRZConfig], Policy]) -> None
     'half_time'
     ```
     """
+    if not isinstance(name, str):
+        raise TypeError(f"The name of a policy is {name!r}; it must be a string.")
+    if not callable(make):
+        raise TypeError(
+            f"`make` is {make!r}; it must be a function that takes a `SmartFRZConfig` and returns a `Policy`, such as "
+            "`lambda config: MyPolicy()`."
+        )
     if name in POLICIES and _makers.get(name) is not make:
         raise ValueError(f"There is a policy {name!r} already; choose another name than {', '.join(POLICIES)}.")
     if name not in POLICIES:
@@ -82,12 +90,18 @@ def make_policy(config: SmartFRZConfig, predictor: SmartFRZPredictor | None = No
         predictor ([`SmartFRZPredictor`], *optional*): used in place of the one that the configuration names.
 
     Raises:
+        TypeError: the function that was registered for it returned no policy.
         OSError: the predictor's files are missing or damaged, or the Hub cannot be reached.
     """
     if config.policy in PEERS:
         return PEERS[config.policy]()
     if config.policy != "smartfrz":
-        return _makers[config.policy](config)
+        policy = _makers[config.policy](config)
+        if not isinstance(policy, Policy):
+            raise TypeError(
+                f"What was registered as {config.policy!r} returned {policy!r}; it must return an instance of a subclass of `Policy`."
+            )
+        return policy
     if predictor is None:
         predictor = load_predictor(config.predictor, revision=config.predictor_revision)
     threshold, after_start = config.freeze_threshold, None

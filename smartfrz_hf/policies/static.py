@@ -20,10 +20,14 @@ class StaticPolicy(Policy):
 
     def decide(self, observation: Observation) -> Decision:
         """Freeze to the fixed depth."""
-        depth = share_of(self.depth, observation.units) if self.depth < 1 else int(self.depth)
+        depth = self.most(observation.units)
         if depth > observation.units:
             raise ValueError(
                 f"`static_depth` is {depth}, but the model has {observation.units} units (the stem and "
                 f"{observation.units - 1} blocks); it must be at most {observation.units}."
             )
         return Decision(max(depth, observation.depth), "static")
+
+    def most(self, units: int) -> int:
+        """The fixed depth."""
+        return share_of(self.depth, units) if self.depth < 1 else int(self.depth)

@@ -1,5 +1,6 @@
 """Loading a predictor from the package, a folder or the Hub, and uploading one."""
 
+import json
 import os
 from pathlib import Path
 
@@ -96,6 +97,12 @@ def load_predictor(
             "`smartfrz fit` has written."
         )
     try:
+        kind = dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))).get("model_type")
+        if kind != SmartFRZPredictorConfig.model_type:
+            raise OSError(
+                f"The folder or repository {source} holds a model of type {kind!r}, not a predictor; give one that `smartfrz fit` "
+                "has written."
+            )
         config = SmartFRZPredictorConfig.from_pretrained(folder)
         # `from_pretrained` of the model would show a progress bar, for a file of a few kilobytes.
         with torch.device("meta"):

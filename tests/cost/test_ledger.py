@@ -30,13 +30,13 @@ def ledger(**changes):
 
 def test_the_summary_is_a_table_of_units_with_totals():
     assert str(ledger()).splitlines() == [
-        "unit     parameters  froze at step  compute saved",
-        "-------------------------------------------------",
-        "stem          1,000             20          50.0%",
-        "block.0       2,500             60           0.0%",
-        "block.1       2,500              -           0.0%",
-        "head             10              -           0.0%",
-        "-------------------------------------------------",
+        "unit     trainable  froze at step  compute saved",
+        "------------------------------------------------",
+        "stem         1,000             20          50.0%",
+        "block.0      2,500             60           0.0%",
+        "block.1      2,500              -           0.0%",
+        "head            10              -           0.0%",
+        "------------------------------------------------",
         "frozen now: 2 of 3 units, 3,500 of 6,010 trainable parameters (58.2%)",
         "compute saved: 25.0% (90 of 120 FLOPs spent)",
     ]

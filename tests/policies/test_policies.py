@@ -15,6 +15,8 @@ from smartfrz_hf.policies import (
     SmartFRZPolicy,
     StaticPolicy,
     make_policy,
+    register_policy,
+    registry,
 )
 from smartfrz_hf.signals.schedule import LearningRates
 from smartfrz_hf.signals.weights import WeightHistory
@@ -140,6 +142,27 @@ def test_values_that_are_not_finite_freeze_nothing(value):
     history._ring[4, 0, 0] = value
     decision = policy.decide(seen(history=history))
     assert decision.depth == 0 and "not finite" in decision.reason
+
+
+def test_only_what_makes_a_policy_can_be_registered():
+    for make in (3, NeverPolicy()):
+        with pytest.raises(TypeError, match="`make` is .*must be a function that takes a `SmartFRZConfig`"):
+            register_policy("x", make)
+    with pytest.raises(TypeError, match="The name of a policy is 3"):
+        register_policy(3, NeverPolicy)
+    with pytest.raises(ValueError, match="There is a policy 'never' already"):
+        register_policy("never", NeverPolicy)
+
+
+def test_what_is_registered_must_return_a_policy(monkeypatch):
+    monkeypatch.setitem(registry._makers, "never", lambda config: NeverPolicy)
+    with pytest.raises(TypeError, match="registered as 'never' returned <class .*; it must return an instance"):
+        make_policy(SmartFRZConfig(policy="never"))
+
+
+def test_how_many_units_may_freeze_at_most():
+    told = [policy.most(7) for policy in (StaticPolicy(0.5), StaticPolicy(4), LinearPolicy(0.5, 0.5), NeverPolicy())]
+    assert told == [3, 4, 3, 0]
 
 
 def test_make_policy():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from hub_server import TOKEN, HubServer
 
 from smartfrz_hf import SmartFRZPredictor, SmartFRZPredictorConfig
-from smartfrz_hf.predictor import FILES
+from smartfrz_hf.predictor import FILES, default_predictor_path, load_predictor
 
 REPO = "me/mine"
 
@@ -188,3 +189,14 @@ def test_pickled_weights_are_refused_and_not_downloaded(hub, run, folder, tmp_pa
     hub.commit(REPO, {"config.json": (folder / "config.json").read_bytes(), "pytorch_model.bin": pickled})
     assert "safetensors" in load(run)["error"]
     assert not any("GET" in request and ".bin" in request for request in hub.requests)
+
+
+def test_another_model_is_no_predictor(tmp_path):
+    folder = shutil.copytree(default_predictor_path(), tmp_path / "other")
+    for content, message in (
+        ('{"model_type": "bert"}', "holds a model of type 'bert', not a predictor"),
+        ("{", "is damaged"),
+    ):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(OSError, match=message):
+            load_predictor(folder)
