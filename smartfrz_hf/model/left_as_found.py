@@ -21,13 +21,14 @@ def attributes_left_as_found(model: nn.Module) -> Iterator[None]:
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     attributes = [(vars(module), vars(module).copy()) for module in model.modules()]
     held = [value for _, fields in attributes for name, value in fields.items() if name not in EXCHANGED]
-    contents = [(value, value.copy()) for value in held if type(value) in CONTAINERS]
+    contents = [(container, container.copy()) for container in _containers(held)]
     try:
         yield
     finally:
         for fields, before in attributes:
-            fields.clear()
-            fields.update(before)
+            if len(fields) != len(before) or any(fields.get(name) is not value for name, value in before.items()):
+                fields.clear()
+                fields.update(before)
         for value, copied in contents:
             value.clear()
             value.extend(copied) if isinstance(value, list | deque) else value.update(copied)
@@ -35,9 +36,28 @@ def attributes_left_as_found(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, values in buffers:
                 if getattr(module, name) is not buffer:
                     setattr(module, name, buffer)
-                if not torch.equal(buffer, values):
+                if not _equal(buffer, values):
                     # Through `.data`, as batch norm writes: a backward pass that is still to come may have saved the buffer.
                     buffer.data.copy_(values)
+
+
+def _containers(values: list[Any]) -> list[Any]:
+    """Lists, dictionaries, sets and queues among some values, and those in them."""
+    found, waiting = {}, values
+    while waiting:
+        value = waiting.pop()
+        if type(value) in CONTAINERS and id(value) not in found:
+            found[id(value)] = value
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+    return [*found.values()]
+
+
+def _equal(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are equal. Those that cannot be compared, sparse ones or ones without data, count as equal."""
+    try:
+        return torch.equal(tensor, other)
+    except RuntimeError:
+        return True
 
 
 @contextlib.contextmanager

@@ -30,6 +30,8 @@ class Counts(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear, self.calls, self.seen, self.names = nn.Linear(WIDTH, WIDTH), 0, deque(maxlen=5), {}
+        self.nested = {"calls": []}
+        self.register_buffer("sparse", torch.eye(WIDTH).to_sparse())
         self.register_buffer("mean", torch.zeros(WIDTH))
         self.extra = False
 
@@ -42,7 +44,9 @@ class Counts(nn.Module):
         self.names[self.calls] = len(self.names)
         with torch.no_grad():
             self.mean.lerp_(hidden.mean(0), 0.1)
-        own = 0.1 * self.calls + sum(self.seen) + 0.1 * len(self.names) + self.mean
+        self.nested["calls"].append(self.calls)
+        hidden = torch.sparse.mm(self.sparse, hidden.T).T
+        own = 0.1 * (self.calls + len(self.nested["calls"])) + sum(self.seen) + 0.1 * len(self.names) + self.mean
         return hidden + torch.tanh(self.linear(hidden) + own)
 
 
@@ -88,6 +92,11 @@ def test_a_run_that_only_looks_is_a_plain_one():
     expected = losses(copy.deepcopy(model), False)
     assert losses(copy.deepcopy(model), True) == expected
     assert Looks.passes > 5
+
+
+def test_blocks_of_a_model_without_data():
+    with torch.device("meta"):
+        assert [unit.name for unit in find_blocks(build("bert"))] == [unit.name for unit in find_blocks(build("bert"))]
 
 
 def test_outputs_are_recorded_once_after_a_pass_that_found_the_blocks():
