@@ -118,13 +118,13 @@ class StageRunner:
         """The units that process 0 freezes, and whether everything trains again first, in all processes."""
         units = len(self._front.stack)
         try:
-            depth, apart = min(index(decision.depth), units), {index(unit) for unit in decision.apart}
+            depth, apart = max(0, min(index(decision.depth), units)), {index(unit) for unit in decision.apart}
         except TypeError:
-            depth, apart = -1, set()
-        if depth < 0 or not apart <= set(range(units)):
+            depth, apart = 0, {-1}
+        if not apart <= set(range(units)):
             raise ValueError(
                 f"`decide` of {type(self._policy).__name__} gave depth={decision.depth!r} and apart={decision.apart!r}; `depth` "
-                f"must be a whole number of units, at least 0, and `apart` a set of indices of units, from 0 to {units - 1}."
+                f"must be a whole number of units, and `apart` a set of indices of units, from 0 to {units - 1}."
             )
         most = units if self._config.max_depth is None else self._config.max_depth
         wanted = {*range(depth), *(apart if self._config.order == "independent" else ())}

@@ -11,16 +11,17 @@ from torch import nn
 from .._compat import TorchDispatchMode, written_arguments
 
 CONTAINERS = (list, dict, OrderedDict, set, deque)
-EXCHANGED = ("_parameters", "_buffers")  # by FSDP2, for a pass
+# The tables of every module but those of forward hooks: in its first pass, FSDP2 puts hooks and parameters into them, to stay.
+TABLES = {name for name in vars(nn.Module()) if not name.startswith("_forward")}
 
 
 @contextlib.contextmanager
 def attributes_left_as_found(model: nn.Module) -> Iterator[None]:
-    """Undo what the model's own code does to its attributes, hooks and buffers in its forward pass, such as counters, queues and statistics."""
+    """Undo what the model's own code does to its attributes, hooks and buffers in its forward pass: counters, queues, statistics."""
     # Kernels of batch norm do not say that they write to their statistics, so these are copied beforehand.
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     attributes = [(vars(module), vars(module).copy()) for module in model.modules()]
-    held = [value for _, fields in attributes for name, value in fields.items() if name not in EXCHANGED]
+    held = [value for _, fields in attributes for name, value in fields.items() if name not in TABLES]
     contents = [(container, container.copy()) for container in _containers(held)]
     try:
         yield

@@ -237,7 +237,7 @@ def test_weights_of_another_configuration_are_refused(tmp_path):
     with pytest.raises(OSError, match="damaged"):
         load_predictor(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(OSError, match="not a valid JSON file"):
+    with pytest.raises(OSError, match="damaged and cannot be read"):
         load_predictor(tmp_path)
 
 
