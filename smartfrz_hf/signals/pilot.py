@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from ..model.units import BlockStack, Unit
 from .pilot_signals import EPSILON, PilotSignals
@@ -45,11 +46,9 @@ def is_regression(model: nn.Module) -> bool:
 
 
 def is_language_model(model: nn.Module) -> bool:
-    """Whether a model of Transformers predicts tokens: causal, masked, or sequence to sequence."""
-    known: Any = model
-    if not hasattr(model, "get_output_embeddings"):
-        return False
-    return known.get_output_embeddings() is not None or known.can_generate()
+    """Whether a model of Transformers, or one in it, predicts tokens: causal, masked, or sequence to sequence."""
+    found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return any(each.get_output_embeddings() is not None or each.can_generate() for each in found)
 
 
 class Pilot:

@@ -8,6 +8,7 @@ from architectures import build
 from torch import nn
 
 from smartfrz_hf import Decision, FreezingRun, Policy, find_blocks
+from smartfrz_hf.model.left_as_found import attributes_left_as_found
 
 STEPS, WIDTH = 24, 8
 
@@ -94,9 +95,11 @@ def test_a_run_that_only_looks_is_a_plain_one():
     assert Looks.passes > 5
 
 
-def test_blocks_of_a_model_without_data():
-    with torch.device("meta"):
-        assert [unit.name for unit in find_blocks(build("bert"))] == [unit.name for unit in find_blocks(build("bert"))]
+def test_buffers_without_data_are_left_alone():
+    model = build("bert").to("meta")
+    with attributes_left_as_found(model):
+        model.marked = True
+    assert not hasattr(model, "marked")
 
 
 def test_outputs_are_recorded_once_after_a_pass_that_found_the_blocks():

@@ -175,6 +175,7 @@ def test_a_language_model_freezes_nothing_from_the_start(shares, name):
     """It needs its whole depth, stem and all: the loss of a text falls with every block that trains."""
     model = build_tiny(name)
     assert pilot.is_language_model(model) and not pilot.is_language_model(build("bert"))
+    assert pilot.is_language_model(torch.nn.ModuleList([model])), "a model of one's own around it"
     optimizer, batch = torch.optim.AdamW(model.parameters()), make_batch(model)
     with FreezingRun(model, optimizer, STEPS, predictor=predictor_that_loses(0.01), inputs=batch) as run:
         for _ in range(STEPS):
