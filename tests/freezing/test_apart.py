@@ -268,7 +268,6 @@ def test_units_with_nothing_to_train_leave_no_gap(tmp_path):
         (float("inf"), ()),
         (None, ()),
         (0.5, ()),
-        (-1, ()),
     ],
 )
 def test_a_decision_that_makes_no_sense_is_refused(depth, apart):
