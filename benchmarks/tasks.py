@@ -1,6 +1,5 @@
-"""Models and tasks of the benchmarks: rows of a data set, ready for a model, from local folders."""
+"""Models and tasks of the benchmarks, and how good a model is on its task. `loading` makes them."""
 
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,29 +7,15 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as parquet
 import torch
-from PIL import Image
 from scipy.stats import spearmanr
-from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, TrainingArguments
 
 from smartfrz_hf.model.tracing import evaluation_mode
 
 Row = dict[str, Any]
-MAX_HELD_OUT = 1000
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# For short rows in bf16 on a CPU, eager attention is a quarter faster than the fused one.
-ATTENTION = {"attn_implementation": "eager"} if DEVICE == "cpu" else {}
+NOT_SCORED = -100  # the label of a token that no loss counts, as in Transformers
 
 
 @dataclass(frozen=True)
@@ -46,7 +31,7 @@ class Pair:
         frozen_blocks (`list[int]`): blocks that are frozen from the start, besides the stem; one run each.
         role (`str`): what the pair is for. `"judge"` is kept for judging what was learned, and never run by the harvest.
         schedule (`str`): of the learning rate, as Transformers names it.
-        objective (`str`): `"labels"`, or `"language"`: the next token of the texts.
+        objective (`str`): `"labels"`, one a row; `"tags"`, one a word; or `"language"`, the next token of the texts.
         augment (`bool`): whether training pictures are flipped and shifted at random.
         bf16 (`bool`): whether runs use bf16 autocast.
     """
@@ -118,6 +103,7 @@ class Task:
         probe (`list[dict]`): rows of the training split that are not trained on.
         collate (`Callable`): makes a batch of rows.
         labels (`int`): classes, 1 for a regression, 0 for a language model.
+        objective (`str`): as in [`Pair`].
         train_collate (`Callable`, *optional*): makes a training batch; like `collate` by default.
         vocabulary (`int`, *optional*): tokens that the model knew before those that do not occur were left out.
     """
@@ -128,6 +114,7 @@ class Task:
     probe: list[Row]
     collate: Callable[[list[Row]], dict[str, torch.Tensor]]
     labels: int
+    objective: str = "labels"
     vocabulary: int | None = None
     train_collate: Callable[[list[Row]], dict[str, torch.Tensor]] | None = None
 
@@ -152,15 +139,35 @@ class Task:
                 logits[places] = self.model(**batch).logits.float().cpu()
         return logits, labels
 
+    def tag_outputs(self, rows: Sequence[Row]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Logits `(words, classes)` and labels `(words,)` of each row, as [`~Task.outputs`]."""
+        found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        with evaluation_mode(self.model), bf16_autocast():
+            for places, batch in self.batches(rows):
+                labels = batch.pop("labels").cpu()
+                logits = self.model(**batch).logits.float().cpu()
+                scored = labels != NOT_SCORED
+                found |= {place: (logits[i][scored[i]], labels[i][scored[i]]) for i, place in enumerate(places)}
+        logits, labels = zip(*(found[i] for i in range(len(rows))), strict=True)
+        return list(logits), list(labels)
+
     def evaluate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """
         How good the model is on some rows, in evaluation mode under bf16 autocast.
 
         Returns:
-            `dict`: `"loss"`, `"points"` (see [`points`]; for a language model, -100 times the loss, so that one point is one
-            percent of perplexity) and, for classes, `"correct"`: one bit a row, in hexadecimal, the first row first.
+            `dict`: `"loss"`, `"points"` (see [`points`]; for tags, see [`tagging_points`]; for a language model, -100 times the
+            loss, so that one point is one percent of perplexity) and, for classes, `"correct"`: one bit a row, in hexadecimal,
+            the first row first.
         """
-        if not self.labels:
+        if self.objective == "tags":
+            logits, labels = self.tag_outputs(rows)
+            flat = [torch.cat(each) for each in (logits, labels)]
+            return {
+                "loss": float(losses(*flat).mean()),
+                "points": tagging_points(logits, labels, self.model.config.id2label),
+            }
+        if self.objective == "language":
             with evaluation_mode(self.model), bf16_autocast():
                 sums = [(len(some), float(self.model(**batch).loss)) for some, batch in self.batches(rows, 16)]
             loss = sum(count * value for count, value in sums) / len(rows)
@@ -213,157 +220,20 @@ def points(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return 100 * float((logits.argmax(1) == labels).float().mean())
 
 
-def find_data(task: str, data_dirs: Sequence[Path]) -> Path | None:
-    """The folder of a task in the first of the data folders that has it."""
-    return next((folder / task for folder in data_dirs if (folder / task / "train.parquet").is_file()), None)
-
-
-def read_rows(folder: Path, seed: int, rows: int, spare: int) -> tuple[list[Row], list[Row], list[Row]]:
-    """Training rows, further rows of the training split, and held-out rows; drawn with the seed, held-out rows with 0."""
-
-    def some(split: str, most: int, seed: int) -> list[Row]:
-        table = parquet.read_table(folder / f"{split}.parquet")
-        return table.take(np.random.default_rng(seed).permutation(len(table))[:most]).to_pylist()
-
-    train = some("train", rows + spare, seed)
-    held_out = some("validation" if (folder / "validation.parquet").is_file() else "test", MAX_HELD_OUT, 0)
-    return train[:rows], train[rows:], held_out
-
-
-def load_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path, spare: int = 32) -> Task:
+def tagging_points(logits: list[torch.Tensor], labels: list[torch.Tensor], names: dict[int, str]) -> float:
     """
-    Model and rows of a pair. The process's random state decides the head's first weights.
+    Words with the right tag, in percent; where one of the tags is `O`, 100 times the F1 score of the entities, as CoNLL counts
+    them.
 
     Args:
-        pair ([`Pair`]): which.
-        model (`dict`): its entry in the plan.
-        folder (`Path`): the pretrained model.
-        data (`Path`): holds `train.parquet` and `validation.parquet` or `test.parquet`.
-        spare (`int`, *optional*, defaults to 32): rows of the training split to set aside.
+        logits (`list[torch.Tensor]`): `(words, classes)` for each row.
+        labels (`list[torch.Tensor]`): `(words,)` for each row.
+        names (`dict[int, str]`): the tags.
     """
-    if pair.objective == "language":
-        return _language_task(pair, model, folder, data)
-    parts = read_rows(data, pair.seed, pair.rows, spare)
-    texts = [column for column in parts[0][0] if "sentence" in column]
-    regression = isinstance(parts[0][0]["label"], float)
-    labels = 1 if regression else 1 + max(row["label"] for part in parts for row in part)
-    if "from_scratch" in model:
-        options = dict(model["from_scratch"])
-        config = AutoConfig.for_model(options.pop("model_type"), num_labels=labels, **options)
-    else:
-        config = AutoConfig.from_pretrained(folder, num_labels=labels, **model.get("config", {}))
-    if regression:
-        config.problem_type = "regression"
-    loading = {"config": config, "dtype": torch.float32} | ATTENTION
-    if texts:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = [each.argmax(1) for each in logits]
+    if "O" not in names.values():
+        return 100 * float((torch.cat(found) == torch.cat(labels)).float().mean())
+    from seqeval.metrics import f1_score
 
-        def tokenize(part: list[Row]) -> list[Row]:
-            if not part:
-                return []
-            columns = [[row[text] for row in part] for text in texts]
-            if tokenizer.sep_token is None:  # nothing would stand between the two texts
-                columns = [["\n".join(pieces) for pieces in zip(*columns, strict=True)]]
-            tokens = tokenizer(*columns, truncation=True, max_length=pair.max_length)
-            return [{k: v[i] for k, v in tokens.items()} | {"label": row["label"]} for i, row in enumerate(part)]
-
-        loaded = _load(AutoModelForSequenceClassification, folder, loading, "from_scratch" in model)
-        train, probe, held_out = (tokenize(part) for part in parts)
-        vocabulary = _trim_vocabulary(loaded, [*train, *probe, *held_out], tokenizer.pad_token_id)
-        return Task(loaded, train, held_out, probe or held_out[:spare], _pad, labels, vocabulary)
-    train, probe, held_out = (_pixels(part, config.image_size) for part in parts)
-    images = loading | {"ignore_mismatched_sizes": True}
-    loaded = _load(AutoModelForImageClassification, folder, images, "from_scratch" in model)
-    training = _stack_moved_images if pair.augment else None
-    return Task(loaded, train, held_out, probe or held_out[:spare], _stack_images, labels, train_collate=training)
-
-
-def _language_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path) -> Task:
-    """The texts of a data set in one line, cut into blocks of `max_length` tokens. Held-out blocks are the same for each seed."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def blocks(split: str, most: int, seed: int) -> list[Row]:
-        table = parquet.read_table(data / f"{split}.parquet")
-        column = next(name for name in table.column_names if "sentence" in name)
-        texts = tokenizer(table[column].to_pylist(), add_special_tokens=False)["input_ids"]
-        line = [token for text in texts for token in [*text, tokenizer.eos_token_id]]
-        starts = np.random.default_rng(seed).permutation(len(line) // pair.max_length)[:most]
-        return [{"input_ids": line[i * pair.max_length : (i + 1) * pair.max_length]} for i in starts.tolist()]
-
-    config = AutoConfig.from_pretrained(folder, **model.get("config", {}))
-    loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, **ATTENTION).to(DEVICE)
-    held_out = blocks("validation" if (data / "validation.parquet").is_file() else "test", MAX_HELD_OUT // 4, 0)
-    train = blocks("train", pair.rows, pair.seed)
-    if len(train) < pair.rows:
-        raise ValueError(
-            f"{data} has {len(train)} blocks of {pair.max_length} tokens; {pair.name} asks for {pair.rows}."
-        )
-    return Task(loaded, train, held_out, held_out[:32], _next_tokens, 0)
-
-
-def _load(auto: Any, folder: Path, loading: dict[str, Any], scratch: bool) -> PreTrainedModel:
-    if scratch:
-        return auto.from_config(loading["config"], **ATTENTION).to(DEVICE)
-    return auto.from_pretrained(folder, **loading).to(DEVICE)
-
-
-def _trim_vocabulary(model: PreTrainedModel, rows: list[Row], padding: int) -> int:
-    """
-    Leave only the tokens in the embeddings that occur, padding first, and number those of the rows anew. Computes the same,
-    in less time: the optimizer need not pass over rows that never get a gradient. Returns the tokens there were.
-    """
-    table = model.get_input_embeddings()
-    used = [padding, *sorted({token for row in rows for token in row["input_ids"]} - {padding})]
-    numbers = {token: number for number, token in enumerate(used)}
-    for row in rows:
-        row["input_ids"] = [numbers[token] for token in row["input_ids"]]
-    trimmed = torch.nn.Embedding(len(used), table.embedding_dim, padding_idx=None if table.padding_idx is None else 0)
-    trimmed = trimmed.to(table.weight.device)
-    trimmed.weight.data.copy_(table.weight.data[used])
-    model.set_input_embeddings(trimmed)
-    model.config.vocab_size, model.config.pad_token_id = len(used), 0
-    return table.num_embeddings
-
-
-def _pad(rows: list[Row]) -> dict[str, torch.Tensor]:
-    longest = max(len(row["input_ids"]) for row in rows)
-    batch = {
-        key: torch.tensor([row[key] + [0] * (longest - len(row[key])) for row in rows])
-        for key in rows[0]
-        if key != "label"
-    }
-    return batch | {"labels": torch.tensor([row["label"] for row in rows])}
-
-
-def _pixels(part: list[Row], size: int) -> list[Row]:
-    found = []
-    for row in part:
-        picture = Image.open(io.BytesIO(next(v for k, v in row.items() if k in ("img", "image"))["bytes"]))
-        values = np.asarray(picture.convert("RGB").resize((size, size)), dtype=np.float32).transpose(2, 0, 1)
-        found.append({"pixel_values": torch.from_numpy(values / 127.5 - 1), "label": row["label"]})
-    return found
-
-
-def _stack_images(rows: list[Row]) -> dict[str, torch.Tensor]:
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["label"] for row in rows]),
-    }
-
-
-def _stack_moved_images(rows: list[Row]) -> dict[str, torch.Tensor]:
-    """Half of the pictures are flipped, and all of a batch are shifted by the same few pixels, as in `pretrain.py`."""
-    batch = _stack_images(rows)
-    pixels = batch["pixel_values"]
-    flip = torch.rand(len(pixels)) < 0.5
-    pixels[flip] = pixels[flip].flip(-1)
-    size = pixels.shape[-1]
-    margin = size // 8
-    x, y = torch.randint(0, 2 * margin + 1, (2,)).tolist()
-    padded = F.pad(pixels, [margin] * 4, mode="reflect")
-    return batch | {"pixel_values": padded[..., y : y + size, x : x + size].contiguous()}
-
-
-def _next_tokens(rows: list[Row]) -> dict[str, torch.Tensor]:
-    tokens = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    wanted, given = ([[names[tag] for tag in row.tolist()] for row in part] for part in (labels, found))
+    return 100 * float(f1_score(wanted, given, zero_division=0))

@@ -24,10 +24,11 @@ from unittest.mock import patch
 import torch
 from transformers import PrinterCallback, Trainer, set_seed
 
+from benchmarks.loading import find_data, load_task
 from benchmarks.quality.compare.choice import flops
 from benchmarks.quality.compare.headline import ARM
 from benchmarks.quality.compare.plan import HERE, Plan, Task
-from benchmarks.tasks import find_data, load_task, training_arguments
+from benchmarks.tasks import training_arguments
 from benchmarks.utils import markdown_table, provenance, read_json, write_json
 from smartfrz_hf import SmartFRZCallback, estimate
 from smartfrz_hf.estimation import Estimate

@@ -5,7 +5,9 @@ Writes further data sets for the harvest from packages, one folder each with `tr
 `pictures/fashion_mnist` needs Debian's dataset-fashion-mnist, `words/wordnet` (a gloss, and which field its noun belongs to)
 Debian's wordnet-base, `pictures/emoji` and `words/emoji_names` (which category) the npm package emoji-datasource-google,
 unpacked below `--npm`, as is the npm package sentiment 5.0.2 for `words/opinions`. `words/sentiment` lies in the archive of
-vaderSentiment.
+vaderSentiment. `tags/ewt` and `tags/gum` (parts of speech) and `tags/names` (people, places, organizations) need the files
+`en_ewt-ud-dev.conllu`, `en_gum-ud-dev.conllu` and `en_ewt-ud-dev.iob2` below `--npm`, and those of `test`, from the repositories
+UD_English-EWT and UD_English-GUM of UniversalDependencies and UNER_English-EWT of UniversalNER.
 """
 
 import argparse
@@ -105,11 +107,32 @@ def opinions(npm: Path) -> tuple[Rows, int]:
     return rows, 1000
 
 
+def tagged(name: str, column: int) -> Callable[[Path], tuple[Rows, int]]:
+    """Sentences of both splits that are small, with the tag of each word."""
+
+    def read(folder: Path) -> tuple[Rows, int]:
+        rows: Rows = []
+        for split in ("dev", "test"):
+            for sentence in next(folder.rglob(name.format(split))).read_text(encoding="utf-8").split("\n\n"):
+                fields = [line.split("\t") for line in sentence.splitlines() if line[:1].isdigit()]
+                words = [
+                    field for field in fields if field[0].isdigit()
+                ]  # not 3-4, a word made of two, nor 3.1, a left out one
+                if words:
+                    rows.append({"words": [word[1] for word in words], "tags": [word[column] for word in words]})
+        return rows, 1000
+
+    return read
+
+
 SETS: dict[str, Callable[[Path], tuple[Rows, int]]] = {
     "pictures/digits": digits,
     "pictures/emoji": emoji,
     "pictures/fashion_mnist": fashion_mnist,
     "pictures/mnist": mnist,
+    "tags/ewt": tagged("en_ewt-ud-{}.conllu", 3),
+    "tags/gum": tagged("en_gum-ud-{}.conllu", 3),
+    "tags/names": tagged("en_ewt-ud-{}.iob2", 2),
     "words/emoji_names": emoji_names,
     "words/opinions": opinions,
     "words/sentiment": sentiment,
@@ -121,7 +144,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder that gets them; those that are there are kept")
     parser.add_argument("sets", nargs="*", default=sorted(SETS), help=f"which: {', '.join(sorted(SETS))}; all if none")
-    parser.add_argument("--npm", type=Path, default=Path("."), help="where the packages of npm are unpacked")
+    parser.add_argument(
+        "--npm", type=Path, default=Path("."), help="folder of unpacked npm packages and of the treebanks"
+    )
     options = parser.parse_args()
     for name in options.sets:
         folder = options.out / name
@@ -131,7 +156,8 @@ def main() -> None:
             folder.mkdir(parents=True)
             for split, part in (("validation", order[:held_out]), ("train", order[held_out : held_out + MOST])):
                 parquet.write_table(pa.Table.from_pylist([rows[i] for i in part]), folder / f"{split}.parquet")
-            print(name, len(rows), dict(sorted(Counter(row["label"] for row in rows).items())))
+            counts = Counter(label for row in rows for label in row.get("tags", [row.get("label")]))
+            print(name, len(rows), dict(sorted(counts.items())))
 
 
 if __name__ == "__main__":

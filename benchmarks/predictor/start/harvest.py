@@ -20,8 +20,9 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
+from benchmarks.loading import find_data, load_task
 from benchmarks.predictor.start.signals import Signals, WatchedTrainer, rounded
-from benchmarks.tasks import Pair, Plan, Task, find_data, load_task, losses, points, training_arguments
+from benchmarks.tasks import Pair, Plan, Task, losses, points, training_arguments
 from benchmarks.utils import claim, provenance
 from smartfrz_hf.freezing.freezer import Freezer
 from smartfrz_hf.model.units import find_blocks

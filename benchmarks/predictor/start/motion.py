@@ -17,9 +17,10 @@ import torch
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
+from benchmarks.loading import find_data, load_task
 from benchmarks.quality.compare import train
 from benchmarks.quality.compare.plan import Plan, Task
-from benchmarks.tasks import find_data, load_task, training_arguments
+from benchmarks.tasks import training_arguments
 from benchmarks.utils import markdown_table, provenance, read_json, write_json
 from smartfrz_hf import Decision, Policy, SmartFRZCallback
 from smartfrz_hf.policies.smartfrz import PILOT

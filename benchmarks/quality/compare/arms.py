@@ -62,7 +62,8 @@ def add_lora(task: Task, r: int, alpha: int | None = None) -> Method:
     """LoRA on all linear layers; the head trains as a whole. `alpha` is twice `r` unless it is given."""
     from peft import LoraConfig, TaskType, get_peft_model  # takes a second, which most runs need not spend
 
-    kind = {0: TaskType.CAUSAL_LM}.get(task.labels, TaskType.SEQ_CLS)
+    kinds = {"labels": TaskType.SEQ_CLS, "tags": TaskType.TOKEN_CLS, "language": TaskType.CAUSAL_LM}
+    kind: TaskType | None = kinds[task.objective]
     head = None
     if task.model.main_input_name == "pixel_values":
         kind, head = None, ["classifier"]

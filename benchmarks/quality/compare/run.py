@@ -19,10 +19,10 @@ from typing import TextIO
 import torch
 from transformers.utils import logging
 
+from benchmarks.loading import find_data
 from benchmarks.quality.compare.arms import missing_package
 from benchmarks.quality.compare.plan import Experiment, Plan
 from benchmarks.quality.compare.train import add_folders, train
-from benchmarks.tasks import find_data
 from benchmarks.utils import ROOT, claim
 
 # Of full training's time, to estimate what is left.

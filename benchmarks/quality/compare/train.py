@@ -14,12 +14,13 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
+from benchmarks.loading import find_data, load_task
 from benchmarks.quality.compare import vgg  # noqa: F401  (registers the model)
 from benchmarks.quality.compare.arms import LEARNING_RATE, Method, frozen_share, make_method
 from benchmarks.quality.compare.choice import choose
 from benchmarks.quality.compare.measure import FlopMeter, Stopwatch, peak_memory, reset_peak_memory
 from benchmarks.quality.compare.plan import HERE, Arm, Experiment, Plan, Result
-from benchmarks.tasks import Task, find_data, load_task, training_arguments
+from benchmarks.tasks import Task, training_arguments
 from benchmarks.utils import provenance
 
 EARLY_ROWS = 200  # held-out rows of the evaluations before the last one
