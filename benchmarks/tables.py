@@ -58,6 +58,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "held-out families": ("predictor/results/predictor", lambda results: score_table(results["leave_one_family_out"])),
     "held-out tasks": ("predictor/results/predictor", lambda results: score_table(results["leave_one_task_out"])),
     "language models": ("quality/compare/summary", lambda known: headline.by_method(known, "language")),
+    "tagging": ("quality/compare/summary", lambda known: headline.by_method(known, "tags")),
     "methods": ("quality/compare/summary", headline.methods),
     "operating points": ("predictor/results/predictor", lambda results: point_table(results["operating_points"])),
     "readme figures": ("quality/compare/summary", headline.figures),

@@ -372,3 +372,39 @@ def test_data_counts_as_seen_if_the_predictor_was_trained_on_it():
     seen = {name.split("/")[-1] for name in names}
     tasks = module("plan").Plan.read().tasks
     assert [task.name for task in tasks if task.seen != (task.task.split("/")[-1] in seen)] == []
+
+
+def test_each_word_is_scored_once(tmp_path, minilm_dir):
+    loading, tasks = (importlib.import_module(f"benchmarks.{name}") for name in ("loading", "tasks"))
+    sentences = [["Ada", "Lovelace", "visited", "Knightsbridge", "unaccompanied", "."], ["Nobody", "noticed", "."]]
+    tags = [["B-PER", "I-PER", "O", "B-LOC", "O", "O"], ["O", "O", "O"]]
+    rows = [{"words": words, "tags": of} for words, of in zip(sentences, tags, strict=True)]
+    for split in ("train", "validation"):
+        parquet.write_table(pa.Table.from_pylist(rows * 20), tmp_path / f"{split}.parquet")
+    pair = tasks.Pair("names", "minilm", "names", rows=6, objective="tags")
+    task = loading.load_task(pair, {}, minilm_dir, tmp_path)
+    assert (len(task.train), len(task.held_out), task.labels) == (6, 40, 4)
+    batch = task.collate([max(task.train, key=lambda row: len(row["input_ids"])), *task.held_out])
+    scored = batch["labels"] != tasks.NOT_SCORED
+    assert sorted(set(scored.sum(1).tolist())) == [3, 6] and scored.shape[1] > 8, "words of several tokens"
+    assert batch["labels"][0][scored[0]].tolist() == [1, 2, 3, 0, 3, 3], "B-LOC, B-PER, I-PER, O"
+    known = task.evaluate(task.held_out)
+    assert known["loss"] == pytest.approx(task.model(**batch).loss.item(), abs=0.2) and 0 <= known["points"] < 50
+
+
+def test_entities_count_as_in_conll():
+    tasks = importlib.import_module("benchmarks.tasks")
+    names = dict(enumerate(["B-LOC", "B-PER", "I-LOC", "I-PER", "O"]))
+    wanted = [torch.tensor([1, 3, 4, 0]), torch.tensor([4, 0, 2])]  # a person, two places
+    given = [torch.tensor([1, 3, 3, 0]), torch.tensor([4, 0, 2])]  # the person is too long
+    logits = [torch.nn.functional.one_hot(each, 5).float() for each in given]
+    assert tasks.tagging_points(logits, wanted, names) == pytest.approx(100 * 2 * 2 / (3 + 3))
+    assert tasks.tagging_points(logits, given, names) == 100
+    parts = dict(enumerate(["ADJ", "NOUN", "PUNCT", "VERB", "X"]))
+    assert tasks.tagging_points(logits, wanted, parts) == pytest.approx(100 * 6 / 7)
+    assert tasks.entities(["I-PER", "O", "I-LOC", "B-LOC", "I-PER"]) == [
+        ("PER", 0, 1),
+        ("LOC", 2, 3),
+        ("LOC", 3, 4),
+        ("PER", 4, 5),
+    ]

@@ -277,7 +277,7 @@ def summary(tasks: list[Task], found: dict[str, list[Row]]) -> dict:
     return {
         "tasks": {
             task.name: {
-                "kind": "language" if task.objective == "language" else task.kind,
+                "kind": task.kind if task.objective == "labels" else task.objective,
                 "model": task.model,
                 "epochs": task.epochs,
                 "seen": task.seen,
