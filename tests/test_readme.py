@@ -294,6 +294,26 @@ def test_methods_are_compared_with_ours_on_the_tasks_that_they_ran_on():
     assert "| `scratch` | `egeria` | 2 | +5.00 [+5.00, +5.00] | 0.50 | 0.40 |" in text and text.count("\n") == 3
 
 
+def test_fewer_steps_are_compared_on_tasks_that_all_arms_ran_on():
+    headline = import_module("benchmarks.quality.compare.headline")
+
+    def arm(lost, compute, seeds):
+        runs = {str(seed): {"lost": lost + seed, "loss": 0.1, "compute": compute, "seconds": 0.4} for seed in seeds}
+        return {"seeds": len(runs), "runs": runs}
+
+    def task(arms, seeds=(1, 2)):
+        arms = {name: arm(number, 1 - number / 10, seeds) for number, name in enumerate(arms)}
+        return {"kind": "fine-tuning", "seen": False, "model": "minilm", "epochs": 3, "arms": arms}
+
+    tasks = {"one": task(headline.FEWER_STEPS), "two": task(headline.FEWER_STEPS[:-1])}
+    tasks["one"]["arms"][headline.ARM] = arm(5, 0.2, [2])
+    text = headline.fewer_steps({"tasks": tasks})
+    assert "`two`" not in text and text.count("\n") == 1 + len(headline.FEWER_STEPS)
+    # Only the second seed is in all arms.
+    assert f"| `{headline.ARM}` | 0.20 | 0.40 | +7.00 | +0.100 | +7.0 |" in text.splitlines()[-1]
+    assert "| `smartfrz-aggressive` | 0.90 | 0.40 | +3.00 | +0.100 | +3.0 |" in text.splitlines()[2]
+
+
 def test_timetables_are_held_against_full_training_with_the_same_seed():
     schedules = import_module("benchmarks.predictor.start.schedules")
 

@@ -17,6 +17,13 @@ MODELS = {
 }
 # Freezing rules of other papers.
 RULES = ("autofreeze", "egeria", "freezeout", "grades", "grades-by-unit", "linear", "self_cka")
+# Ours, and full training with fewer steps at a higher rate, for about the same compute.
+FEWER_STEPS = (
+    ARM,
+    "smartfrz-aggressive",
+    "smartfrz-balanced-65",
+    *(f"full{steps}-rate1.7" for steps in ("", "-65", "-50", "-42")),
+)
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
@@ -168,6 +175,29 @@ def equal_accuracy(known: dict) -> str:
             rows.append([f"`{task}`", mine, *(cell(arm, equal.get(arm or "")) for arm in (fastest, cheapest))])
     header = ["task", f"`{ARM}`, compute / time", "fastest other method", "other paper's rule with the least compute"]
     return markdown_table(header, rows)
+
+
+def fewer_steps(known: dict) -> str:
+    """One row for each arm of `FEWER_STEPS`, in Markdown: means over the tasks of [`compared`] and the seeds that all of them have."""
+    shared = {}
+    for task in compared(known):
+        arms = known["tasks"][task]["arms"]
+        if set(FEWER_STEPS) <= arms.keys():
+            shared[task] = set.intersection(*(set(arms[arm]["runs"]) for arm in FEWER_STEPS))
+    rows = []
+    for arm in FEWER_STEPS if shared else ():
+        found = {
+            task: {
+                key: mean(known["tasks"][task]["arms"][arm]["runs"][seed][key] for seed in seeds)
+                for key in ("lost", "loss", "compute", "seconds")
+            }
+            for task, seeds in shared.items()
+        }
+        at = {key: mean(run[key] for run in found.values()) for key in ("lost", "loss", "compute", "seconds")}
+        lost = [f"{run['lost']:+.1f}" for run in found.values()]
+        rows.append((at["compute"], [f"`{arm}`", *costs(at), f"{at['lost']:+.2f}", f"{at['loss']:+.3f}", *lost]))
+    header = ["method", "compute", "processor time", "points lost", "loss added", *(f"`{task}`" for task in shared)]
+    return markdown_table(header, [row for _, row in sorted(rows, reverse=True)])
 
 
 def is_equal(run: dict[str, Any]) -> bool:
