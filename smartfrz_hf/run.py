@@ -179,6 +179,16 @@ class FreezingRun:
         """Whether nothing is left to train and `when_all_frozen="stop"` asks to stop then."""
         return self._stages.should_stop
 
+    @property
+    def stages_due(self) -> range:
+        """The steps after which there is a freezing stage, besides the one at the end of the pilot."""
+        return self._stages.due
+
+    @property
+    def most_units(self) -> int:
+        """The most units that may ever freeze."""
+        return self._stages.most
+
     def __enter__(self) -> "FreezingRun":
         if not self._begun:
             try:

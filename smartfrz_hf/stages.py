@@ -33,6 +33,8 @@ class StageRunner:
         total_steps (`int`): optimizer steps of the run.
 
     Attributes:
+        due (`range`): the steps after which there is a freezing stage, besides the one at the end of the pilot.
+        most (`int`): the most units that may ever freeze.
         should_stop (`bool`): whether nothing is left to train and `when_all_frozen="stop"` asks to stop then.
     """
 
@@ -51,16 +53,17 @@ class StageRunner:
         self._rates, self._ranks, self._ledger, self._total_steps = rates, ranks, ledger, total_steps
         self._trainable = [unit.trainable for unit in front.stack]
         self._deepest = front.stack.deepest_safe_depth()
-        self._first = config.steps("first_decision", total_steps)
-        self._every = config.steps("decide_every", total_steps)
+        first, every = config.steps("first_decision", total_steps), config.steps("decide_every", total_steps)
+        self.due = range(first, total_steps, every)
+        limit = self._deepest if config.max_depth is None else min(config.max_depth, self._deepest)
+        self.most = min(limit, policy.most(len(front.stack)))
         self.should_stop = False
 
     def is_due(self, step: int) -> bool:
         """Whether there is a stage after this step. There is none in the pilot, in which everything trains."""
         if self._observer.pilot is not None:
             return self._pilot_is_over(step)
-        since_first = step - self._first
-        return since_first >= 0 and since_first % self._every == 0 and step < self._total_steps
+        return step in self.due
 
     def hold(self, step: int) -> None:
         """Hold a stage. One at the end of the pilot freezes units with the weights of the start of the run."""

@@ -104,6 +104,7 @@ class Policy(ABC):
             `observation.pilot`, and units of the front that it freezes then go back to the weights that they had at the start.
             There is no other freezing stage in the pilot.
         by_unit (`bool`): whether it can freeze units behind units that train, as `order="independent"` asks for.
+        decides_once (`bool`): whether it freezes nothing after the first step, which the line at the start of a run says.
 
     Example:
 
@@ -123,6 +124,7 @@ class Policy(ABC):
     min_probe_examples: int = 0
     pilot: float = 0.0
     by_unit: bool = False
+    decides_once: bool = False
 
     @abstractmethod
     def decide(self, observation: Observation) -> Decision:
