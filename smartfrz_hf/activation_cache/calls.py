@@ -13,6 +13,7 @@ import torch
 NOT_READ = ("num_items_in_batch", "return_dict", "return_loss")
 # What they ask for comes from inside the front, so the front has to run.
 NEEDS_FULL_FORWARD = ("output_attentions", "output_hidden_states", "output_router_logits", "use_cache")
+NOT_BY_ROW = "`{}` does not have one entry per row of `{}`; give it one for each, or train without packing"
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -145,9 +146,15 @@ def read_call(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any],
                 plain.append((name, value))
         else:
             return f"`{name}` is a {type(value).__name__}"
-    rows = {len(value) if value.ndim else None for value in tensors.values()}
-    if len(rows) != 1 or not (count := rows.pop()):
-        return "its arguments do not have one entry per row each"
+    by_row = [name for name, value in tensors.items() if value.ndim]
+    if not by_row:
+        return "none of its arguments is a tensor with one entry per row"
+    count = len(tensors[by_row[0]])
+    for name, value in tensors.items():
+        if not value.ndim or len(value) != count:
+            return NOT_BY_ROW.format(name, by_row[0])
+    if not count:
+        return f"`{by_row[0]}` has no rows"
     mask = tensors.get("attention_mask")
     if mask is not None and (mask.ndim != 2 or mask.is_floating_point()):
         mask = None
