@@ -95,6 +95,30 @@ class Call:
                 )
         return replace(self, tensors=tensors)
 
+    def with_second_row(self) -> "Call":
+        """The call of one row with a second one, in which each position holds what the one before it holds in the first."""
+        tensors = self.add_second_row(self.tensors)
+        return replace(self, tensors=tensors, rows=2, mask=None if self.mask is None else tensors["attention_mask"])
+
+    def add_second_row(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of one row with that of [`Call.with_second_row`]."""
+        return {
+            name: torch.cat([value, self._shifted(name, value)]) if self._is_by_row(value) else value
+            for name, value in arguments.items()
+        }
+
+    def _shifted(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if value.ndim < 2 or name.endswith("mask"):
+            return value
+        dim = 1 if value.ndim < 4 else -1  # the columns of images
+        places = torch.arange(value.shape[dim], device=value.device)
+        if self.mask is not None and self.is_aligned(name, value):
+            shown = places[content(self.mask)[0]]  # padding stays as it is
+            places[shown[1:]] = shown[:-1]
+        else:
+            places[1:] -= 1
+        return value.index_select(dim, places)
+
     def _is_by_row(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == self.rows
 
