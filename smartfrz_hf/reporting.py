@@ -95,12 +95,14 @@ def opening_line(run: FreezingRun) -> str:
     config, policy, units = run.config, run.policy, len(run.stack)
     if not isinstance(policy, SmartFRZPolicy):
         name = f"policy {run.configuration['policy']}"
-    elif config.target_saving is not None:
+    elif config.target_saving is not None and run.observer.pilot_steps:
         name = f"predictor, to save {config.target_saving:.0%} of the compute"
     elif config.freeze_threshold is not None:
         name = f"predictor, threshold {config.freeze_threshold:g}"
     else:
         name = f"predictor, {config.operating_point}"
+    if isinstance(policy, SmartFRZPolicy) and config.target_saving is not None and not run.observer.pilot_steps:
+        name += f"; the run is too short to save {config.target_saving:.0%} of the compute from the start"
     kind, due, pilot, total = type(run.stack.model).__name__, run.stages_due, run.observer.pilot_steps, run.total_steps
     are = "is" if run.frozen_units == 1 else "are"
     if policy.decides_once or not run.most_units or not (due or pilot):

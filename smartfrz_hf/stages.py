@@ -55,8 +55,8 @@ class StageRunner:
         self._deepest = front.stack.deepest_safe_depth()
         first, every = config.steps("first_decision", total_steps), config.steps("decide_every", total_steps)
         self.due = range(first, total_steps, every)
-        limit = self._deepest if config.max_depth is None else min(config.max_depth, self._deepest)
-        self.most = min(limit, policy.most(len(front.stack)))
+        self._limit = self._deepest if config.max_depth is None else min(config.max_depth, self._deepest)
+        self.most = min(self._limit, policy.most(len(front.stack)))
         self.should_stop = False
 
     def is_due(self, step: int) -> bool:
@@ -78,6 +78,7 @@ class StageRunner:
             trainable=self._trainable,
             apart=front.freezer.apart,
             order=self._config.order,
+            limit=self._limit,
             rates=self._rates,
             history=observer.history,
             probe=observer.probe,

@@ -31,6 +31,7 @@ class Observation:
             units saves, without an activation cache.
         order (`str`): `"front"`, or `"independent"` where units may freeze behind units that train.
         apart (`frozenset[int]`): indices of the units that are frozen behind units that train.
+        limit (`int`, *optional*): the most units that may freeze, by `max_depth` and as something has to train.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Observation:
     savings: list[float] | None = None
     order: str = "front"
     apart: frozenset[int] = frozenset()
+    limit: int | None = None
 
     @property
     def units(self) -> int:
