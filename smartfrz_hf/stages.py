@@ -55,8 +55,8 @@ class StageRunner:
         self._deepest = front.stack.deepest_safe_depth()
         first, every = config.steps("first_decision", total_steps), config.steps("decide_every", total_steps)
         self.due = range(first, total_steps, every)
-        self._limit = self._deepest if config.max_depth is None else min(config.max_depth, self._deepest)
-        self.most = min(self._limit, policy.most(len(front.stack)))
+        self._most = len(front.stack) if config.max_depth is None else min(config.max_depth, len(front.stack))
+        self.most = min(self._most, self._deepest, policy.most(len(front.stack)))
         self.should_stop = False
 
     def is_due(self, step: int) -> bool:
@@ -78,7 +78,8 @@ class StageRunner:
             trainable=self._trainable,
             apart=front.freezer.apart,
             order=self._config.order,
-            limit=self._limit,
+            # A policy that would freeze all ends the run, with "stop".
+            limit=self._most if self._config.when_all_frozen == "stop" else min(self._most, self._deepest),
             rates=self._rates,
             history=observer.history,
             probe=observer.probe,
@@ -130,9 +131,8 @@ class StageRunner:
                 f"`decide` of {type(self._policy).__name__} gave depth={decision.depth!r} and apart={decision.apart!r}; `depth` "
                 f"must be a whole number of units, and `apart` a set of indices of units, from 0 to {units - 1}."
             )
-        most = units if self._config.max_depth is None else self._config.max_depth
         wanted = {*range(depth), *(apart if self._config.order == "independent" else ())}
-        mine = [unit for unit in sorted(wanted) if unit < most], bool(decision.unfreeze)
+        mine = [unit for unit in sorted(wanted) if unit < self._most], bool(decision.unfreeze)
         frozen, unfreeze = self._ranks.gather(mine, f"the freezing stage of step {step}")[0]
         return set(frozen), unfreeze
 
