@@ -8,7 +8,15 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .checks import check_even_inputs, check_loop, check_other_run, check_stack, check_state, check_wrapper
+from .checks import (
+    check_even_inputs,
+    check_lengths,
+    check_loop,
+    check_other_run,
+    check_stack,
+    check_state,
+    check_wrapper,
+)
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger
 from .distributed.consensus import Ranks
@@ -109,6 +117,7 @@ class FreezingRun:
         check_stack(self.stack)
         check_other_run(self.stack.model, FreezingRun.of(self.stack.model))
         check_loop(self.stack.model, optimizer, total_steps, lr_scheduler)
+        check_lengths(steps_per_epoch, batches_per_step, timeout)
         self._model, self.total_steps, self.steps_done = model, total_steps, 0
         self._begun = False
         between_stages = config.steps("decide_every", total_steps)
