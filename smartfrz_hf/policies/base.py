@@ -12,6 +12,17 @@ from ..signals.steps import BeforeUpdate
 from ..signals.weights import WeightHistory
 
 
+def require(name: str, value: float, legal: bool, wanted: str) -> None:
+    """
+    Refuse a setting of a policy that cannot work.
+
+    Raises:
+        ValueError: it is not `legal`.
+    """
+    if not legal:
+        raise ValueError(f"`{name}` is {value}; it must be {wanted}.")
+
+
 @dataclass(frozen=True)
 class Observation:
     """
