@@ -129,10 +129,10 @@ def opening_line(run: FreezingRun) -> str:
 def closing_line(ledger: Ledger, steps: int) -> str:
     """One line on what a run has frozen and saved."""
     if not ledger.stages:
-        return f"SmartFRZ: nothing froze in {steps} steps."
-    first = ledger.stages[0].step
+        return f"SmartFRZ: nothing froze in {steps} {'step' if steps == 1 else 'steps'}."
+    first, are = ledger.stages[0].step, "is" if ledger.frozen_units == 1 else "are"
     line = (
-        f"SmartFRZ: {ledger.frozen_units} of {len(ledger.units)} units are frozen at the end, the first froze at step {first} of "
+        f"SmartFRZ: {ledger.frozen_units} of {len(ledger.units)} units {are} frozen at the end, the first froze at step {first} of "
         f"{steps}; saved {ledger.compute_saved:.1%} of the compute"
     )
     if ledger.gap:

@@ -137,6 +137,13 @@ def test_the_first_line_says_how_many_can_freeze(name, task, most):
         assert run.frozen_units == most and f": up to {most} of 5 units " in line
 
 
+def test_one_is_not_told_as_many(tmp_path, capsys):
+    train(tmp_path, [SmartFRZCallback(policy="static", static_depth=1)], max_steps=2)
+    train(tmp_path, [SmartFRZCallback(policy="never")], max_steps=1)
+    out = capsys.readouterr().out
+    assert "1 of 5 units is frozen at the end" in out and "nothing froze in 1 step." in out
+
+
 def test_a_quiet_log_is_quiet(tmp_path, capsys):
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
