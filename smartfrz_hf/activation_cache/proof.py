@@ -163,9 +163,9 @@ def prove(front: SkippableFront, state: FrontState, call: Call, without_padding:
     """
     if call.rows == 1:
         outer, second = front.outer_call, call.with_second_row()
-        usable = outer is not None and all(len(value) == 1 for value in tensors_in(outer) if value.ndim)
+        usable = all(len(value) == 1 for value in tensors_in(outer) if value.ndim)
         try:
-            front.outer_call = call.add_second_row(outer) if usable else None
+            front.outer_call = call.add_second_row(outer) if outer and usable else None
             return prove(front, state, second, without_padding)
         except DoesNotRunError:  # the values do not go in every order, such as sizes of images
             pass
