@@ -86,6 +86,27 @@ def check_loop(model: nn.Module, optimizer: Any, total_steps: int, lr_scheduler:
         )
 
 
+def check_lengths(steps_per_epoch: float | None, batches_per_step: int, timeout: float) -> None:
+    """
+    Refuse numbers of a loop that cannot be.
+
+    Args:
+        steps_per_epoch (`float`, *optional*): optimizer steps in one pass over the data, if known.
+        batches_per_step (`int`): of one optimizer step.
+        timeout (`float`): seconds.
+
+    Raises:
+        ValueError: one of them is no number above 0, or `batches_per_step` is not whole.
+    """
+    values = {"steps_per_epoch": steps_per_epoch, "batches_per_step": batches_per_step, "timeout": timeout}
+    for name, value in values.items():
+        whole = name == "batches_per_step"
+        if (value is not None or name != "steps_per_epoch") and not (
+            isinstance(value, int if whole else int | float) and value > 0
+        ):
+            raise ValueError(f"`{name}` is {value!r}; it must be a {'whole ' if whole else ''}number above 0.")
+
+
 def check_only_callback(count: int) -> None:
     """
     Refuse a second callback in one Trainer.

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from math import isfinite
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -35,6 +36,18 @@ def main(
     ] = False,
 ) -> None:
     """Adaptive layer freezing for Hugging Face Transformers."""
+
+
+def _finite(value: float) -> float:
+    if not isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def _positive(value: float) -> float:
+    if not _finite(value) > 0:
+        raise typer.BadParameter(f"{value:g} is not above 0")
+    return value
 
 
 RunsFolder = Annotated[
@@ -133,10 +146,12 @@ def estimate(
             "labels are classified; texts without labels train a language model."
         ),
     ],
-    epochs: Annotated[float, typer.Option(min=0.01, help="Passes over the training data.")] = 3.0,
+    epochs: Annotated[float, typer.Option(min=0.01, callback=_finite, help="Passes over the training data.")] = 3.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-5,
-    warmup: Annotated[float, typer.Option(min=0, help="Warm-up: below 1 a fraction of the run, else steps.")] = 0.1,
+    learning_rate: Annotated[float, typer.Option(callback=_positive, help="Peak learning rate.")] = 5e-5,
+    warmup: Annotated[
+        float, typer.Option(min=0, callback=_finite, help="Warm-up: below 1 a fraction of the run, else steps.")
+    ] = 0.1,
     max_length: Annotated[int, typer.Option(min=1, help="Most tokens of a text.")] = 128,
     train_rows: Annotated[int | None, typer.Option(min=1, help="Training rows. Default: all.")] = None,
     data_dir: Annotated[
@@ -146,7 +161,7 @@ def estimate(
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Start from random weights.")] = False,
     operating_point: Annotated[str, typer.Option(help="conservative, balanced or aggressive.")] = "balanced",
     target_saving: Annotated[float | None, typer.Option(help="Share of the compute to be saved instead.")] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="About how long to measure.")] = 30.0,
+    seconds: Annotated[float, typer.Option(min=1, callback=_finite, help="About how long to measure.")] = 30.0,
 ) -> None:
     """Tell what freezing would save in a training on this machine, and whether it pays. Takes about a minute."""
     import tempfile
@@ -230,7 +245,7 @@ def evaluate(
         ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Number of epochs over the freezing stages.")] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of the initial weights and the order of the stages.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial weights and the order of the stages.")] = 0,
 ) -> None:
     """Hold out each model family, and each data set, once, and evaluate predictors and simple rules on them."""
     from .predictor import SmartFRZPredictorConfig

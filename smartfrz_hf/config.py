@@ -202,6 +202,10 @@ class SmartFRZConfig:
         for name in ("max_depth", "probe_examples", "sampling_seed"):
             self._require(name, (getattr(self, name) or 0) >= 0, "at least 0")
         self._require("blocks", self.blocks != [], "at least one name or pattern, or left out")
+        for name in ("blocks", "stem"):
+            legal = all(isinstance(pattern, str) for pattern in getattr(self, name) or ())
+            self._require(name, legal, "a list of names or patterns")
+        self._require("predictor", self.predictor != "", "a name or a folder, or left out")
         if self.offload_frozen and not self.activation_cache:
             raise ValueError("`offload_frozen` needs `activation_cache`: without it the front runs in every step.")
         if self.target_saving is not None and self.policy in WITHOUT_TARGET:

@@ -95,35 +95,44 @@ def opening_line(run: FreezingRun) -> str:
     config, policy, units = run.config, run.policy, len(run.stack)
     if not isinstance(policy, SmartFRZPolicy):
         name = f"policy {run.configuration['policy']}"
-    elif config.target_saving is not None:
+    elif config.target_saving is not None and run.observer.pilot_steps:
         name = f"predictor, to save {config.target_saving:.0%} of the compute"
     elif config.freeze_threshold is not None:
         name = f"predictor, threshold {config.freeze_threshold:g}"
     else:
         name = f"predictor, {config.operating_point}"
-    most = min(units, policy.most(units), units if config.max_depth is None else config.max_depth)
-    if not most:
-        return f"SmartFRZ: no unit of {type(run.stack.model).__name__} will freeze ({name})."
-    every = config.steps("decide_every", run.total_steps)
-    pilot = run.observer.pilot_steps
-    start = f"after the first {pilot} steps and then " if pilot else ""
-    often = "at every step" if every == 1 else f"every {every} steps"
-    frozen = (
-        f"; {run.frozen_units} {'is' if run.frozen_units == 1 else 'are'} frozen already" if run.frozen_units else ""
-    )
+    if isinstance(policy, SmartFRZPolicy) and config.target_saving is not None and not run.observer.pilot_steps:
+        name += f"; the run is too short to save {config.target_saving:.0%} of the compute from the start"
+    kind, due, pilot, total = type(run.stack.model).__name__, run.stages_due, run.observer.pilot_steps, run.total_steps
+    are = "is" if run.frozen_units == 1 else "are"
+    if policy.decides_once or not run.most_units or not (due or pilot):
+        if run.most_units and not policy.decides_once:
+            name += f"; the first decision is due at step {due.start} of {total}"
+        if not run.frozen_units:
+            return f"SmartFRZ: no unit of {kind} will freeze ({name})."
+        return (
+            f"SmartFRZ: {run.frozen_units} of {units} units of {kind} {are} frozen, and no other will freeze ({name})."
+        )
+    when = [f"after the first {pilot} steps"] if pilot else []
+    if len(due) == 1:
+        when.append(f"at step {due.start}")
+    elif due:
+        when.append("at every step" if due.step == 1 else f"every {due.step} steps")
+    since = f", from step {due.start} on" if len(due) > 1 and due.start > due.step else ""
+    frozen = f"; {run.frozen_units} {are} frozen already" if run.frozen_units else ""
     return (
-        f"SmartFRZ: up to {most} of {units} units of {type(run.stack.model).__name__} may freeze, decided {start}{often} of "
-        f"{run.total_steps} ({name}){frozen}."
+        f"SmartFRZ: up to {run.most_units} of {units} units of {kind} may freeze, decided {' and then '.join(when)} of "
+        f"{total}{since} ({name}){frozen}."
     )
 
 
 def closing_line(ledger: Ledger, steps: int) -> str:
     """One line on what a run has frozen and saved."""
     if not ledger.stages:
-        return f"SmartFRZ: nothing froze in {steps} steps."
-    first = ledger.stages[0].step
+        return f"SmartFRZ: nothing froze in {steps} {'step' if steps == 1 else 'steps'}."
+    first, are = ledger.stages[0].step, "is" if ledger.frozen_units == 1 else "are"
     line = (
-        f"SmartFRZ: {ledger.frozen_units} of {len(ledger.units)} units are frozen at the end, the first froze at step {first} of "
+        f"SmartFRZ: {ledger.frozen_units} of {len(ledger.units)} units {are} frozen at the end, the first froze at step {first} of "
         f"{steps}; saved {ledger.compute_saved:.1%} of the compute"
     )
     if ledger.gap:

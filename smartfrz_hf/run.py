@@ -8,7 +8,15 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .checks import check_even_inputs, check_loop, check_other_run, check_stack, check_state, check_wrapper
+from .checks import (
+    check_even_inputs,
+    check_lengths,
+    check_loop,
+    check_other_run,
+    check_stack,
+    check_state,
+    check_wrapper,
+)
 from .config import SmartFRZConfig
 from .cost.ledger import Ledger
 from .distributed.consensus import Ranks
@@ -109,6 +117,7 @@ class FreezingRun:
         check_stack(self.stack)
         check_other_run(self.stack.model, FreezingRun.of(self.stack.model))
         check_loop(self.stack.model, optimizer, total_steps, lr_scheduler)
+        check_lengths(steps_per_epoch, batches_per_step, timeout)
         self._model, self.total_steps, self.steps_done = model, total_steps, 0
         self._begun = False
         between_stages = config.steps("decide_every", total_steps)
@@ -178,6 +187,16 @@ class FreezingRun:
     def should_stop(self) -> bool:
         """Whether nothing is left to train and `when_all_frozen="stop"` asks to stop then."""
         return self._stages.should_stop
+
+    @property
+    def stages_due(self) -> range:
+        """The steps after which there is a freezing stage, besides the one at the end of the pilot."""
+        return self._stages.due
+
+    @property
+    def most_units(self) -> int:
+        """The most units that may ever freeze."""
+        return self._stages.most
 
     def __enter__(self) -> "FreezingRun":
         if not self._begun:

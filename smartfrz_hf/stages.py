@@ -33,6 +33,8 @@ class StageRunner:
         total_steps (`int`): optimizer steps of the run.
 
     Attributes:
+        due (`range`): the steps after which there is a freezing stage, besides the one at the end of the pilot.
+        most (`int`): the most units that may ever freeze.
         should_stop (`bool`): whether nothing is left to train and `when_all_frozen="stop"` asks to stop then.
     """
 
@@ -51,16 +53,17 @@ class StageRunner:
         self._rates, self._ranks, self._ledger, self._total_steps = rates, ranks, ledger, total_steps
         self._trainable = [unit.trainable for unit in front.stack]
         self._deepest = front.stack.deepest_safe_depth()
-        self._first = config.steps("first_decision", total_steps)
-        self._every = config.steps("decide_every", total_steps)
+        first, every = config.steps("first_decision", total_steps), config.steps("decide_every", total_steps)
+        self.due = range(first, total_steps, every)
+        self._most = len(front.stack) if config.max_depth is None else min(config.max_depth, len(front.stack))
+        self.most = min(self._most, self._deepest, policy.most(len(front.stack)))
         self.should_stop = False
 
     def is_due(self, step: int) -> bool:
         """Whether there is a stage after this step. There is none in the pilot, in which everything trains."""
         if self._observer.pilot is not None:
             return self._pilot_is_over(step)
-        since_first = step - self._first
-        return since_first >= 0 and since_first % self._every == 0 and step < self._total_steps
+        return step in self.due
 
     def hold(self, step: int) -> None:
         """Hold a stage. One at the end of the pilot freezes units with the weights of the start of the run."""
@@ -75,6 +78,8 @@ class StageRunner:
             trainable=self._trainable,
             apart=front.freezer.apart,
             order=self._config.order,
+            # A policy that would freeze all ends the run, with "stop".
+            limit=self._most if self._config.when_all_frozen == "stop" else min(self._most, self._deepest),
             rates=self._rates,
             history=observer.history,
             probe=observer.probe,
@@ -126,9 +131,8 @@ class StageRunner:
                 f"`decide` of {type(self._policy).__name__} gave depth={decision.depth!r} and apart={decision.apart!r}; `depth` "
                 f"must be a whole number of units, and `apart` a set of indices of units, from 0 to {units - 1}."
             )
-        most = units if self._config.max_depth is None else self._config.max_depth
         wanted = {*range(depth), *(apart if self._config.order == "independent" else ())}
-        mine = [unit for unit in sorted(wanted) if unit < most], bool(decision.unfreeze)
+        mine = [unit for unit in sorted(wanted) if unit < self._most], bool(decision.unfreeze)
         frozen, unfreeze = self._ranks.gather(mine, f"the freezing stage of step {step}")[0]
         return set(frozen), unfreeze
 

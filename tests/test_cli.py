@@ -72,3 +72,24 @@ def test_options_are_shown_whole_and_take_underscores_too(tmp_path):
     for option in ("--batch_size=0", "--batch-size=0"):
         done = CliRunner().invoke(app, ["estimate", "--model", "x", "--task", "y", option])
         assert done.exit_code == 2 and "'--batch-size'" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("estimate --learning_rate 0", "0 is not above 0"),
+        ("estimate --learning_rate -1e-5", "-1e-05 is not above 0"),
+        ("estimate --learning_rate nan", "nan is not a finite number"),
+        ("estimate --epochs inf", "inf is not a finite number"),
+        ("estimate --warmup inf", "inf is not a finite number"),
+        ("estimate --seconds inf", "inf is not a finite number"),
+        ("evaluate --seed -1", "greater than or equal to 0"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused(tmp_path, words, message):
+    command, option, value = words.split()
+    needed = (
+        ["--model", "x", "--task", "y"] if command == "estimate" else [str(tmp_path), "--out", str(tmp_path / "x")]
+    )
+    done = CliRunner().invoke(app, [command, *needed, option, value], env={"COLUMNS": "300", "TERM": "dumb"})
+    assert done.exit_code == 2 and f"'{option.replace('_', '-')}': " in done.output and message in done.output

@@ -16,7 +16,9 @@ pytestmark = [
     pytest.mark.usefixtures("affordable"),
 ]
 
-PACKED = "its arguments do not have one entry per row each"
+PACKED = (
+    "`cu_seq_lens_q` does not have one entry per row of `input_ids`; give it one for each, or train without packing"
+)
 # Why the activation cache stands aside, and `None` where it serves rows.
 CASES = {
     trainers.seq2seq: None,

@@ -4,14 +4,16 @@ import json
 import sys
 
 import pytest
+import torch
 import transformers
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import arguments, build, smartfrz, train
 from transformers import Trainer
 
-from smartfrz_hf import SmartFRZCallback, SmartFRZTrainer
-from smartfrz_hf.reporting import add_to_model_card
+from smartfrz_hf import Decision, FreezingRun, Policy, SmartFRZCallback, SmartFRZTrainer
+from smartfrz_hf.reporting import add_to_model_card, opening_line
 
 KEYS = {"depth", "frozen_fraction", "compute_saved", "cache_hit_rate", "cache_bytes", "cache_seconds_saved"}
 STATIC = {"policy": "static", "static_depth": 2}
@@ -89,8 +91,7 @@ def test_progress_bar_and_lines(tmp_path, capsys):
     assert "frozen 2/5" in err
     first, *_, last = [line for line in out.splitlines() if line.startswith("SmartFRZ")]
     assert first == (
-        "SmartFRZ: up to 2 of 5 units of BertForSequenceClassification may freeze, decided at every step of 20 "
-        "(policy static); 2 are frozen already."
+        "SmartFRZ: 2 of 5 units of BertForSequenceClassification are frozen, and no other will freeze (policy static)."
     )
     assert last.startswith("SmartFRZ: 2 of 5 units are frozen at the end, the first froze at step 0 of 20; saved ")
 
@@ -102,6 +103,45 @@ def test_a_policy_that_freezes_nothing_says_so(tmp_path, capsys):
         "SmartFRZ: no unit of BertForSequenceClassification will freeze (policy never).",
         "SmartFRZ: nothing froze in 20 steps.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("first", "every", "line"),
+    [
+        (1, 1, "may freeze, decided at every step of 20 (policy linear)."),
+        (4, 4, "may freeze, decided every 4 steps of 20 (policy linear)."),
+        (0.5, 4, "may freeze, decided every 4 steps of 20, from step 10 on (policy linear)."),
+        (0.5, 0.5, "may freeze, decided at step 10 of 20 (policy linear)."),
+        (100, 1, "will freeze (policy linear; the first decision is due at step 100 of 20)."),
+    ],
+)
+def test_the_first_line_says_when_it_is_decided(first, every, line):
+    model = build("bert")
+    config = {"policy": "linear", "first_decision": first, "decide_every": every}
+    with FreezingRun(model, torch.optim.SGD(model.parameters()), 20, config) as run:
+        assert opening_line(run).endswith(f"BertForSequenceClassification {line}")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # from peft
+@pytest.mark.parametrize(
+    ("name", "task", "most"), [("bert", "SEQ_CLS", 5), ("gpt2", None, 5), ("gpt2", "CAUSAL_LM", 4)]
+)
+def test_the_first_line_says_how_many_can_freeze(name, task, most):
+    model = build(name)
+    if task is not None:
+        model = get_peft_model(model, LoraConfig(task_type=task))
+    deepest = type("Deepest", (Policy,), {"decide": lambda self, seen: Decision(seen.units * (seen.step > 0), "all")})
+    with FreezingRun(model, torch.optim.SGD(model.parameters()), 20, policy=deepest()) as run:
+        line = opening_line(run)
+        run.step(1)
+        assert run.frozen_units == most and f": up to {most} of 5 units " in line
+
+
+def test_one_is_not_told_as_many(tmp_path, capsys):
+    train(tmp_path, [SmartFRZCallback(policy="static", static_depth=1)], max_steps=2)
+    train(tmp_path, [SmartFRZCallback(policy="never")], max_steps=1)
+    out = capsys.readouterr().out
+    assert "1 of 5 units is frozen at the end" in out and "nothing froze in 1 step." in out
 
 
 def test_a_quiet_log_is_quiet(tmp_path, capsys):

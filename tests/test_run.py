@@ -224,6 +224,11 @@ def test_wrong_arguments_are_told(caplog):
     for total_steps in (None, 0, 2.5, "10"):
         with pytest.raises((ValueError, TypeError), match="`total_steps`"):
             FreezingRun(model, optimizer, total_steps, policy="never")
+    wrong = {"steps_per_epoch": (0, -1, "8"), "batches_per_step": (0, 1.5, None), "timeout": (-1, float("nan"))}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"`{name}` is {value!r}; it must be a .*number above 0"):
+                FreezingRun(model, optimizer, 10, policy="never", **{name: value})
     with pytest.raises(TypeError, match="must be a `torch.nn.Module`"):
         FreezingRun(optimizer, model, STEPS)
     with pytest.raises(TypeError, match="did you mean `freeze_threshold`"):

@@ -13,6 +13,7 @@ import torch
 NOT_READ = ("num_items_in_batch", "return_dict", "return_loss")
 # What they ask for comes from inside the front, so the front has to run.
 NEEDS_FULL_FORWARD = ("output_attentions", "output_hidden_states", "output_router_logits", "use_cache")
+NOT_BY_ROW = "`{}` does not have one entry per row of `{}`; give it one for each, or train without packing"
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -94,6 +95,30 @@ class Call:
                 )
         return replace(self, tensors=tensors)
 
+    def with_second_row(self) -> "Call":
+        """The call of one row with a second one, in which each position holds what the one before it holds in the first."""
+        tensors = self.add_second_row(self.tensors)
+        return replace(self, tensors=tensors, rows=2, mask=None if self.mask is None else tensors["attention_mask"])
+
+    def add_second_row(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of one row with that of [`Call.with_second_row`]."""
+        return {
+            name: torch.cat([value, self._shifted(name, value)]) if self._is_by_row(value) else value
+            for name, value in arguments.items()
+        }
+
+    def _shifted(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if value.ndim < 2 or name.endswith("mask"):
+            return value
+        dim = 1 if value.ndim < 4 else -1  # the columns of images
+        places = torch.arange(value.shape[dim], device=value.device)
+        if self.mask is not None and self.is_aligned(name, value):
+            shown = places[content(self.mask)[0]]  # padding stays as it is
+            places[shown[1:]] = shown[:-1]
+        else:
+            places[1:] -= 1
+        return value.index_select(dim, places)
+
     def _is_by_row(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == self.rows
 
@@ -145,9 +170,15 @@ def read_call(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any],
                 plain.append((name, value))
         else:
             return f"`{name}` is a {type(value).__name__}"
-    rows = {len(value) if value.ndim else None for value in tensors.values()}
-    if len(rows) != 1 or not (count := rows.pop()):
-        return "its arguments do not have one entry per row each"
+    by_row = [name for name, value in tensors.items() if value.ndim]
+    if not by_row:
+        return "none of its arguments is a tensor with one entry per row"
+    count = len(tensors[by_row[0]])
+    for name, value in tensors.items():
+        if not value.ndim or len(value) != count:
+            return NOT_BY_ROW.format(name, by_row[0])
+    if not count:
+        return f"`{by_row[0]}` has no rows"
     mask = tensors.get("attention_mask")
     if mask is not None and (mask.ndim != 2 or mask.is_floating_point()):
         mask = None

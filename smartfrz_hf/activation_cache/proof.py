@@ -25,6 +25,10 @@ ROUNDING_KEPT = {"exact": 0.0, "float16": 0.002, "bfloat16": 0.01, "int8": 0.1}
 MIN_STEPS_LEFT = 8
 
 
+class DoesNotRunError(UnsupportedModelError):
+    """The model stops when it is tried."""
+
+
 class Kind(NamedTuple):
     """Calls that share a verdict: their context, the front's settings, whether padding is read, and where padding is."""
 
@@ -151,12 +155,22 @@ def prove(front: SkippableFront, state: FrontState, call: Call, without_padding:
     Args:
         front ([`SkippableFront`]): the front.
         state ([`FrontState`]): what its output depends on.
-        call ([`Call`]): the batch; two of its rows are tried.
+        call ([`Call`]): the batch; two of its rows are tried. One that is alone is tried beside another of its values.
         without_padding (`bool`): whether to try to keep rows without their padding.
 
     Raises:
         UnsupportedModelError: the front cannot be left out.
     """
+    if call.rows == 1:
+        outer, second = front.outer_call, call.with_second_row()
+        usable = all(len(value) == 1 for value in tensors_in(outer) if value.ndim)
+        try:
+            front.outer_call = call.add_second_row(outer) if outer and usable else None
+            return prove(front, state, second, without_padding)
+        except DoesNotRunError:  # the values do not go in every order, such as sizes of images
+            pass
+        finally:
+            front.outer_call = outer
     rows = [0, call.rows - 1]
     if call.mask is not None:  # the rows with the most padding in front and behind
         shown = call.mask.ne(0).int()
@@ -169,7 +183,7 @@ def prove(front: SkippableFront, state: FrontState, call: Call, without_padding:
     except UnsupportedModelError:
         raise
     except Exception as error:  # the model's own code runs here, with tensors that it may not expect
-        raise UnsupportedModelError(f"it does not run without them ({type(error).__name__}: {error})") from error
+        raise DoesNotRunError(f"it does not run without them ({type(error).__name__}: {error})") from error
 
 
 def _prove(front: SkippableFront, state: FrontState, call: Call, rows: list[int], without_padding: bool) -> Verdict:
@@ -237,7 +251,7 @@ def _run(front: SkippableFront, call: Call, rows: Sequence[int]) -> torch.Tensor
 def _run_alone(front: SkippableFront, state: FrontState, call: Call, rows: list[int]) -> list[torch.Tensor]:
     """What crosses the boundary for each row, computed with nothing but itself."""
     alone = []
-    left = {state.front} if rows[0] == rows[1] else set()
+    left = set() if _differ(call, rows) else {state.front}
     with model_left_as_found(front.stack.model):
         for row in rows:
             alone.append(front.run(call, [row, row])[:1])
@@ -247,6 +261,10 @@ def _run_alone(front: SkippableFront, state: FrontState, call: Call, rows: list[
     if len(left) > 1:
         raise UnsupportedModelError("its frozen blocks keep something of each batch in their attributes")
     return alone
+
+
+def _differ(call: Call, rows: list[int]) -> bool:
+    return any(not torch.equal(value[rows[0]], value[rows[1]]) for value in call.tensors.values())
 
 
 def _try_padding(front: SkippableFront, call: Call, rows: list[int], hidden: torch.Tensor, rounding: float) -> Verdict:

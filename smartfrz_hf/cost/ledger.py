@@ -202,7 +202,9 @@ class Ledger:
             )
         if self.start is not None:
             lines.append(f"start stage, after {self.start.step} steps: {self.start}")
-        if self.cache is not None:
+        if self.cache is not None and not self.cache.rows:
+            lines.append("activation cache: not used" + (f"; {self.cache.off}" if self.cache.off else ""))
+        elif self.cache is not None:
             held = (self.cache.bytes_memory + self.cache.bytes_disk) / 1e6
             lines.append(
                 f"activation cache: {self.cache.hit_rate:.1%} of {self.cache.rows:,} rows found, "

@@ -76,7 +76,7 @@ class StartStage:
     def __str__(self) -> str:
         if self.depth:
             rate = f"; the rest trains at {self.rate_factor:.2f} times the learning rate"
-            return f"froze {self.depth} units ({self.reason}{rate})"
+            return f"froze {self.depth} unit{'' if self.depth == 1 else 's'} ({self.reason}{rate})"
         if self.points_lost is not None and len(self.points_lost) > 1:
             return f"froze nothing (no front is within the limits; the first unit alone is predicted to cost {self.points_lost[1]:.1f} points)"
         return f"froze nothing ({self.reason})"

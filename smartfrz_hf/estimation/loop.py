@@ -14,13 +14,18 @@ from ..activation_cache.checks import time_of
 FP16_SCALE = 1024.0  # of the loss, so that small gradients do not become zero
 
 
-def check_estimate(args: TrainingArguments, dataset: Any, rows: int | None) -> int | None:
+def check_estimate(args: TrainingArguments, dataset: Any, rows: int | None, seconds: float) -> int | None:
     """
     Refuse what cannot be measured, and return the number of training rows, or `None` if nobody knows.
 
     Raises:
-        ValueError: there are several processes, or no data, or its length is needed and not known.
+        ValueError: there are several processes, or no data, its length is needed and not known, or `rows` or `seconds` is no
+            number to measure with.
     """
+    for name, value, kind in (("rows", rows, "whole"), ("seconds", seconds, "finite")):
+        legal = value is None or 0 < value < float("inf") and (kind == "finite" or isinstance(value, int))
+        if not legal:
+            raise ValueError(f"`{name}` is {value!r}; it must be a {kind} number above 0.")
     if args.world_size > 1:
         raise ValueError(
             f"`estimate` measures in a single process, and there are {args.world_size}. Start it without `accelerate launch` "

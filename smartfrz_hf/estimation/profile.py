@@ -81,7 +81,7 @@ def profile(
     began, args = time.perf_counter(), trainer.args
     model: Any = trainer.model
     check_trainer(args, model, config, with_mixin=True)
-    rows = check_estimate(args, trainer.train_dataset, rows)
+    rows = check_estimate(args, trainer.train_dataset, rows, seconds)
     per_step = args.train_batch_size * args.gradient_accumulation_steps
     epoch = float("inf") if rows is None else max(1, ceil(rows / per_step))
     steps = args.max_steps if args.max_steps > 0 else ceil(args.num_train_epochs * epoch)

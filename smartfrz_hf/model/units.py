@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from .discovery import NoOrderError, describe, find_stacks, match, stack_of
+from .discovery import NoOrderError, ancestors, describe, find_stacks, match, stack_of
 from .stem import STEM, assign
 from .tracing import Inputs, Trace, trace
 
@@ -235,6 +235,12 @@ def find_blocks(
     traced = trace(model, outermost, names, inputs, [name for name in everything if name not in names])
     names, problem = _in_order(model, stacks, names, traced)
     by_hand = None if stem is None else match(model, stem, "stem", parameters=True)
+    wrong = [(name, each) for each in names for name in by_hand or () if name in (each, *ancestors(each))]
+    if wrong:
+        name, block = wrong[0]
+        raise ValueError(
+            f"`stem` names {name!r}, in which the block {block!r} lies; name what feeds the first block, and no block."
+        )
     parts = assign(model, names, traced, by_hand)
     units: list[Unit] = []
     taken: set[nn.Parameter] = set()

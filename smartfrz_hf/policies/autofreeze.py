@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..signals.steps import BeforeUpdate, l1_norm
-from .base import Decision, Observation, Policy
+from .base import Decision, Observation, Policy, require
 
 
 class AutoFreezePolicy(Policy):
@@ -31,6 +31,7 @@ class AutoFreezePolicy(Policy):
     """
 
     def __init__(self, percentile: float = 50.0):
+        require("percentile", percentile, 0 <= percentile <= 100, "from 0 to 100")
         self.percentile = percentile
         self.reset()
 

@@ -12,6 +12,17 @@ from ..signals.steps import BeforeUpdate
 from ..signals.weights import WeightHistory
 
 
+def require(name: str, value: float, legal: bool, wanted: str) -> None:
+    """
+    Refuse a setting of a policy that cannot work.
+
+    Raises:
+        ValueError: it is not `legal`.
+    """
+    if not legal:
+        raise ValueError(f"`{name}` is {value}; it must be {wanted}.")
+
+
 @dataclass(frozen=True)
 class Observation:
     """
@@ -31,6 +42,7 @@ class Observation:
             units saves, without an activation cache.
         order (`str`): `"front"`, or `"independent"` where units may freeze behind units that train.
         apart (`frozenset[int]`): indices of the units that are frozen behind units that train.
+        limit (`int`, *optional*): the most units that may freeze, by `max_depth` and as something has to train.
     """
 
     step: int
@@ -44,6 +56,7 @@ class Observation:
     savings: list[float] | None = None
     order: str = "front"
     apart: frozenset[int] = frozenset()
+    limit: int | None = None
 
     @property
     def units(self) -> int:
@@ -104,6 +117,7 @@ class Policy(ABC):
             `observation.pilot`, and units of the front that it freezes then go back to the weights that they had at the start.
             There is no other freezing stage in the pilot.
         by_unit (`bool`): whether it can freeze units behind units that train, as `order="independent"` asks for.
+        decides_once (`bool`): whether it freezes nothing after the first step, which the line at the start of a run says.
 
     Example:
 
@@ -123,6 +137,7 @@ class Policy(ABC):
     min_probe_examples: int = 0
     pilot: float = 0.0
     by_unit: bool = False
+    decides_once: bool = False
 
     @abstractmethod
     def decide(self, observation: Observation) -> Decision:

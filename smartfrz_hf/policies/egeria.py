@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .base import Decision, Observation, Policy
+from .base import Decision, Observation, Policy, require
 
 ROUNDING = 1 + 1e-6  # a schedule that divides the rate by ten may give a little more than a tenth
 TINY = 1e-30
@@ -40,6 +40,10 @@ class EgeriaPolicy(Policy):
     min_probe_examples = 4
 
     def __init__(self, window: int = 5, tolerance: float = 0.2, renew_every: int = 5, drop: float = 0.1):
+        require("window", window, window >= 2, "at least 2")
+        require("tolerance", tolerance, tolerance >= 0, "at least 0")
+        require("renew_every", renew_every, renew_every >= 1, "at least 1")
+        require("drop", drop, 0 < drop < 1, "between 0 and 1")
         self.window, self.tolerance, self.renew_every, self.drop = window, tolerance, renew_every, drop
         self.reset()
 

@@ -2,7 +2,7 @@
 
 import math
 
-from .base import Decision, Observation, Policy
+from .base import Decision, Observation, Policy, require
 
 
 class FreezeOutPolicy(Policy):
@@ -26,8 +26,8 @@ class FreezeOutPolicy(Policy):
     """
 
     def __init__(self, start: float = 0.8, power: int = 3, scaled: bool = True):
-        if not 0 < start <= 1:
-            raise ValueError(f"`start` is {start}; it must be above 0 and at most 1.")
+        require("start", start, 0 < start <= 1, "above 0 and at most 1")
+        require("power", power, power > 0, "above 0")
         self.start, self.power, self.scaled = start, power, scaled
 
     def freeze_times(self, units: int) -> list[float]:

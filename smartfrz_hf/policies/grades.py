@@ -4,7 +4,7 @@ import torch
 
 from ..config import share_of
 from ..signals.steps import BeforeUpdate, l1_norm
-from .base import Decision, Observation, Policy
+from .base import Decision, Observation, Policy, require
 
 
 class GradESPolicy(Policy):
@@ -32,6 +32,8 @@ class GradESPolicy(Policy):
     by_unit = True
 
     def __init__(self, tau: float = 2.404167, alpha: float = 0.55):
+        require("tau", tau, tau > 0, "above 0")
+        require("alpha", alpha, 0 <= alpha <= 1, "from 0 to 1")
         self.tau, self.alpha = tau, alpha
         self.reset()
 

@@ -2,7 +2,7 @@
 
 import random
 
-from .base import Decision, Observation, Policy
+from .base import Decision, Observation, Policy, require
 
 
 class RandomPolicy(Policy):
@@ -18,8 +18,7 @@ class RandomPolicy(Policy):
     """
 
     def __init__(self, ratio: float = 0.5, seed: int = 0):
-        if not 0 <= ratio < 1:
-            raise ValueError(f"`ratio` is {ratio}; it must be at least 0 and below 1.")
+        require("ratio", ratio, 0 <= ratio < 1, "at least 0 and below 1")
         self.ratio, self.seed = ratio, seed
 
     def freeze_times(self, units: int) -> list[float]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .base import Decision, Observation, Policy
+from .base import Decision, Observation, Policy, require
 
 
 class SelfCKAPolicy(Policy):
@@ -28,6 +28,7 @@ class SelfCKAPolicy(Policy):
     min_probe_examples = 4
 
     def __init__(self, tolerance: float = 0.01):
+        require("tolerance", tolerance, tolerance >= 0, "at least 0")
         self.tolerance = tolerance
         self.reset()
 

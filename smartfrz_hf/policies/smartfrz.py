@@ -166,14 +166,17 @@ class SmartFRZPolicy(Policy):
         """
         assert observation.savings is not None
         savings = [(1 - observation.progress) * saving for saving in observation.savings]
+        limit = observation.units if observation.limit is None else observation.limit
         if self.target_saving is not None:
             if not savings[-1] > 0:  # a loss scaler has left out all steps of the pilot
                 return Decision(observation.depth, "no step of the pilot was counted")
             if not pilot.finite:
                 return Decision(observation.depth, pilot.problem or "")
             enough = (depth for depth, saving in enumerate(savings) if saving >= self.target_saving)
-            depth = max(next(enough, observation.units - 1), observation.depth)  # the last block trains in any case
-            return Decision(depth, f"from the start, to save {savings[depth]:.0%} of the compute")
+            wanted = next(enough, observation.units - 1)  # the last block trains in any case
+            depth = max(min(wanted, limit), observation.depth)
+            held = ", as no more units may freeze" if depth < wanted else ""
+            return Decision(depth, f"from the start, to save {savings[depth]:.0%} of the compute{held}")
         if pilot.objection is not None:
             return Decision(observation.depth, pilot.objection)
         assert self.predictor.start is not None and self.limits is not None
@@ -186,12 +189,12 @@ class SmartFRZPolicy(Policy):
         }
         beyond = [
             [name for name, found in values.items() if found[depth] > self.limits[name]]
-            for depth in range(pilot.pretrained + 1)
+            for depth in range(min(pilot.pretrained, limit) + 1)
         ]
         depth = max(observation.depth, *(depth for depth, names in enumerate(beyond) if not names))
         held = (
             f" (the next unit is beyond the limit of {' and '.join(beyond[depth + 1])})"
-            if depth < pilot.pretrained
+            if depth + 1 < len(beyond)
             else ""
         )
         return Decision(

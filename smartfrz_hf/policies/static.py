@@ -15,6 +15,8 @@ class StaticPolicy(Policy):
         ValueError: on `decide`, a count beyond the number of units.
     """
 
+    decides_once = True
+
     def __init__(self, depth: float):
         self.depth = depth
 

@@ -735,6 +735,15 @@ def test_a_forward_pass_replaced_later_stays():
 # Silence
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("position_ids", torch.arange(16)[None]), ("token_type_ids", torch.tensor(0))]
+)
+def test_says_which_argument_has_no_rows(name, value):
+    with cached(rounds=0) as (model, cache, batch), torch.no_grad(), contextlib.suppress(RuntimeError, IndexError):
+        model(**batch, **{name: value})
+    assert cache.savings.off.startswith(f"`{name}` does not have one entry per row of `input_ids`; give it one")
+
+
 def test_says_that_it_is_not_used(tmp_path, caplog):
     model = build("bert")
     watch_forward(model, [])

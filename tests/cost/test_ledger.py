@@ -44,6 +44,9 @@ def test_the_summary_is_a_table_of_units_with_totals():
     assert ledger(cache=cache).summary().splitlines()[-1] == (
         "activation cache: 75.0% of 1,200 rows found, 1.5 s saved, 1.0 MB held; turned off: it does not pay"
     )
+    assert ledger(cache=CacheSavings()).summary().splitlines()[-1] == "activation cache: not used"
+    cache = CacheSavings(off="no training row comes again")
+    assert ledger(cache=cache).summary().endswith("cache: not used; no training row comes again")
     cache = CacheSavings(rows=8, seconds_saved=-0.62)
     assert ", 0.6 s lost, " in ledger(cache=cache).summary()
 
@@ -53,6 +56,8 @@ def test_the_start_stage_is_told():
     assert ledger(start=start).summary().splitlines()[-1] == (
         "start stage, after 8 steps: froze 2 units (it is cheap; the rest trains at 1.25 times the learning rate)"
     )
+    start.depth = 1
+    assert str(start).startswith("froze 1 unit (")
     start.depth = 0
     assert str(start) == (
         "froze nothing (no front is within the limits; the first unit alone is predicted to cost 0.1 points)"

@@ -291,6 +291,10 @@ def test_refusals(tmp_path):
 
     trainer = trainer_of(tmp_path, rows=Stream(), max_steps=4)
     assert estimate(trainer, seconds=0.5).profile.total_steps == 4
+    for name, values in {"rows": (0, -5, 1.5), "seconds": (0, float("nan"), float("inf"))}.items():
+        for wrong in values:
+            with pytest.raises(ValueError, match=f"`{name}` is {wrong!r}; it must be a "):
+                estimate(trainer, **{name: wrong})
     trainer.args.max_steps = -1
     with pytest.raises(ValueError, match="A Stream has no length"):
         estimate(trainer)

@@ -280,6 +280,9 @@ def test_a_stem_that_cannot_be_found_is_named_by_hand():
     assert len(stack) == 4 and "classifier.weight" in stack.head_parameters()
     with pytest.raises(ValueError, match=r"`stem` names 'embeds'.*no such module"):
         find_blocks(model, stem=["embeds"])
+    for named, block in (("blocks.1", "blocks.1"), ("blocks", "blocks.0")):
+        with pytest.raises(ValueError, match=f"`stem` names '{named}', in which the block '{block}' lies"):
+            find_blocks(model, stem=["embed", named])
     model.runs = True
     wider = find_blocks(model, stem=["embed", "extras.*", "between.0"])
     assert list(wider.stem.modules) == ["embed", "extras.norm", "extras.exit", "between.0"]

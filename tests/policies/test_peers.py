@@ -261,3 +261,22 @@ def test_a_decision_can_unfreeze(tmp_path):
     trainer = train(tmp_path, [callback], build("bert"))
     assert [(stage.step, stage.depth) for stage in callback.ledger.stages] == [(5, 3), (10, 0), (10, 1), (15, 3)]
     assert_left_alone(trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("autofreeze", "percentile", 150),
+        ("egeria", "window", 1),
+        ("egeria", "renew_every", 0),
+        ("egeria", "drop", 1),
+        ("egeria", "tolerance", -0.1),
+        ("freezeout", "power", 0),
+        ("grades", "tau", float("nan")),
+        ("grades", "alpha", 2),
+        ("self_cka", "tolerance", float("nan")),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(name, setting, value):
+    with pytest.raises(ValueError, match=f"`{setting}` is {value}; it must be "):
+        PEERS[name](**{setting: value})

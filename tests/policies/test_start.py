@@ -1,6 +1,7 @@
 """What freezes from the start of a run: by the start predictor's points, or by the compute that is to be saved."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -94,6 +95,26 @@ def test_a_target_is_met_by_the_fewest_units(tmp_path, target):
     shallower = SmartFRZCallback(SmartFRZConfig(policy="static", static_depth=float(ledger.depth - 1)))
     train(tmp_path, [shallower], dataset=Rows(4 * STEPS), max_steps=STEPS, num_train_epochs=1)
     assert shallower.ledger.compute_saved * 36 / STEPS < target
+
+
+@pytest.mark.parametrize("target", [None, 0.6])
+def test_the_reason_tells_of_what_may_freeze(tmp_path, shares, target):
+    """Not of the deeper front that the policy would freeze without `max_depth`, neither what it saves nor what it costs."""
+    stages = [
+        run(tmp_path, predictor_that_loses(0.1), target_saving=target, operating_point="aggressive", **limit).stages[0]
+        for limit in ({"max_depth": 1}, {})
+    ]
+    saved = [int(re.search(r"save (\d+)% of the compute", stage.reason)[1]) for stage in stages]
+    assert [stage.depth for stage in stages] == [1, 5] and saved[0] < 10 < 50 < saved[1]
+    assert (", as no more units may freeze" if target else "and to lose 0.0 points") in stages[0].reason
+
+
+def test_a_run_too_short_for_a_target_says_so(tmp_path, capsys):
+    train(tmp_path, [SmartFRZCallback(SmartFRZConfig(target_saving=0.4), predictor_that_says(0.1))])
+    assert (
+        "(predictor, balanced; the run is too short to save 40% of the compute from the start)"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("policy", sorted({"linear", "never", "static", *PEERS}))

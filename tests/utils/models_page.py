@@ -30,6 +30,7 @@ SECONDS = 60  # of the processor, for one architecture
 PARTS = ("_text", "_vision", "_audio", "_encoder", "_decoder", "_model", "_text_model", "_vqmodel", "_video")
 NOT_BUILT = "not built"
 NOTE = re.compile(r"no \((\d+)\)")
+NOT_BY_ROW = re.compile(r"^`\w+` does not (have one entry per row).*")  # one note, whichever argument it is
 
 HEADER = """# Models
 
@@ -111,7 +112,7 @@ def line(row: dict[str, Any], notes: list[str]) -> str:
         ", ".join(f"`{part.split(' ')[0]}`" for part in row["stacks"].split(", ")),
         "itself" if row["found"] == "itself" else "data",
         saved,
-        "yes" if row["cache"] == "served" else note(row["cache"]),
+        "yes" if row["cache"] == "served" else note(NOT_BY_ROW.sub(r"its arguments do not \1 each", row["cache"])),
         {"no": "none"}.get(row["checkpointing"], row["checkpointing"]),
         row["peft"] if row["peft"] == "yes" else note(row["peft"].removeprefix("no: ").removeprefix("no ")),
         f"{len(row['tied'])}" if row["tied"] else "",
