@@ -1,5 +1,6 @@
 """What is refused, each with its remedy."""
 
+from numbers import Integral, Real
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -102,7 +103,7 @@ def check_lengths(steps_per_epoch: float | None, batches_per_step: int, timeout:
     for name, value in values.items():
         whole = name == "batches_per_step"
         if (value is not None or name != "steps_per_epoch") and not (
-            isinstance(value, int if whole else int | float) and value > 0
+            isinstance(value, Integral if whole else Real) and value > 0
         ):
             raise ValueError(f"`{name}` is {value!r}; it must be a {'whole ' if whole else ''}number above 0.")
 

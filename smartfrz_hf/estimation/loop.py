@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def check_estimate(args: TrainingArguments, dataset: Any, rows: int | None, seco
             number to measure with.
     """
     for name, value, kind in (("rows", rows, "whole"), ("seconds", seconds, "finite")):
-        legal = value is None or 0 < value < float("inf") and (kind == "finite" or isinstance(value, int))
+        legal = value is None or 0 < value < float("inf") and (kind == "finite" or isinstance(value, Integral))
         if not legal:
             raise ValueError(f"`{name}` is {value!r}; it must be a {kind} number above 0.")
     if args.world_size > 1:
