@@ -92,7 +92,8 @@ def figures():
         return f"{store[tier]['write'] / 1e9:.1f} and {store[tier]['read'] / 1e9:.1f} GB/s"
 
     known = results_of("quality/compare/summary")
-    peers = import_module("benchmarks.quality.compare.headline").beside_ours(known)
+    headline = import_module("benchmarks.quality.compare.headline")
+    peers = headline.beside_ours(known)
     gained = known["tasks"]["smollm2-12.cr"]["arms"]
     six = known["tasks"]["minilm.mrpc.6"]["arms"]["smartfrz-aggressive"]
 
@@ -107,6 +108,9 @@ def figures():
 
     longer = percent(peers["full-65-rate1.7"]["its"]["seconds"] / peers["full-65-rate1.7"]["ours"]["seconds"] - 1)
     deep = peers["smartfrz-aggressive"]
+    steps = {
+        arm: (f"{run['lost']:.1f}", f"{run['seconds']:.2f}") for arm, run in headline.at_same_compute(known).items()
+    }
 
     def lost(task, arm):
         return known["tasks"][task]["arms"][arm]["points_lost"]["mean"]
@@ -123,8 +127,8 @@ def figures():
             f"and saves {percent(1 - reviews['smartfrz-balanced']['compute'])} of the compute",
         ],
         "README": [
-            f"half of them lost {peers['full-50']['its']['lost']:.1f} points, but 65 %",
-            f"as good on three tasks, in {longer} more time",
+            f"65 % were as good on three tasks, in {longer} more time",
+            f"50 % lost {steps['full-50-rate1.7'][0]} points, `aggressive`, as fast, {steps['smartfrz-aggressive'][0]}",
             f"it took {time('lora-8')} of the time of full training, ours {time('lora-8', 'ours')}",
             f"AutoFreeze lost {peers['autofreeze']['its']['lost']:.1f} points; Egeria lost {peers['egeria']['its']['lost']:.2f} in "
             f"{time('egeria')} of the time of full training, ours {peers['egeria']['ours']['lost']:.2f} in {time('egeria', 'ours')}",
@@ -151,6 +155,13 @@ def figures():
             f"{lost('smollm2-30.cr', 'smartfrz-aggressive'):.1f} on `smollm2-30.cr`",
             f"With all 30 blocks of SmolLM2, {lost('smollm2-30.cr', 'smartfrz-balanced'):.1f} points are lost",
             f"65 % of the steps at 1.7 times the rate (`full-65-rate1.7`) take {longer} more time",
+            "`aggressive` loses {} points at {} of the time".format(*steps["smartfrz-aggressive"]),
+            "half of the steps at the higher rate {} at {}".format(*steps["full-50-rate1.7"]),
+            "`balanced` with 65 % of the steps loses {} points at {} of the time".format(
+                *steps["smartfrz-balanced-65"]
+            ),
+            "42 % of the steps without freezing {} at {}".format(*steps["full-42-rate1.7"]),
+            "three fifths of the compute or a little more, both lose {}".format(*steps["smartfrz-balanced"]),
             f"lose {lost('minilm.opinions', 'full-65-rate1.7') - lost('minilm.opinions', 'smartfrz-balanced'):.1f} points more on "
             "`minilm.opinions`",
             f"at random times, the same number of frozen units costs "

@@ -177,27 +177,39 @@ def equal_accuracy(known: dict) -> str:
     return markdown_table(header, rows)
 
 
-def fewer_steps(known: dict) -> str:
-    """One row for each arm of `FEWER_STEPS`, in Markdown: means over the tasks of [`compared`] and the seeds that all of them have."""
+def at_same_compute(known: dict) -> dict[str, dict[str, Any]]:
+    """
+    By arm of `FEWER_STEPS`, means over the tasks of [`compared`] and the seeds that all of them have: `{"lost": ..., "loss": ...,
+    "compute": ..., "seconds": ..., "by_task": {task: points lost}}`. The one with the most compute first.
+    """
     shared = {}
     for task in compared(known):
         arms = known["tasks"][task]["arms"]
-        if set(FEWER_STEPS) <= arms.keys():
+        if arms.keys() >= set(FEWER_STEPS):
             shared[task] = set.intersection(*(set(arms[arm]["runs"]) for arm in FEWER_STEPS))
-    rows = []
+    found = {}
     for arm in FEWER_STEPS if shared else ():
-        found = {
-            task: {
-                key: mean(known["tasks"][task]["arms"][arm]["runs"][seed][key] for seed in seeds)
-                for key in ("lost", "loss", "compute", "seconds")
+        means: dict[str, dict[str, float]] = {
+            key: {
+                task: mean(known["tasks"][task]["arms"][arm]["runs"][seed][key] for seed in seeds)
+                for task, seeds in shared.items()
             }
-            for task, seeds in shared.items()
+            for key in ("lost", "loss", "compute", "seconds")
         }
-        at = {key: mean(run[key] for run in found.values()) for key in ("lost", "loss", "compute", "seconds")}
-        lost = [f"{run['lost']:+.1f}" for run in found.values()]
-        rows.append((at["compute"], [f"`{arm}`", *costs(at), f"{at['lost']:+.2f}", f"{at['loss']:+.3f}", *lost]))
-    header = ["method", "compute", "processor time", "points lost", "loss added", *(f"`{task}`" for task in shared)]
-    return markdown_table(header, [row for _, row in sorted(rows, reverse=True)])
+        found[arm] = {key: mean(by_task.values()) for key, by_task in means.items()} | {"by_task": means["lost"]}
+    return dict(sorted(found.items(), key=lambda entry: -entry[1]["compute"]))
+
+
+def fewer_steps(known: dict) -> str:
+    """One row for each arm of [`at_same_compute`], in Markdown."""
+    found = at_same_compute(known)
+    tasks = [f"`{task}`" for run in list(found.values())[:1] for task in run["by_task"]]
+    rows = [
+        [f"`{arm}`", *costs(run), f"{run['lost']:+.2f}", f"{run['loss']:+.3f}"]
+        + [f"{lost:+.1f}" for lost in run["by_task"].values()]
+        for arm, run in found.items()
+    ]
+    return markdown_table(["method", "compute", "processor time", "points lost", "loss added", *tasks], rows)
 
 
 def is_equal(run: dict[str, Any]) -> bool:
