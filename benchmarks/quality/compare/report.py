@@ -343,7 +343,7 @@ def make(plan: Plan, out: Path, report: Path) -> None:
 
 INTRODUCTION = f"""Written by `make bench-report` from the files in `results/`; never edited by hand. Costs are means over seeds of ratios to full
 training with the same seed: FLOPs, processor seconds and wall seconds of training without evaluations. Points are accuracy in
-percent, 100 times Spearman's correlation, or -100 times the loss of a language model. `loss added` is the held-out loss, less that of
+percent, 100 times Spearman's correlation or the F1 score of entities, or -100 times the loss of a language model. `loss added` is the held-out loss, less that of
 full training. A time with `~` does not compare: evaluations took much longer or shorter than those of full training, so the runs
 come from different machines, or one was busier. `points lost` has a {LEVEL:.0%} bootstrap
 interval over seeds; with three seeds it is their range, and holds the true mean in about three cases of four. Accuracy counts as equal if the mean lost is below {MEAN_LOST} and the interval ends below {MOST_LOST}. `fewer steps`
