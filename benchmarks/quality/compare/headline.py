@@ -13,6 +13,7 @@ MODELS = {
     "smollm2-12": "the first 12 blocks of SmolLM2-135M",
     "smollm2-30": "the whole of SmolLM2-135M",
     "bert-12": "a BERT of our own with 12 blocks",
+    "bert-12-2": "a BERT of our own with 12 blocks",
     "resnet": "a ResNet of our own",
 }
 # Freezing rules of other papers.
