@@ -1,5 +1,6 @@
 """The pilot: the first steps of a run, their gradients at sampled weights, and the weights to go back to."""
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from .weights import WeightSampler
 
 WEIGHTS_PER_UNIT = 1024  # sampled
 HEAD = "head"
+EACH_POSITION = re.compile("For(TokenClassification|QuestionAnswering|AudioFrameClassification|CTC)")
 MIN_STEPS = 4  # of a pilot: fewer gradients show nothing but noise
 
 
@@ -49,6 +51,12 @@ def is_language_model(model: nn.Module) -> bool:
     """Whether a model of Transformers, or one in it, predicts tokens: causal, masked, or sequence to sequence."""
     found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     return any(each.get_output_embeddings() is not None or each.can_generate() for each in found)
+
+
+def labels_positions(model: nn.Module) -> bool:
+    """Whether a model of Transformers, or one in it, has an output for each token or frame, as its name says."""
+    kinds = (type(module).__name__ for module in model.modules() if isinstance(module, PreTrainedModel))
+    return any(EACH_POSITION.search(kind) for kind in kinds)
 
 
 class Pilot:
@@ -133,6 +141,7 @@ class Pilot:
             self._pretrained,
             is_regression(model),
             is_language_model(model),
+            labels_positions(model),
         )
 
     @torch.no_grad()

@@ -36,6 +36,7 @@ class PilotSignals:
         pretrained (`int`): units in front of the first block whose weights are as a library initializes them.
         regression (`bool`): whether the model has a single output. Its pilot shows how the mean of the labels is learned.
         language (`bool`): whether the model predicts tokens. All its blocks go on learning.
+        positions (`bool`): whether the model has an output for each token or frame. Its front goes on learning for long.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class PilotSignals:
     pretrained: int
     regression: bool = False
     language: bool = False
+    positions: bool = False
 
     @property
     def reach(self) -> torch.Tensor:
@@ -106,6 +108,8 @@ class PilotSignals:
             return "the pilot of a regression shows little but the mean of its labels"
         if self.problem is None and self.language:
             return "a language model needs its whole depth to learn a text"
+        if self.problem is None and self.positions:
+            return "with an output for each token, a frozen front costs more than it is expected to"
         return self.problem
 
     def rate_factor(self, depth: int) -> float:
