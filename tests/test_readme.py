@@ -175,6 +175,7 @@ def figures():
             f"`balanced` lost {mean(run['points_lost'] for run in tags):.1f} points on average at "
             f"{mean(run['compute'] for run in tags):.2f} of the compute",
             "where 0.5 to 0.7 were expected",  # in `stages`
+            f"On `minilm.names`, {lost('minilm.names', 'smartfrz-balanced'):.1f} points of F1 are lost",
             f"it saved {percent(1 - mean(run['compute'] for run in started))} of the compute of the reviews, and the perplexity rose by "
             f"{perplexity}",
             f"at 1.7 times the rate, take less time, and the perplexity falls by {-lost('smollm2.reviews', 'full-65-rate1.7'):.0f} %",
