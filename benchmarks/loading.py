@@ -120,9 +120,7 @@ def _tagging_task(pair: Pair, model: dict[str, Any], folder: Path, data: Path) -
     """The first token of each word has the word's tag as its label, the others none."""
     parts = read_rows(data, pair.seed, pair.rows, 32)
     names = sorted({tag for part in parts for row in part for tag in row["tags"]})
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, **({"add_prefix_space": True} if "smollm2" in pair.model else {})
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def tokenize(part: list[Row]) -> list[Row]:
         words = [row["words"] for row in part]
