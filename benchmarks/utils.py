@@ -17,7 +17,6 @@ from typing import Any, TextIO
 
 import psutil
 import torch
-from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -107,6 +106,8 @@ def run_in_processes(work: Callable, jobs: list[tuple], processes: int, descript
 
 
 def _run_quietly(threads: int, work: Callable, *arguments: Any) -> None:
+    from datasets import disable_progress_bars  # not needed by the comparison, which runs where it is missing
+
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

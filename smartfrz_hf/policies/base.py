@@ -43,6 +43,7 @@ class Observation:
         order (`str`): `"front"`, or `"independent"` where units may freeze behind units that train.
         apart (`frozenset[int]`): indices of the units that are frozen behind units that train.
         limit (`int`, *optional*): the most units that may freeze, by `max_depth` and as something has to train.
+        positions (`bool`): whether the model has an output for each token or frame.
     """
 
     step: int
@@ -57,6 +58,7 @@ class Observation:
     order: str = "front"
     apart: frozenset[int] = frozenset()
     limit: int | None = None
+    positions: bool = False
 
     @property
     def units(self) -> int:

@@ -35,6 +35,9 @@ class SmartFRZPolicy(Policy):
     Once a front has frozen from the start of the run, nothing more freezes before 65 % of it. From then on the first five sixths of the
     blocks freeze at a threshold of their own.
 
+    Where the model has an output for each token or frame, the threshold is at least that of `"conservative"`: the front probe sees
+    two tokens of a row, and hardly any with a rare label.
+
     In the first fifth of a run, nothing freezes while the learning rate is near its peak: the weights change most there, so
     a front that froze then would cost more accuracy than one frozen before or after. Few of the runs that the predictor was
     trained on have a schedule that starts at its peak.
@@ -47,8 +50,8 @@ class SmartFRZPolicy(Policy):
             [`SmartFRZPredictorConfig`]. Without it nothing freezes from the start.
         target_saving (`float`, *optional*): share of the compute to be saved, in place of these limits.
         threshold_after_start (`float`, *optional*):
-            The threshold once a front has frozen from the start; `threshold` by default. What trains at a higher rate loses less
-            if it freezes early. Where the rate could not rise, it is at least that of `"conservative"`.
+            The threshold once a front has frozen from the start. What trains at a higher rate loses less if it freezes early. Where
+            the rate could not rise, it is at least that of `"conservative"`. Without it, `threshold` holds everywhere.
     """
 
     by_unit = True
@@ -115,7 +118,7 @@ class SmartFRZPolicy(Policy):
             return Decision(depth, "weights are not finite")
         probabilities, attentions = self.score(observation, history, snapshots)
         score = dict(enumerate(probabilities, depth))
-        thresholds = {unit: self.threshold_of(unit, observation.units) for unit in score}
+        thresholds = {unit: self.threshold_of(unit, observation) for unit in score}
         freezes = {unit for unit, p in score.items() if p >= thresholds[unit] or not observation.trainable[unit]}
         reached = next(unit for unit in range(depth, observation.units + 1) if unit not in freezes)
         apart: set[int] = set()
@@ -134,20 +137,25 @@ class SmartFRZPolicy(Policy):
             apart=apart,
         )
 
-    def threshold_of(self, unit: int, units: int) -> float:
+    def threshold_of(self, unit: int, observation: Observation) -> float:
         """
         The probability from which a unit freezes now.
 
         Args:
             unit (`int`): its index.
-            units (`int`): of the model.
+            observation ([`Observation`]): of this freezing stage.
         """
-        if not self._started or self.threshold_after_start is None:
+        careful = self.predictor.config.operating_points["conservative"]
+        if self.threshold_after_start is None:
+            return self.threshold
+        if observation.positions:
+            return max(self.threshold, careful)
+        if not self._started:
             return self.threshold
         thresholds = [self.threshold_after_start]
         if not self._raised:
-            thresholds.append(self.predictor.config.operating_points["conservative"])
-        if unit > LOWERED_SHARE * (units - 1):
+            thresholds.append(careful)
+        if unit > LOWERED_SHARE * (observation.units - 1):
             thresholds.append(self.threshold)
         return max(thresholds)
 

@@ -82,6 +82,7 @@ def run(experiment: Experiment, arm: Arm, plan: Plan, model_dir: Path, data_dirs
     Returns:
         `dict`: the result, ready for JSON.
     """
+    made_with = provenance(*PACKAGES)  # a package that is missing is told before the run
     watch = Stopwatch()
     pair = replace(experiment.task, seed=experiment.seed)
     with watch.measure("loading"):
@@ -144,7 +145,7 @@ def run(experiment: Experiment, arm: Arm, plan: Plan, model_dir: Path, data_dirs
         }
         cache = ledger.cache
         result["cache"] = None if cache is None else {"rows": cache.rows, "hits": cache.hits, "off": cache.off}
-    return result | provenance(*PACKAGES)
+    return result | made_with
 
 
 def write(result: Result, path: Path) -> None:
