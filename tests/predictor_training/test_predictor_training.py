@@ -475,6 +475,26 @@ def test_evaluate_and_fit_write_a_predictor_and_its_card(harvested, tmp_path):
     assert "differ in vit-0: run `smartfrz evaluate` again" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(("converged", "often"), [(True, "always"), (False, "never")])
+def test_runs_with_one_class_are_too_few_to_evaluate(harvested, tmp_path, converged, often):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for run, task in zip(read_runs(harvested[0] / "out"), ("other", "cifar10"), strict=True):
+        run.provenance["data"] = task
+        if run.name == "vit-0":
+            run.tensors["cka"].fill_(float(converged))
+        write_run(run, runs)
+    words = ["evaluate", str(runs), "--out", str(tmp_path / "x.json"), "--label", "cka-0.98"]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "300", "TERM": "dumb"})
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2, result.output
+    assert (
+        f"If resnet is held out, the label 'cka-0.98' has only one class in the other runs (vit): their units have {often} converged"
+        in said
+    )
+    assert "Record more runs" in said
+
+
 def test_bad_input_of_the_commands(harvested, tmp_path):
     runs = str(harvested[0] / "out")
     for words, message in (
