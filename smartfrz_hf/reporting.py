@@ -106,8 +106,11 @@ def opening_line(run: FreezingRun) -> str:
     kind, due, pilot, total = type(run.stack.model).__name__, run.stages_due, run.observer.pilot_steps, run.total_steps
     are = "is" if run.frozen_units == 1 else "are"
     if policy.decides_once or not run.most_units or not (due or pilot):
-        if run.most_units and not policy.decides_once:
+        later = policy.most(units) and not policy.decides_once
+        if later and not (due or pilot):
             name += f"; the first decision is due at step {due.start} of {total}"
+        elif later and due and not policy.most(units, due[-1] / total):
+            name += f"; the last decision is due at step {due[-1]} of {total}"
         if not run.frozen_units:
             return f"SmartFRZ: no unit of {kind} will freeze ({name})."
         return (

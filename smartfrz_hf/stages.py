@@ -58,7 +58,8 @@ class StageRunner:
         first, every = config.steps("first_decision", total_steps), config.steps("decide_every", total_steps)
         self.due = range(first, total_steps, every)
         self._most = len(front.stack) if config.max_depth is None else min(config.max_depth, len(front.stack))
-        self.most = min(self._most, self._deepest, policy.most(len(front.stack)))
+        last = self.due[-1] / total_steps if self.due else 0.0  # there is a stage before the first step, too
+        self.most = min(self._most, self._deepest, policy.most(len(front.stack), last))
         self.should_stop = False
 
     def is_due(self, step: int) -> bool:

@@ -33,6 +33,9 @@ CASES = {
     trainers.grpo: "`use_cache` is asked for",  # by generation, and new completions are new rows
     trainers.sentence_transformer: None,
     trainers.grad_cache: None,
+    trainers.adaptive_layer: "`output_hidden_states` is asked for",
+    trainers.matryoshka_2d: "`output_hidden_states` is asked for",
+    trainers.sparse_encoder: None,
     trainers.cross_encoder: None,
     trainers.multiple_choice: None,
     trainers.reads_padding: None,

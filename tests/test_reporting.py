@@ -7,6 +7,8 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import arguments, build, smartfrz, train
@@ -120,6 +122,28 @@ def test_the_first_line_says_when_it_is_decided(first, every, line):
     config = {"policy": "linear", "first_decision": first, "decide_every": every}
     with FreezingRun(model, torch.optim.SGD(model.parameters()), 20, config) as run:
         assert opening_line(run).endswith(f"BertForSequenceClassification {line}")
+
+
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(
+    policy=st.sampled_from(["linear", "freezeout", "random", "static", "never"]),
+    start=st.sampled_from([0.0, 0.5, 0.9, 0.96, 0.99]),
+    level=st.sampled_from([0.3, 1.0]),
+    every=st.integers(1, 12),
+)
+def test_the_first_line_says_what_a_schedule_comes_to(policy, start, level, every):
+    model = build("bert")
+    config = {"policy": policy, "linear_start": start, "linear_depth": level, "static_depth": int(level * 4)}
+    with FreezingRun(
+        model, torch.optim.SGD(model.parameters()), 20, config | {"first_decision": every, "decide_every": every}
+    ) as run:
+        line, most = opening_line(run), run.most_units
+        for step in range(1, 21):
+            run.step(step)
+        assert run.frozen_units == most
+    if not most:
+        assert line.startswith("SmartFRZ: no unit of BertForSequenceClassification will freeze"), line
+        assert (f"; the last decision is due at step {19 // every * every} of 20)" in line) == (policy != "never")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # from peft

@@ -1,11 +1,13 @@
 """Which modules of a model may be its blocks: the stacks of repeated modules, and modules named by hand."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 from transformers import PreTrainedModel
 
+MOST_NAMES = 4  # in a hint
 # A block has more modules with parameters of their own than a convolution with its norm and positions, or a layer of a head.
 SIMPLE = 3
 
@@ -92,6 +94,26 @@ def describe(stacks: Mapping[str, Sequence[str]]) -> str:
 def patterns(names: Sequence[str]) -> list[str]:
     """Shell patterns that name the members of a stack: `["encoder.layer.*"]`."""
     return list(dict.fromkeys(f"{name.rpartition('.')[0]}.*" for name in names))
+
+
+def hint(model: nn.Module) -> str:
+    """
+    How to name blocks of a model without stacks: `` `SmartFRZConfig(blocks=["stem", "s1"])` ``, with the first of its outermost
+    modules that have parameters. What is registered last is taken for the head. A model without such modules has no names to give.
+    """
+    inner = base_model(model)
+    path = next(name for name, module in model.named_modules() if module is inner)
+    while len(children := _with_parameters(inner, path)) == 1:
+        ((path, inner),) = children.items()
+    names = list(children) or ([path] if path else ["..."])
+    shown = names[: max(1, len(names) - (base_model(model) is model))][:MOST_NAMES]
+    return f"`SmartFRZConfig(blocks={json.dumps(shown)})`"
+
+
+def _with_parameters(module: nn.Module, path: str) -> dict[str, nn.Module]:
+    """The children that have parameters, by dotted name."""
+    children = module.named_children()
+    return {f"{path}.{key}".lstrip("."): child for key, child in children if any(True for _ in child.parameters())}
 
 
 def match(model: nn.Module, patterns: Sequence[str], argument: str, parameters: bool = False) -> list[str]:

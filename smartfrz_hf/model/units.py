@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from .discovery import NoOrderError, ancestors, describe, find_stacks, match, stack_of
+from .discovery import NoOrderError, ancestors, describe, find_stacks, hint, match, stack_of
 from .stem import STEM, assign
 from .tracing import Inputs, Trace, trace
 
@@ -221,7 +221,7 @@ def find_blocks(
     if not stacks:
         raise ValueError(
             f"{type(model).__name__} has no repeated blocks that could freeze one by one. Name by hand what can freeze, front "
-            'first, with dotted names or shell patterns: `SmartFRZConfig(blocks=["conv1", "conv2"])`.'
+            f"first, with dotted names or shell patterns, such as {hint(model)}."
         )
     modules = dict(model.named_modules())
     everything = [name for members in stacks.values() for name in members]

@@ -148,12 +148,13 @@ class Policy(ABC):
         policy, and all take the answer of process 0.
         """
 
-    def most(self, units: int) -> int:
+    def most(self, units: int, progress: float = 1.0) -> int:
         """
         The most units that may ever freeze, which the line at the start of a run says.
 
         Args:
             units (`int`): number of units.
+            progress (`float`, *optional*, defaults to `1.0`): fraction of the run that is done at the last freezing stage.
         """
         return units
 

@@ -21,10 +21,10 @@ class LinearPolicy(Policy):
 
     def decide(self, observation: Observation) -> Decision:
         """Freeze to the depth that the schedule has reached."""
-        reached = max(0.0, (observation.progress - self.start) / (1 - self.start))
-        depth = share_of(reached * self.level, observation.units)
+        depth = self.most(observation.units, observation.progress)
         return Decision(max(depth, observation.depth), f"schedule at {observation.progress:.0%} of the run")
 
-    def most(self, units: int) -> int:
-        """The depth at the end of the run."""
-        return share_of(self.level, units)
+    def most(self, units: int, progress: float = 1.0) -> int:
+        """The depth that the schedule has reached."""
+        reached = max(0.0, (progress - self.start) / (1 - self.start))
+        return share_of(reached * self.level, units)

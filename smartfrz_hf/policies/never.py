@@ -10,6 +10,6 @@ class NeverPolicy(Policy):
         """Keep the depth."""
         return Decision(observation.depth, "never")
 
-    def most(self, units: int) -> int:
+    def most(self, units: int, progress: float = 1.0) -> int:
         """None."""
         return 0

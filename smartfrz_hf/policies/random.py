@@ -35,5 +35,9 @@ class RandomPolicy(Policy):
 
     def decide(self, observation: Observation) -> Decision:
         """Freeze the units whose time has come."""
-        due = sum(observation.progress >= time for time in self.freeze_times(observation.units))
+        due = self.most(observation.units, observation.progress)
         return Decision(max(due, observation.depth), f"random times, at {observation.progress:.0%} of the run")
+
+    def most(self, units: int, progress: float = 1.0) -> int:
+        """The units whose time has come."""
+        return sum(progress >= time for time in self.freeze_times(units))

@@ -30,6 +30,6 @@ class StaticPolicy(Policy):
             )
         return Decision(max(depth, observation.depth), "static")
 
-    def most(self, units: int) -> int:
+    def most(self, units: int, progress: float = 1.0) -> int:
         """The fixed depth."""
         return share_of(self.depth, units) if self.depth < 1 else int(self.depth)

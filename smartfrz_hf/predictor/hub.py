@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import tqdm, validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -161,8 +161,16 @@ def push_predictor(
         `str`: URL of the commit.
 
     Raises:
-        OSError: the folder does not hold a complete predictor, or the Hub cannot be reached or denies access.
+        OSError: the folder does not hold a complete predictor, `repo_id` cannot be a name on the Hub, or the Hub cannot be
+            reached or denies access.
     """
+    try:
+        validate_repo_id(os.fspath(repo_id))
+    except HFValidationError as error:
+        raise OSError(
+            f"`repo_id` is {str(repo_id)!r}, which is no name on the Hub; it must look like `user/name`. To save a predictor in a "
+            "folder, use its `save_pretrained`."
+        ) from error
     folder = Path(folder)
     if not folder.is_dir():
         raise OSError(f"{folder} is not a folder; give one that holds {' and '.join(FILES)}.")

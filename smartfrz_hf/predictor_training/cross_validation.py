@@ -70,6 +70,31 @@ def _regression_scores(train: FreezingStages, test: FreezingStages, context: int
     return model.decision_function(regressors.flatten(0, 1)).reshape(regressors.shape[:2])
 
 
+def check_classes(stages: FreezingStages, folds: np.ndarray) -> None:
+    """
+    Refuse runs from which nothing can be learned once a fold is held out. Rules, calibration and thresholds of each fold come
+    from the other folds, where some units must have converged and others not.
+
+    Args:
+        stages ([`FreezingStages`]): the freezing stages of all runs.
+        folds (`np.ndarray` of shape `(rows,)`): name of the fold of each row.
+
+    Raises:
+        ValueError: without one of the folds, all labels are the same.
+    """
+    active, labels = stages.columns["active"].numpy(), stages.columns["labels"].numpy() >= 0.5
+    for fold in np.unique(folds):
+        others = active & (folds != fold)[:, None]
+        classes = np.unique(labels[others])
+        if len(classes) < 2:
+            always = "always" if classes.all() else "never"
+            raise ValueError(
+                f"If {fold} is held out, the label {stages.label!r} has only one class in the other runs "
+                f"({', '.join(sorted(set(folds[folds != fold])))}): their units have {always} converged. Record more runs, "
+                "of other families and data sets, with `smartfrz harvest`, or choose another label."
+            )
+
+
 @dataclass
 class HeldOut:
     """
@@ -171,7 +196,7 @@ def cross_validate(
         [`HeldOut`]
 
     Raises:
-        ValueError: there is only one group.
+        ValueError: there is only one group, or without one of them all labels are the same.
     """
     groups = np.array([key(run) for run in stages.runs])
     if len(set(groups)) < 2:
@@ -181,6 +206,8 @@ def cross_validate(
     if test_stages is None:
         test_stages = stages.select(stages.columns["spacing"] == stages.columns["spacing"].min())
     train_folds, folds = groups[stages.columns["run"].numpy()], groups[test_stages.columns["run"].numpy()]
+    check_classes(stages, train_folds)
+    check_classes(test_stages, folds)
     scores = rule_scores(test_stages)
     regressions = {REGRESSION: test_stages.columns["context"].shape[-1]}
     if regressions[REGRESSION] > CONTEXT_SIZE:

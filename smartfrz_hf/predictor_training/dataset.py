@@ -33,6 +33,7 @@ class FreezingStages(Dataset):
         target (`str`, *optional*, defaults to `"kept"`): what the predictor learns, one of [`TARGETS`].
 
     Attributes:
+        runs (`list[RecordedRun]`), label (`str`): as given.
         columns (`dict[str, torch.Tensor]`):
             All rows. For the predictor:
 
@@ -58,7 +59,7 @@ class FreezingStages(Dataset):
         spacings: Sequence[int] = (1,),
         target: str = "kept",
     ):
-        self.runs, self.augment = list(runs), False
+        self.runs, self.label, self.augment = list(runs), label, False
         units = max(len(run.units) for run in runs)
         rows = [
             {key: _pad(value, units) for key, value in row.items()} | {"run": torch.tensor(index)}

@@ -5,40 +5,84 @@ import os
 import platform
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from importlib.metadata import version
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from datasets import disable_progress_bars
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .recording import RecordingCallback
 from .specs import RunSpec
 from .table import RecordedRun, run_file, write_run
-from .tasks import prepare
+from .tasks import prepare, pretrain
+
+KILLED = "its process was killed, possibly for lack of memory: try fewer `processes`"
 
 
-def record_run(spec: RunSpec, data_dir: str | os.PathLike | None = None) -> RecordedRun:
+class Progress(NamedTuple):
+    """
+    How far a training is.
+
+    Attributes:
+        title (`str`): name of the run, and which of its trainings it is.
+        step (`int`), steps (`int`): steps done, and in all.
+    """
+
+    title: str
+    step: int
+    steps: int
+
+
+class ProgressTeller(TrainerCallback):
+    """
+    Tells how far a training is, at its start and after each step.
+
+    Args:
+        title (`str`): of the training.
+        tell (`Callable[[Progress], None]`): is told.
+    """
+
+    def __init__(self, title: str, tell: Callable[[Progress], None]):
+        self.title, self.tell = title, tell
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Tell that it begins."""
+        self.tell(Progress(self.title, state.global_step, state.max_steps))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Tell that a step is done."""
+        self.tell(Progress(self.title, state.global_step, state.max_steps))
+
+
+def record_run(
+    spec: RunSpec, data_dir: str | os.PathLike | None = None, tell: Callable[[Progress], None] = lambda progress: None
+) -> RecordedRun:
     """
     Carry out one run and record it.
 
     Args:
         spec ([`RunSpec`]): the run.
         data_dir (`str`, *optional*): folder of local copies of the data.
+        tell (`Callable[[Progress], None]`, *optional*): is told how far the run is, and its pretraining before it.
 
     Returns:
         [`RecordedRun`]
     """
-    prepared = prepare(spec, data_dir)
+    first = ProgressTeller(f"{spec.name}, pretraining", tell)
+    prepared = prepare(spec, data_dir, start=pretrain(spec, data_dir, [first]) if spec.pretraining else None)
     recorder = RecordingCallback(prepared.probe)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        train_loss = prepared.trainer(spec, folder, [recorder]).train().training_loss
+        train_loss = prepared.trainer(spec, folder, [recorder, ProgressTeller(spec.name, tell)]).train().training_loss
     provenance = {
         "run": spec.name,
         "family": prepared.model.config.model_type,
@@ -64,7 +108,7 @@ def harvest(
     Carry out the runs that are not recorded yet, several at a time, each in a process of its own.
 
     A run that fails, or whose process is killed, does not stop the others. Calling this function again carries out the
-    runs that are missing.
+    runs that are missing. Progress bars show how far the runs are, and a line how long each one took.
 
     Args:
         specs (`list[RunSpec]`): the runs.
@@ -82,37 +126,55 @@ def harvest(
     failures = []
     pool = ThreadPoolExecutor(processes)
     try:
-        futures = {pool.submit(_record_in_process, spec, out, data_dir, threads): spec for spec in missing}
-        done = len(specs) - len(missing)
-        for future in tqdm(as_completed(futures), total=len(specs), initial=done, desc="harvest", unit="run"):
-            try:
-                error = future.result()
-            except BrokenProcessPool:
-                error = "its process was killed, possibly for lack of memory: try fewer `processes`"
-            if error is not None:
-                failures.append(f"{futures[future].name}: {error}")
+        with tqdm(total=len(specs), initial=len(specs) - len(missing), desc="harvest", unit="run") as bar:
+            futures = {pool.submit(_record_in_process, spec, out, data_dir, threads): spec for spec in missing}
+            for future in as_completed(futures):
+                name, (error, seconds) = futures[future].name, future.result()
+                tqdm.write(f"{name}: {'recorded in' if error is None else 'failed after'} {seconds:.0f} s")
+                bar.update()
+                if error is not None:
+                    failures.append(f"{name}: {error}")
     finally:
         pool.shutdown(cancel_futures=True)  # where it is interrupted, no further run starts
     return failures
 
 
-def _record_in_process(spec: RunSpec, out: Path, data_dir: str | os.PathLike | None, threads: int) -> str | None:
-    # A killed process breaks its whole pool, so each run has its own.
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_set_up_process, initargs=(threads,)) as pool:
-        return pool.submit(_record_to_file, spec, out, data_dir).result()
+def _record_in_process(
+    spec: RunSpec, out: Path, data_dir: str | os.PathLike | None, threads: int
+) -> tuple[str | None, float]:
+    """Record a run in a process of its own, under a progress bar. Returns its error, if there is one, and its seconds."""
+    start, context = time.perf_counter(), get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_record_to_file, args=(spec, out, data_dir, threads, sender))
+    process.start()
+    sender.close()  # so that the end of the process ends what is received
+    with receiver, tqdm(desc=spec.name, unit="step", leave=False) as bar:
+        try:
+            while isinstance(message := receiver.recv(), Progress):
+                if (bar.desc, bar.total) != (f"{message.title}: ", message.steps):
+                    bar.set_description(message.title, refresh=False)
+                    bar.reset(message.steps)
+                bar.update(message.step - bar.n)
+        except EOFError:
+            message = KILLED
+    process.join()
+    return message, time.perf_counter() - start
 
 
-def _set_up_process(threads: int) -> None:
+def _record_to_file(
+    spec: RunSpec, out: Path, data_dir: str | os.PathLike | None, threads: int, sender: Connection
+) -> None:
+    """
+    Record a run, and send how far it is. At the end, send its error, or `None`: as text, since not every exception survives the
+    way between processes.
+    """
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
-
-
-def _record_to_file(spec: RunSpec, out: Path, data_dir: str | os.PathLike | None) -> str | None:
-    """Record a run and return its error as text, since not every exception survives the way between processes."""
     try:
-        write_run(record_run(spec, data_dir), out)
+        write_run(record_run(spec, data_dir, sender.send), out)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+        sender.send(f"{type(error).__name__}: {error}")
+    else:
+        sender.send(None)

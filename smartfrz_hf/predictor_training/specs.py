@@ -69,7 +69,7 @@ class RunSpec:
         """Origin of the weights at the start: `"fine-tuning"`, `"from scratch"` or `"after DATA"`."""
         if not self.from_scratch:
             return "fine-tuning"
-        return f"after {self.pretraining['data']}" if self.pretraining else "from scratch"
+        return f"after {self.pretraining.get('data', self.data)}" if self.pretraining else "from scratch"
 
 
 def read_specs(path: str | os.PathLike) -> list[RunSpec]:

@@ -1,7 +1,7 @@
 """Model and data of a run, prepared for training."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,13 +151,16 @@ def prepare(
     return Prepared(model, train, held_out, collator, probe)
 
 
-def pretrain(spec: RunSpec, data_dir: str | os.PathLike | None = None) -> dict[str, torch.Tensor]:
+def pretrain(
+    spec: RunSpec, data_dir: str | os.PathLike | None = None, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, torch.Tensor]:
     """
     Carry out the first run, which pretrains the model.
 
     Args:
         spec ([`RunSpec`]): a run with `pretraining`.
         data_dir (`str`, *optional*): folder of local copies of the data.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): of the Trainer.
 
     Returns:
         `dict[str, torch.Tensor]`: state of the backbone that the run starts from.
@@ -165,7 +168,7 @@ def pretrain(spec: RunSpec, data_dir: str | os.PathLike | None = None) -> dict[s
     first = replace(spec, **{"pretraining": {}} | spec.pretraining)
     prepared = prepare(first, data_dir)
     with TemporaryDirectory() as folder:
-        prepared.trainer(first, folder, []).train()
+        prepared.trainer(first, folder, list(callbacks)).train()
     return {key: value.cpu() for key, value in prepared.model.base_model.state_dict().items()}
 
 

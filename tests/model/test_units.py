@@ -1,12 +1,18 @@
 """Units are found, named and ordered right on every architecture, and refused where there is no order."""
 
+import json
+import re
+from collections import OrderedDict
+
 import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES, TEXT, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from odd_models import ClassifierFirst, OddOrder, bart, clip, dual_encoder, llava, t5, wav2vec2, whisper
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaModel, PreTrainedModel
 from versions import VISION_TOWER
 from zoo import build_tiny
 
@@ -122,6 +128,40 @@ def test_blocks_by_hand():
 def test_models_without_blocks_are_refused():
     with pytest.raises(ValueError, match=r"Linear has no repeated blocks.*blocks="):
         find_blocks(nn.Linear(2, 2))
+
+
+def hinted(model):
+    with pytest.raises(ValueError, match="has no repeated blocks") as refused:
+        find_blocks(model)
+    return json.loads(re.search(r"`SmartFRZConfig\(blocks=(\[.*\])\)`", str(refused.value))[1])
+
+
+names = st.lists(st.text("abcdefgh", min_size=1, max_size=4), min_size=2, max_size=6, unique=True)
+
+
+@settings(deadline=None, max_examples=25)
+@given(names=names, around=st.lists(st.sampled_from(["net", "body"]), max_size=2))
+def test_the_hint_for_a_model_without_blocks_can_be_followed(names, around):
+    model = nn.Sequential(OrderedDict((name, nn.Linear(3, 3)) for name in names) | {"act": nn.ReLU()})
+    for name in around:
+        model = nn.Sequential(OrderedDict({name: model}))
+    path = "".join(f"{name}." for name in reversed(around))
+    blocks = hinted(model)
+    assert blocks == [f"{path}{name}" for name in names[:-1]][:4]
+    assert find_blocks(model, blocks).names == ["stem", *blocks]
+
+
+def test_the_hint_leaves_out_the_head():
+    class Network(PreTrainedModel):
+        config_class, base_model_prefix = BertConfig, "body"
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.body = nn.ModuleDict({"first": nn.Linear(3, 3), "second": nn.Linear(3, 3)})
+            self.classifier = nn.Linear(3, 2)
+
+    assert hinted(Network(BertConfig())) == ["body.first", "body.second"]
+    assert hinted(nn.Linear(2, 2)) == ["..."]
 
 
 def test_encoder_then_decoder():

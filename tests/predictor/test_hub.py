@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 from hub_server import TOKEN, HubServer
+from typer.testing import CliRunner
 
 from smartfrz_hf import SmartFRZPredictor, SmartFRZPredictorConfig
+from smartfrz_hf.cli import app
 from smartfrz_hf.predictor import FILES, default_predictor_path, load_predictor
 
 REPO = "me/mine"
@@ -147,6 +149,17 @@ def test_push_of_a_damaged_predictor_reaches_no_hub(hub, run, folder):
     assert done.returncode == 1
     assert "damaged" in done.stderr and "Traceback" not in done.stderr
     assert not hub.requests
+
+
+@pytest.mark.parametrize("path", ["./copy", "copies/of/mine", "C:\\copies"])
+def test_push_to_a_path_is_told_how_to_save(tmp_path, path):
+    SmartFRZPredictor(SmartFRZPredictorConfig(window=5, weights_per_unit=16)).save_pretrained(tmp_path)
+    done = CliRunner().invoke(app, ["push", str(tmp_path), path])
+    assert done.exit_code == 1
+    assert done.output.startswith(
+        f"`repo_id` is {path!r}, which is no name on the Hub; it must look like `user/name`."
+    )
+    assert "`save_pretrained`" in done.output
 
 
 @pytest.mark.parametrize("token", [None, "hf_wrong"])

@@ -3,8 +3,10 @@
 import copy
 import json
 import multiprocessing
+import re
 import threading
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import pairwise
 
@@ -27,7 +29,7 @@ from smartfrz_hf.predictor.configuration import CONTEXT_SIZE
 from smartfrz_hf.predictor_training.card import make_card
 from smartfrz_hf.predictor_training.cross_validation import PREDICTOR, REGRESSION, REGRESSION_WITHOUT_PROBE, HeldOut
 from smartfrz_hf.predictor_training.dataset import INPUTS, FreezingStages
-from smartfrz_hf.predictor_training.harvest import harvest
+from smartfrz_hf.predictor_training.harvest import Progress, harvest, record_run
 from smartfrz_hf.predictor_training.labels import LABELS, at_probes, rewind_cost, settled, similar
 from smartfrz_hf.predictor_training.metrics import frozen_share, operating_points, path_cost, summarize
 from smartfrz_hf.predictor_training.recording import RecordingCallback, linear_cka, pool
@@ -196,6 +198,24 @@ def test_a_failed_run_does_not_stop_the_others(harvested):
     assert result.exit_code == 1
     assert "failed: broken: " in result.output and "nonsense" in result.output
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["resnet-0.parquet", "vit-0.parquet"]
+
+
+def test_it_is_shown_how_far_each_run_is_and_how_long_it_took(harvested):
+    output = harvested[2].output
+    for name in ("vit-0", "resnet-0"):
+        assert re.search(rf"{name}: .*[1-9]\d*/40 \[[^]]*step", output), output
+        assert re.search(rf"^{name}: recorded in \d+ s$", output, re.MULTILINE), output
+    assert re.search(r"^broken: failed after \d+ s$", output, re.MULTILINE), output
+
+
+def test_the_pretraining_of_a_run_is_told_too(harvested):
+    spec = RunSpec(**json.loads((harvested[0] / "runs.json").read_text())[1] | {"epochs": 1})
+    told = []
+    record_run(replace(spec, pretraining={"train_rows": 32}), harvested[0] / "data", told.append)
+    assert told == [
+        *(Progress("resnet-0, pretraining", step, 2) for step in range(3)),
+        *(Progress("resnet-0", step, 4) for step in range(5)),
+    ]
 
 
 @pytest.mark.slow
@@ -473,6 +493,26 @@ def test_evaluate_and_fit_write_a_predictor_and_its_card(harvested, tmp_path):
     result = CliRunner().invoke(app, words, env={"COLUMNS": "300", "TERM": "dumb"})
     assert result.exit_code == 2
     assert "differ in vit-0: run `smartfrz evaluate` again" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(("converged", "often"), [(True, "always"), (False, "never")])
+def test_runs_with_one_class_are_too_few_to_evaluate(harvested, tmp_path, converged, often):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for run, task in zip(read_runs(harvested[0] / "out"), ("other", "cifar10"), strict=True):
+        run.provenance["data"] = task
+        if run.name == "vit-0":
+            run.tensors["cka"].fill_(float(converged))
+        write_run(run, runs)
+    words = ["evaluate", str(runs), "--out", str(tmp_path / "x.json"), "--label", "cka-0.98"]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "300", "TERM": "dumb"})
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2, result.output
+    assert (
+        f"If resnet is held out, the label 'cka-0.98' has only one class in the other runs (vit): their units have {often} converged"
+        in said
+    )
+    assert "Record more runs" in said
 
 
 def test_bad_input_of_the_commands(harvested, tmp_path):

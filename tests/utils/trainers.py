@@ -244,6 +244,40 @@ def grad_cache(folder: Path) -> Made:
     )
 
 
+def adaptive_layer(folder: Path) -> Made:
+    """A loss on the outputs of the layers, one drawn at random in each step beside the last one."""
+    from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss, MultipleNegativesRankingLoss
+
+    return _sentence_transformer_trainer(
+        folder, lambda model: AdaptiveLayerLoss(model, MultipleNegativesRankingLoss(model))
+    )
+
+
+def matryoshka_2d(folder: Path) -> Made:
+    """As [`adaptive_layer`], and on the first dimensions of the embeddings."""
+    from sentence_transformers.sentence_transformer.losses import Matryoshka2dLoss, MultipleNegativesRankingLoss
+
+    return _sentence_transformer_trainer(
+        folder, lambda model: Matryoshka2dLoss(model, MultipleNegativesRankingLoss(model), [32, 16])
+    )
+
+
+def sparse_encoder(folder: Path) -> Made:
+    """SPLADE."""
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.sparse_encoder import SparseEncoderTrainer, SparseEncoderTrainingArguments
+    from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
+
+    model = SparseEncoder(saved(bert(t.BertForMaskedLM), folder), device="cpu")
+    loss = SparseMultipleNegativesRankingLoss(model)
+    return SparseEncoderTrainer, {
+        "model": model,
+        "args": SparseEncoderTrainingArguments(str(folder), **ARGUMENTS),
+        "train_dataset": _pairs(),
+        "loss": SpladeLoss(model, loss, document_regularizer_weight=3e-5, query_regularizer_weight=5e-5),
+    }
+
+
 def cross_encoder(folder: Path) -> Made:
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
