@@ -204,8 +204,8 @@ def test_it_is_shown_how_far_each_run_is_and_how_long_it_took(harvested):
     output = harvested[2].output
     for name in ("vit-0", "resnet-0"):
         assert re.search(rf"{name}: .*[1-9]\d*/40 \[[^]]*step", output), output
-        assert re.search(rf"^{name}: recorded in \d+ s$", output, re.MULTILINE), output
-    assert re.search(r"^broken: failed after \d+ s$", output, re.MULTILINE), output
+        assert re.search(rf"{name}: recorded in \d+ s\n", output), output
+    assert re.search(r"broken: failed after \d+ s\n", output), output
 
 
 def test_the_pretraining_of_a_run_is_told_too(harvested):
