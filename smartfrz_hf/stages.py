@@ -13,7 +13,7 @@ from .front import Front
 from .model.units import Unit
 from .policies import Decision, Observation, Policy
 from .signals.observer import Observer
-from .signals.pilot import labels_positions
+from .signals.pilot import is_regression, labels_positions
 from .signals.schedule import LearningRates
 
 logger = logging.get_logger(__name__)
@@ -54,7 +54,7 @@ class StageRunner:
         self._rates, self._ranks, self._ledger, self._total_steps = rates, ranks, ledger, total_steps
         self._trainable = [unit.trainable for unit in front.stack]
         self._deepest = front.stack.deepest_safe_depth()
-        self._positions = labels_positions(front.stack.model)
+        self._unfamiliar = is_regression(front.stack.model) or labels_positions(front.stack.model)
         first, every = config.steps("first_decision", total_steps), config.steps("decide_every", total_steps)
         self.due = range(first, total_steps, every)
         self._most = len(front.stack) if config.max_depth is None else min(config.max_depth, len(front.stack))
@@ -88,7 +88,7 @@ class StageRunner:
             probe=observer.probe,
             pilot=None if pilot is None else pilot.signals(self._rates.relative[:step]),
             savings=None if pilot is None else front.meter.savings(),
-            positions=self._positions,
+            unfamiliar=self._unfamiliar,
         )
         decision = self._policy.decide(observation)
         if not isinstance(decision, Decision):

@@ -43,7 +43,9 @@ class Observation:
         order (`str`): `"front"`, or `"independent"` where units may freeze behind units that train.
         apart (`frozenset[int]`): indices of the units that are frozen behind units that train.
         limit (`int`, *optional*): the most units that may freeze, by `max_depth` and as something has to train.
-        positions (`bool`): whether the model has an output for each token or frame.
+        unfamiliar (`bool`):
+            Whether the shipped predictor has learned from no model with such an output: a single one, or one for each token or
+            frame.
     """
 
     step: int
@@ -58,7 +60,7 @@ class Observation:
     order: str = "front"
     apart: frozenset[int] = frozenset()
     limit: int | None = None
-    positions: bool = False
+    unfamiliar: bool = False
 
     @property
     def units(self) -> int:

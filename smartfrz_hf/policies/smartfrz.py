@@ -35,8 +35,8 @@ class SmartFRZPolicy(Policy):
     Once a front has frozen from the start of the run, nothing more freezes before 65 % of it. From then on the first five sixths of the
     blocks freeze at a threshold of their own.
 
-    Where the model has an output for each token or frame, the threshold is at least that of `"conservative"`: the front probe sees
-    two tokens of a row, and hardly any with a rare label.
+    Where the model has a single output, or one for each token or frame, the threshold is at least that of `"conservative"`: the
+    predictor has learned from classifiers, and of tokens the front probe sees two in a row, hardly any with a rare label.
 
     In the first fifth of a run, nothing freezes while the learning rate is near its peak: the weights change most there, so
     a front that froze then would cost more accuracy than one frozen before or after. Few of the runs that the predictor was
@@ -148,7 +148,7 @@ class SmartFRZPolicy(Policy):
         careful = self.predictor.config.operating_points["conservative"]
         if self.threshold_after_start is None:
             return self.threshold
-        if observation.positions:
+        if observation.unfamiliar:
             return max(self.threshold, careful)
         if not self._started:
             return self.threshold

@@ -14,6 +14,8 @@ vaderSentiment. These need files from public repositories below `--npm`:
   leondz/emerging_entities_17;
 - `words/trec` (which kind of answer a question asks for) and `words/subj` (opinion or plot of a film): `TREC.train.all`,
   `TREC.test.all` and `subj.all` of harvardnlp/sent-conv-torch;
+- `words/sick` (how related two sentences are): `SICK_train.txt`, `SICK_trial.txt` and `SICK_test_annotated.txt` of
+  brmson/dataset-sts;
 - `words/emotion`, `words/hate`, `words/irony` and `words/offensive`: the folders of `datasets` in cardiffnlp/tweeteval.
 """
 
@@ -158,6 +160,16 @@ def labelled(*names: str) -> Callable[[Path], tuple[Rows, int]]:
     return read
 
 
+def sick(folder: Path) -> tuple[Rows, int]:
+    """Pairs of sentences, related from 1 to 5 (Marelli et al., LREC 2014)."""
+    rows: Rows = []
+    for name in ("SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"):
+        for line in next(folder.rglob(name)).read_text(encoding="utf-8").splitlines()[1:]:
+            _, sentence1, sentence2, related, _ = line.split("\t")
+            rows.append({"sentence1": sentence1, "sentence2": sentence2, "label": float(related)})
+    return rows, 1000
+
+
 def tweets(name: str) -> Callable[[Path], tuple[Rows, int]]:
     """One of TweetEval's data sets (Barbieri et al., Findings of EMNLP 2020), its three splits together."""
 
@@ -189,6 +201,7 @@ SETS: dict[str, Callable[[Path], tuple[Rows, int]]] = {
     "words/offensive": tweets("offensive"),
     "words/opinions": opinions,
     "words/sentiment": sentiment,
+    "words/sick": sick,
     "words/subj": labelled("subj.all"),
     "words/trec": labelled("TREC.train.all", "TREC.test.all"),
     "words/wordnet": wordnet,
