@@ -61,6 +61,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "language models": ("quality/compare/summary", lambda known: headline.by_method(known, "language")),
     "methods": ("quality/compare/summary", headline.methods),
     "operating points": ("predictor/results/predictor", lambda results: point_table(results["operating_points"])),
+    "points by operating point": ("quality/compare/summary", headline.operating_points),
     "readme figures": ("quality/compare/summary", headline.figures),
     "step times, minilm": ("speed/results/step_time", lambda results: step_time.table(results["models"]["minilm"])),
     "step times, vit": ("speed/results/step_time", lambda results: step_time.table(results["models"]["vit"], 3)),

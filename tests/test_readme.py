@@ -313,6 +313,30 @@ def test_methods_are_compared_with_ours_on_the_tasks_that_they_ran_on():
     assert "| `scratch` | `egeria` | 2 | +5.00 [+5.00, +5.00] | 0.50 | 0.40 |" in text and text.count("\n") == 3
 
 
+def test_operating_points_are_compared_on_the_same_tasks_and_seeds():
+    headline = import_module("benchmarks.quality.compare.headline")
+
+    def arm(*lost):
+        runs = {str(seed): {"lost": each, "compute": 0.5, "seconds": 0.4} for seed, each in enumerate(lost)}
+        return {"seeds": len(runs), "runs": runs}
+
+    def task(**arms):
+        arms = {f"smartfrz-{name}": run for name, run in arms.items()}
+        return {"kind": "fine-tuning", "seen": False, "model": "minilm", "epochs": 3, "arms": arms}
+
+    tasks = {
+        "one": task(balanced=arm(1.0, 3.0), aggressive=arm(2.0)),
+        "two": task(balanced=arm(0.0), aggressive=arm(4.0, 9.0)),
+        "alone": task(balanced=arm(9.0), conservative=arm(0.5)),
+    }
+    rows = headline.operating_points({"tasks": tasks}).splitlines()[2:]
+    assert rows == [
+        "| `conservative` | 1 | +0.50 | +0.5 | 0.50 | 0.40 |",
+        "| `balanced` | 2 | +0.50 | +1.0 | 0.50 | 0.40 |",
+        "| `aggressive` | 2 | +3.00 | +4.0 | 0.50 | 0.40 |",
+    ]
+
+
 def test_fewer_steps_are_compared_on_tasks_that_all_arms_ran_on():
     headline = import_module("benchmarks.quality.compare.headline")
 

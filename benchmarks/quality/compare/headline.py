@@ -165,6 +165,41 @@ def methods(known: dict) -> str:
     return markdown_table(header, rows) if rows else "No other method has been run yet."
 
 
+def by_operating_point(known: dict) -> dict[str, dict[str, Any]]:
+    """
+    By operating point, means over tasks of [`compared`]: `{"tasks": ..., "lost": ..., "worst": points of the worst task, "compute": ...,
+    "seconds": ...}`. `balanced` and `aggressive` on the tasks and with the seeds that both ran on, so that they compare.
+    """
+    arms = {task: known["tasks"][task]["arms"] for task in compared(known)}
+    found = {}
+    for point, beside in (("conservative", ARM), ("balanced", "smartfrz-aggressive"), ("aggressive", ARM)):
+        shared = [
+            [
+                its[f"smartfrz-{point}"]["runs"][seed]
+                for seed in its[f"smartfrz-{point}"]["runs"].keys() & its[beside]["runs"].keys()
+            ]
+            for its in arms.values()
+            if its.keys() >= {f"smartfrz-{point}", beside}
+        ]
+        if shared:
+            means = {
+                key: [mean(run[key] for run in runs) for runs in shared] for key in ("lost", "compute", "seconds")
+            }
+            averages = {key: mean(values) for key, values in means.items()}
+            found[point] = averages | {"tasks": len(shared), "worst": max(means["lost"])}
+    return found
+
+
+def operating_points(known: dict) -> str:
+    """One row for each of [`by_operating_point`], in Markdown."""
+    rows = [
+        [f"`{point}`", run["tasks"], f"{run['lost']:+.2f}", f"{run['worst']:+.1f}", *costs(run)]
+        for point, run in by_operating_point(known).items()
+    ]
+    header = ["operating point", "tasks", "points lost, mean", "worst task", "compute", "processor time"]
+    return markdown_table(header, rows)
+
+
 def equal_accuracy(known: dict) -> str:
     """
     One row for each task of [`compared`] on which other methods ran, in Markdown: ours, and of what is of equal accuracy the fastest
