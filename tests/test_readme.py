@@ -117,6 +117,15 @@ def figures():
 
     reviews = known["tasks"]["smollm2.reviews"]["arms"]
     started = results_of("predictor/start/schedules/language")  # by an earlier version
+    new = headline.new_data(known)
+    gained_most = min(new, key=lambda task: new[task]["points_lost"]["mean"])
+    late = [
+        run for run in results_of("predictor/start/schedules/tags_late") if run["arm"] == headline.ARM
+    ]  # at a lower threshold
+
+    def late_on(*tasks):
+        return f"{mean(run['points_lost'] for run in late if run['task'] in tasks):.1f}"
+
     tags = [run for run in results_of("predictor/start/schedules/tags") if run["arm"] == headline.ARM]  # as well
     expected = [float(re.search(r"to lose ([\d.]+) points", run["stages"][0][2])[1]) for run in tags]
     perplexity = f"{mean(run['points_lost'] for run in started):.0f} %"
@@ -153,10 +162,8 @@ def figures():
             f"average and {half['worst']:.1f} at worst",
             f"it loses {deep['its']['lost']:.1f} points on average at {time('smartfrz-aggressive')} of the time, and `balanced` "
             f"{deep['ours']['lost']:.1f} at {time('smartfrz-aggressive', 'ours')}",
-            f"gains {-lost('smollm2-12.cr', 'smartfrz-aggressive'):.1f} points on `smollm2-12.cr` and "
-            f"{-lost('smollm2-12.opinions', 'smartfrz-aggressive'):.1f} on `smollm2-12.opinions`, and loses "
-            f"{lost('minilm.opinions', 'smartfrz-aggressive'):.1f} on `minilm.opinions` and "
-            f"{lost('smollm2-30.cr', 'smartfrz-aggressive'):.1f} on `smollm2-30.cr`",
+            f"On the new tasks it loses {mean(lost(task, 'smartfrz-aggressive') for task in new):.1f}, or "
+            f"{mean(lost(task, 'smartfrz-aggressive') for task in new if task != gained_most):.1f} without `{gained_most}`",
             f"With all 30 blocks of SmolLM2, {lost('smollm2-30.cr', 'smartfrz-balanced'):.1f} points are lost",
             f"65 % of the steps at 1.7 times the rate (`full-65-rate1.7`) take {longer} more time",
             "`aggressive` loses {} points at {} of the time".format(*steps["smartfrz-aggressive"]),
@@ -176,7 +183,12 @@ def figures():
             f"`balanced` lost {mean(run['points_lost'] for run in tags):.1f} points on average at "
             f"{mean(run['compute'] for run in tags):.2f} of the compute",
             f"where {min(expected)} to {max(expected)} were expected",
-            f"On `minilm.names`, {lost('minilm.names', 'smartfrz-balanced'):.1f} points of F1 are lost",
+            f"{late_on('minilm.names', 'minilm.emerging')} points of F1 were lost on names",
+            f"It had lost {late_on('minilm.emerging')} points, and loses {lost('minilm.emerging', 'smartfrz-balanced'):.1f} now",
+            f"On average they gain {-mean(run['points_lost']['mean'] for run in new.values()):.1f} points at "
+            f"{mean(run['seconds'] for run in new.values()):.2f} of the time",
+            f"`{gained_most}` gains {-new[gained_most]['points_lost']['mean']:.1f}, and without it "
+            f"{mean(run['points_lost']['mean'] for task, run in new.items() if task != gained_most):.1f} are lost",
             f"it saved {percent(1 - mean(run['compute'] for run in started))} of the compute of the reviews, and the perplexity rose by "
             f"{perplexity}",
             f"at 1.7 times the rate, take less time, and the perplexity falls by {-lost('smollm2.reviews', 'full-65-rate1.7'):.0f} %",
