@@ -295,6 +295,7 @@ def chart(known: dict, path: Path) -> None:
         axes.barh([place + offset for place in range(len(runs))], saved, height=0.38, label=label, color=color)
     names = [f"{task}\n{run['points_lost']['mean']:+.1f} points lost" for task, run in runs.items()]
     axes.set_yticks(range(len(runs)), names)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set_xlabel("saved against full training, %")
