@@ -393,7 +393,7 @@ def run(make: Callable[[Path], Made], folder: Path, mixin: bool = False, cache: 
         "start_stage": False,
     } | options
     config = SmartFRZConfig(activation_cache=cache, **options)
-    predictor = predictor_that_says(0.9, front_probe=True)
+    predictor = predictor_that_says(0.95, front_probe=True)
     t.set_seed(0)
     if mixin:
         freezing = type(f"Freezing{kind.__name__}", (SmartFRZMixin, kind), {})
