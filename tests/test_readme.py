@@ -120,9 +120,8 @@ def figures():
     started = results_of("predictor/start/schedules/language")  # by an earlier version
     new = headline.new_data(known)
     gained_most = min(new, key=lambda task: new[task]["points_lost"]["mean"])
-    late = [
-        run for run in results_of("predictor/start/schedules/late") if run["arm"] == headline.ARM
-    ]  # at a lower threshold
+    # What froze late at the threshold of `balanced`.
+    late = [run for run in results_of("predictor/start/schedules/late") if run["arm"] == headline.ARM]
 
     at_balanced = [
         1 - mean(run["compute"] for run in late if run["task"] == task)
@@ -131,7 +130,7 @@ def figures():
     ]
 
     def spread_of(shares):
-        return f"{abs(100 * min(shares)):.0f} to {percent(max(shares))}"
+        return f"{round(100 * min(shares))} to {percent(max(shares))}"
 
     def saved(*tasks):
         return spread_of([1 - known["tasks"][task]["arms"][headline.ARM]["compute"] for task in tasks])

@@ -42,9 +42,13 @@ def is_fresh(block: Unit) -> bool:
 
 
 def is_regression(model: nn.Module) -> bool:
-    """Whether a model of Transformers has a single output, as its configuration says."""
-    config = getattr(model, "config", None)
-    return getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1
+    """Whether a model of Transformers, or one with a head in it, has a single output, as its configuration says."""
+    inner = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    found = [getattr(model, "config", None), *(module.config for module in inner if module.base_model is not module)]
+    return any(
+        getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1
+        for config in found
+    )
 
 
 def is_language_model(model: nn.Module) -> bool:

@@ -242,6 +242,9 @@ def test_outputs_that_the_predictor_has_not_learned_from_have_the_most_careful_t
     model = getattr(transformers, f"BertFor{name}Classification")(config)
     labels = {"tags": ids % 2, "regression": ids[:, 0].float(), "classes": ids[:, 0] % 2}[kind]
     batch, optimizer = {"input_ids": ids, "labels": labels}, torch.optim.AdamW(model.parameters())
+    within = torch.nn.ModuleList([model])  # a model of one's own around it
+    assert (pilot.is_regression(within), pilot.labels_positions(within)) == (kind == "regression", kind == "tags")
+    assert not pilot.is_regression(torch.nn.ModuleList([model.bert])), "a backbone has no such output"
     settings = SmartFRZConfig(freeze_threshold=threshold, max_depth=2)
     predictor = predictor_that_says(0.7, operating_points=points)
     with FreezingRun(model, optimizer, STEPS, settings, predictor=predictor, inputs=batch) as run:

@@ -193,7 +193,7 @@ def by_operating_point(known: dict) -> dict[str, dict[str, Any]]:
 def operating_points(known: dict) -> str:
     """One row for each of [`by_operating_point`], in Markdown."""
     rows = [
-        [f"`{point}`", run["tasks"], f"{run['lost']:+.2f}", f"{run['worst']:+.1f}", *costs(run)]
+        [f"`{point}`", run["tasks"], f"{run['lost']:+.2f}", f"{round(run['worst'], 1) + 0:+.1f}", *costs(run)]
         for point, run in by_operating_point(known).items()
     ]
     header = ["operating point", "tasks", "points lost, mean", "worst task", "compute", "processor time"]
