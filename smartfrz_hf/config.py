@@ -110,6 +110,9 @@ class SmartFRZConfig:
         cache_memory (`float` or `str`, *optional*, defaults to `0.25`):
             Memory of the cache: a fraction of the memory that is free when training starts, or bytes (`8e9`, `"8GB"`). The
             processes of a machine share it.
+        cache_device_memory (`float` or `str`, *optional*, defaults to `0.25`):
+            Memory of the accelerator that the cache takes first, in runs of one process: a fraction of what training
+            leaves free, or bytes.
         cache_disk (`float` or `str`, *optional*, defaults to `0`):
             Disk of the cache, once its memory is full: a fraction of the free disk, or bytes.
         cache_folder (`str`, *optional*):
@@ -162,6 +165,7 @@ class SmartFRZConfig:
     probe_examples: int = 16
     activation_cache: bool = True
     cache_memory: Size | str | float = 0.25
+    cache_device_memory: Size | str | float = 0.25
     cache_disk: Size | str | float = 0.0
     cache_folder: str | None = None
     cache_dtype: str = field(default="exact", metadata={"choices": list(CACHE_DTYPES)})
@@ -184,7 +188,7 @@ class SmartFRZConfig:
             value, choices = getattr(self, name), option.metadata.get("choices")
             if choices is not None and value not in (*choices, option.default):
                 raise ValueError(f"`{name}` is {value!r}; it must be {one_of(value, choices)}")
-        for name in ("cache_memory", "cache_disk"):
+        for name in ("cache_memory", "cache_device_memory", "cache_disk"):
             try:
                 setattr(self, name, float(Size(getattr(self, name))))
             except ValueError as error:

@@ -164,3 +164,30 @@ def test_the_shipped_predictor_decides(tmp_path):
     other = SmartFRZCallback(SmartFRZConfig(), predictor_that_says(0.95, front_probe=True))
     train(tmp_path, [other], model=small(), use_cpu=False, fp16=True, max_steps=60, dataset=Rows(64))
     assert other.ledger.depth > 0
+
+
+def epochs(folder, **options):
+    """Rows, steps and the cache of a run of five epochs whose front is frozen."""
+    torch.use_deterministic_algorithms(False)
+    callback = SmartFRZCallback(SmartFRZConfig(**STATIC, **options))
+    trainer = train(folder, [callback], model=small(), use_cpu=False, bf16=True, max_steps=60, dataset=Rows(48))
+    return trainer.state.log_history[-1]["train_loss"], callback.ledger.cache
+
+
+def test_the_cache_takes_the_accelerators_memory_first(tmp_path):
+    """And what it holds there, in host memory or in both serves the same."""
+    (loss, beside), (same, host), (again, both), (last, narrow) = (
+        epochs(tmp_path, **options)
+        for options in (
+            {},
+            {"cache_device_memory": 0},
+            {"cache_device_memory": 20_000.0},
+            {"cache_dtype": "bfloat16"},
+        )
+    )
+    assert beside.bytes_device > 0 and beside.bytes_memory == 0 and beside.hits > 0
+    assert host.bytes_device == 0 and host.bytes_memory == beside.bytes_device and host.hits == beside.hits
+    assert 0 < both.bytes_device <= 20_000 and both.bytes_held == beside.bytes_held and both.hits == beside.hits
+    assert 0 < narrow.bytes_device < beside.bytes_device
+    assert same == pytest.approx(loss, rel=1e-2) and again == pytest.approx(loss, rel=1e-2)
+    assert last == pytest.approx(loss, rel=3e-2)

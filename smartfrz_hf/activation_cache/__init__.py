@@ -14,6 +14,7 @@ from ..distributed.consensus import Ranks
 from ..distributed.fsdp import is_sharded
 from ..freezing.freezer import Freezer
 from .cache import ActivationCache
+from .memory_tier import free_bytes
 from .sharing import share
 from .store import ActivationStore
 
@@ -48,7 +49,10 @@ def make_cache(
     Returns:
         [`ActivationCache`], or `None` if the configuration asks for none, leaves it no room, or the run cannot have one.
     """
-    if not config.activation_cache or not (config.cache_memory or config.cache_disk):
+    # Among several processes, rows come again on another accelerator.
+    here = ranks.count == 1 and free_bytes(next(freezer.stack.model.parameters()).device)
+    beside = float(config.cache_device_memory) if here else 0.0
+    if not config.activation_cache or not (beside or config.cache_memory or config.cache_disk):
         return None
     if compiled:
         logger.warning("The activation cache is off: it does not work with `torch.compile`.")
@@ -66,7 +70,7 @@ def make_cache(
             here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count))
             memory, disk = memory // here, disk // here
     if store is None:
-        store = ActivationStore(memory, disk, config.cache_folder, config.cache_dtype)
+        store = ActivationStore(memory, disk, config.cache_folder, config.cache_dtype, device_memory=beside)
     weights = freezer.weights if config.offload_frozen else None
     return ActivationCache(freezer.stack, store, meter, total_steps, steps_per_epoch, weights, ranks.count, savings)
 

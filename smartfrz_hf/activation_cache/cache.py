@@ -237,11 +237,14 @@ class ActivationCache:
         """Run everything for a padded batch while nobody knows whether padding is read, and keep its rows once that is known."""
         hidden: list[torch.Tensor] = []
         marks = self.depth == len(self.stack)  # else nothing that the backbone returns need have a gradient
-        # What runs behind the boundary may write to what crosses it.
-        output = self._front.watch(call, lambda value: hidden.append(value.to("cpu", copy=True)), marks)
+        # A copy, as what runs behind the boundary may write to what crosses it.
+        output = self._front.watch(call, lambda value: hidden.append(self._copied(value)), marks)
         self._padding.watch(call, output)
         self._pending = call, self._state.front, hidden[0]
         return output
+
+    def _copied(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.clone() if self.store.has_room_beside(hidden) else hidden.to("cpu", copy=True)
 
     def _keep_pending(self) -> None:
         pending, self._pending = self._pending, None
@@ -278,10 +281,10 @@ class ActivationCache:
         rows = [row for row in rows if spans[row][0] != spans[row][1]]
         if not rows:
             return
-        host = hidden.cpu()
-        values = cut(host, spans, rows)
-        if not self.checks.are_finite(values):
+        # Seen at once where all of it is finite; padding may hold anything.
+        if not (self.checks.are_finite([hidden]) or self.checks.are_finite(cut(hidden, spans, rows))):
             raise WrongActivationError("the frozen front has returned a value that is not finite")
+        values = cut(hidden if self.store.has_room_beside(hidden) else hidden.cpu(), spans, rows)
         self.store.put([keys[row] for row in rows], self._state.front, values)
         self._note_size()
 
@@ -291,6 +294,7 @@ class ActivationCache:
             self._monitor.gain(seconds)
 
     def _note_size(self) -> None:
+        self.savings.bytes_device = self.store.device_used
         self.savings.bytes_memory, self.savings.bytes_disk = self.store.memory_used, self.store.disk_used
 
     def _turn_off(self, reason: str) -> None:

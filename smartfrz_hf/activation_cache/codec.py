@@ -1,7 +1,7 @@
 """Rows as the store keeps them: exactly, or in a narrower format."""
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors.torch import load, save
@@ -20,7 +20,7 @@ class PackedRow:
     Attributes:
         front (`int`): digest of the front that has computed the row.
         dtype (`torch.dtype`): of the row as it was put.
-        values (`torch.Tensor`): contiguous, on the CPU, in the stored format.
+        values (`torch.Tensor`): contiguous, in the stored format.
         scale (`torch.Tensor`, *optional*): factor of `int8` values, one `float32` per vector of the last dimension.
     """
 
@@ -33,6 +33,10 @@ class PackedRow:
     def nbytes(self) -> int:
         """Bytes of the values and their scale."""
         return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def to(self, device: torch.device | str) -> "PackedRow":
+        """The row on a device."""
+        return replace(self, values=self.values.to(device), scale=None if self.scale is None else self.scale.to(device))
 
     def unpack(self) -> torch.Tensor:
         """The row in the dtype in which it was put. An exact one shares memory with `values`."""
@@ -50,7 +54,7 @@ def packed_bytes(row: torch.Tensor, dtype: str) -> int:
 @torch.no_grad()
 def pack(row: torch.Tensor, front: int, dtype: str) -> PackedRow:
     """
-    Copy a row into one of the `FORMATS`. It is kept as it is where the format cannot hold it (it is not floating-point, not
+    Copy a row into one of the `FORMATS`, on its device. It is kept as it is where the format cannot hold it (it is not floating-point, not
     finite, or overflows `float16`) or would not make it smaller.
     """
     values, scale = row, None
@@ -58,9 +62,9 @@ def pack(row: torch.Tensor, front: int, dtype: str) -> PackedRow:
         largest = torch.finfo(torch.float32 if dtype == "int8" else getattr(torch, dtype)).max
         if row.abs().amax().item() <= largest:  # never true of NaN
             values, scale = _quantize(row.float()) if dtype == "int8" else (row.to(getattr(torch, dtype)), None)
-    # A copy even from the CPU: the row is a view of a batch that is soon gone.
-    values = values.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return PackedRow(front, row.dtype, values, None if scale is None else scale.cpu())
+    # The row is a view of a batch that is soon gone.
+    values = values.to(values.device, copy=True, memory_format=torch.contiguous_format)
+    return PackedRow(front, row.dtype, values, scale)
 
 
 def to_bytes(row: PackedRow, key: bytes) -> bytes:

@@ -113,7 +113,7 @@ class LmdbTier:
         Store rows, each in place of what its key holds, which stays where the new row finds no room. Returns the keys of those
         that found room.
         """
-        blobs = {key: bytearray(to_bytes(row, key)) for key, row in rows.items()}
+        blobs = {key: bytearray(to_bytes(row.to("cpu"), key)) for key, row in rows.items()}
         for blob in blobs.values():
             blob[:CHECKSUM_BYTES] = _checksum(blob)
         kept: set[bytes] = set()

@@ -79,11 +79,24 @@ def stack(
     like = at_hand[rows[0]] if like is None else like
     padded = spans[0][1] >= 0
     shape = (len(rows), *((call.length, *like.shape[1:]) if padded else like.shape))
-    batch = torch.zeros(shape, dtype=like.dtype, device="cpu")
-    for place, row in enumerate(rows):
-        if row in at_hand:
+
+    def fill(batch: torch.Tensor, which: list[int]) -> torch.Tensor:
+        for place in which:
+            row = rows[place]
             (batch[place, slice(*spans[row])] if padded else batch[place]).copy_(at_hand[row])
-    return batch.to(call.device)
+        return batch
+
+    known = [i for i, row in enumerate(rows) if row in at_hand]
+    whole = len(known) == len(rows) and (not padded or all(spans[row] == (0, call.length) for row in rows))
+    make = torch.empty if whole else torch.zeros
+    on_host = [i for i in known if at_hand[rows[i]].device.type == "cpu"]
+    if on_host or call.device.type == "cpu":
+        # Pinned memory is kept for the next batch, and several times as fast to copy from.
+        batch = fill(make(shape, dtype=like.dtype, pin_memory=call.device.type == "cuda"), on_host)
+        batch = batch.to(call.device, non_blocking=True)
+    else:
+        batch = make(shape, dtype=like.dtype, device=call.device)
+    return fill(batch, [i for i in known if i not in set(on_host)])
 
 
 def cut(hidden: torch.Tensor, spans: list[Span], rows: Iterable[int]) -> list[torch.Tensor]:

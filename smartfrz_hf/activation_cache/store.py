@@ -1,7 +1,7 @@
-"""Where activations wait for the next epoch: in memory first, then on disk."""
+"""Where activations wait for the next epoch: beside the model first, then in memory, then on disk."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..choices import one_of
 from .codec import FORMATS, PackedRow, pack, packed_bytes
+from .memory_tier import DeviceTier, MemoryTier
 
 if TYPE_CHECKING:
     from .lmdb_tier import LmdbTier
@@ -17,54 +18,10 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class MemoryTier:
-    """
-    Rows in the memory of one process.
-
-    Args:
-        budget (`int`): most bytes of rows.
-    """
-
-    def __init__(self, budget: int):
-        self.budget, self.used = budget, 0
-        self._rows: dict[bytes, PackedRow] = {}
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def has_room(self, size: int) -> bool:
-        """Whether a new row of `size` bytes fits."""
-        return self.used + size <= self.budget
-
-    def fronts(self, keys: Sequence[bytes]) -> list[int | None]:
-        """For each key the front of its row, or `None`."""
-        rows = [self._rows.get(key) for key in keys]
-        return [None if row is None else row.front for row in rows]
-
-    def put(self, rows: Mapping[bytes, PackedRow]) -> set[bytes]:
-        """Store rows, each in place of what its key holds; returns the keys of those that found room."""
-        kept = set()
-        for key, row in rows.items():
-            size = row.nbytes - (self._rows[key].nbytes if key in self._rows else 0)
-            if size <= 0 or self.has_room(size):
-                self._rows[key] = row
-                self.used += size
-                kept.add(key)
-        return kept
-
-    def read(self, keys: Sequence[bytes]) -> list[PackedRow | None]:
-        """The rows under `keys`, or `None`."""
-        return [self._rows.get(key) for key in keys]
-
-    def close(self) -> None:
-        """Forget all rows."""
-        self._rows.clear()
-        self.used = self.budget = 0
-
-
 class ActivationStore:
     """
-    Keeps activations of single rows (training examples) by key, in memory and on disk, each within a budget.
+    Keeps activations of single rows (training examples) by key, on the accelerator, in memory and on disk, each within a
+    budget.
 
     Rows come again once per epoch, so the row that will be wanted last is the one just used, and to evict old rows would help
     nobody: the first that come stay, and a row that finds no room is refused. A disk that cannot be used, from the start or
@@ -77,6 +34,8 @@ class ActivationStore:
         dtype (`str`, *optional*, defaults to `"exact"`):
             Format in which floating-point rows are kept: `"exact"` (every bit), `"bfloat16"`, `"float16"` or `"int8"`.
         shared (`bool`, *optional*, defaults to `False`): whether other processes of the host open it, through `handles`.
+        device_memory (`float`, *optional*, defaults to `0`):
+            Most bytes of rows on the accelerator from which they come; below 1 a fraction of what is free there.
 
     Attributes:
         trouble (`str`, *optional*): why the disk is out of use, in one line.
@@ -107,14 +66,18 @@ class ActivationStore:
         folder: str | os.PathLike | None = None,
         dtype: str = "exact",
         shared: bool = False,
+        device_memory: float = 0.0,
     ):
-        for name, value in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
+        budgets = {"memory_bytes": memory_bytes, "disk_bytes": disk_bytes, "device_memory": device_memory}
+        for name, value in budgets.items():
             if value < 0:
                 raise ValueError(f"`{name}` is {value}; it must be at least 0.")
         if dtype not in FORMATS:
             raise ValueError(f"`dtype` is {dtype!r}; it must be {one_of(dtype, FORMATS)}")
         self.dtype = dtype
         self.trouble: str | None = None
+        self._device: DeviceTier | None = None
+        self._device_memory = device_memory
         self._memory: MemoryTier | LmdbTier = MemoryTier(memory_bytes)
         self._disk: LmdbTier | None = None
         if shared or disk_bytes:  # in memory of its own, neither LMDB nor xxhash need be installed
@@ -141,6 +104,25 @@ class ActivationStore:
         """What other processes of this host attach by, if the store is shared."""
         return [tier.handle for tier in self._tiers if not isinstance(tier, MemoryTier)]
 
+    def has_room_beside(self, batch: torch.Tensor) -> bool:
+        """Whether a batch can stay on the accelerator that has computed it."""
+        if batch.device.type == "cpu" or not self._device_memory:
+            return False
+        if self._device is None:
+            self._device = DeviceTier(batch.device, self._device_memory)
+        self._device.look()
+        return batch.device == self._device.device and self._device.has_room(batch.nbytes)
+
+    @property
+    def used(self) -> int:
+        """Bytes of all rows."""
+        return sum(tier.used for tier in self._tiers)
+
+    @property
+    def device_used(self) -> int:
+        """Bytes of rows on the accelerator."""
+        return 0 if self._device is None else self._device.used
+
     @property
     def memory_used(self) -> int:
         """Bytes of rows in memory, by all processes that share it."""
@@ -165,8 +147,8 @@ class ActivationStore:
 
     def get(self, keys: Sequence[bytes]) -> list[tuple[int, torch.Tensor] | None]:
         """
-        For each key the front and the row last put under it, on the CPU in the dtype in which it was put, or `None`. The
-        tensors may be the store's own: do not write to them.
+        For each key the front and the row last put under it, on the CPU or the accelerator in the dtype in which it was put, or
+        `None`. The tensors may be the store's own: do not write to them.
         """
         found: list[PackedRow | None] = [None] * len(keys)
         for tier in self._tiers:
@@ -212,11 +194,11 @@ class ActivationStore:
         """Forget every row; from then on every row is refused. May be called again."""
         for tier in self._tiers:
             tier.close()
-        self._memory, self._disk = MemoryTier(0), None
+        self._memory, self._disk, self._device, self._device_memory = MemoryTier(0), None, None, 0.0
 
     @property
     def _tiers(self) -> "list[MemoryTier | LmdbTier]":
-        return [self._memory, *([] if self._disk is None else [self._disk])]
+        return [tier for tier in (self._device, self._memory, self._disk) if tier is not None]
 
     @contextmanager
     def _giving_up_disk(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from typing import Any
 from .stages import Stage, StageRecord, StartStage, freeze_steps, frozen_spans
 
 HEAD = "head"
-CACHE_NOW = ("bytes_memory", "bytes_disk", "off")  # fields of a cache that are no sums
+CACHE_NOW = ("bytes_device", "bytes_memory", "bytes_disk", "off")  # fields of a cache that are no sums
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class CacheSavings:
         checked_rows (`int`): rows that were found, and computed all the same to compare them.
         check_seconds (`float`): seconds that this has taken, and seeing that all values are finite; `seconds_saved` counts them,
             too.
+        bytes_device (`int`): bytes held now on the accelerator.
         bytes_memory, bytes_disk (`int`): bytes held now, in memory and on disk, by all ranks of the host.
         bytes_read (`int`): bytes read from it so far.
         off (`str`, *optional*): why it was turned off; `None` while it is on.
@@ -48,10 +49,16 @@ class CacheSavings:
     seconds_saved: float = 0.0
     checked_rows: int = 0
     check_seconds: float = 0.0
+    bytes_device: int = 0
     bytes_memory: int = 0
     bytes_disk: int = 0
     bytes_read: int = 0
     off: str | None = None
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes held now, wherever they are."""
+        return self.bytes_device + self.bytes_memory + self.bytes_disk
 
     @property
     def hit_rate(self) -> float:
@@ -172,7 +179,7 @@ class Ledger:
         }
         if self.cache is not None:
             logs["freeze/cache_hit_rate"] = self.cache.hit_rate
-            logs["freeze/cache_bytes"] = self.cache.bytes_memory + self.cache.bytes_disk
+            logs["freeze/cache_bytes"] = self.cache.bytes_held
             logs["freeze/cache_seconds_saved"] = self.cache.seconds_saved
         return logs
 
@@ -205,7 +212,7 @@ class Ledger:
         if self.cache is not None and not self.cache.rows:
             lines.append("activation cache: not used" + (f"; {self.cache.off}" if self.cache.off else ""))
         elif self.cache is not None:
-            held = (self.cache.bytes_memory + self.cache.bytes_disk) / 1e6
+            held = self.cache.bytes_held / 1e6
             lines.append(
                 f"activation cache: {self.cache.hit_rate:.1%} of {self.cache.rows:,} rows found, "
                 f"{self.cache.outcome}, {held:.1f} MB held"

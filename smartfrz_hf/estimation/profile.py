@@ -236,7 +236,7 @@ def _time_cached(loop: Loop, run: FreezingRun, batch: Any) -> tuple[float | None
     kept = len(cache.store)
     if len(times) < 2 or not kept:
         return None, None
-    return min(times[1:]), (cache.store.memory_used + cache.store.disk_used) / kept
+    return min(times[1:]), cache.store.used / kept
 
 
 def _depths(result: Profile, count: int) -> list[int]:

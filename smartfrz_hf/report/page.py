@@ -148,7 +148,7 @@ def _tiles(run: SavedRun, plain: SavedRun | None) -> str:
     cache = run.ledger.get("cache")
     if cache and cache["rows"]:
         tiles.append((f"{cache['hits'] / cache['rows']:.0%}", f"of {cache['rows']:,} rows found in the cache"))
-        held = (cache["bytes_memory"] + cache["bytes_disk"]) / 1e6
+        held = sum(cache.get(f"bytes_{where}", 0) for where in ("device", "memory", "disk")) / 1e6
         tiles.append((f"{number(round(held, 1))} MB", "held by the cache"))
         saved = round(cache["seconds_saved"], 1)
         label = "saved by the cache" if saved >= 0 else "lost to the cache: it took longer than it saved"
