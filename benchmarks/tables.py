@@ -35,6 +35,15 @@ TWELVE_TASKS = {
     "smartfrz-balanced": "up to half of the blocks from the start",
     "smartfrz-aggressive": "up to 84 % of the blocks from the start",
 }
+SMOLLM2 = {
+    "smartfrz-aggressive": "`aggressive`",
+    "smartfrz-balanced": "`balanced`",
+    "static-50-rate1.7": "the first half of the units frozen, 1.7 times the rate",
+    "full-65-rate1.7": "65 % of the steps, 1.7 times the rate",
+    "lora-8": "LoRA, `r` 8, 10 times the rate",
+    "autofreeze": "AutoFreeze",
+    "egeria": "Egeria",
+}
 THRESHOLDS = {
     "smartfrz-balanced": "0.99 (`balanced`)",
     "smartfrz-t86": "0.86 (`aggressive`)",
@@ -63,6 +72,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "operating points": ("predictor/results/predictor", lambda results: point_table(results["operating_points"])),
     "points by operating point": ("quality/compare/summary", headline.operating_points),
     "readme figures": ("quality/compare/summary", headline.figures),
+    "smollm2 on a gpu": ("quality/compare/smollm2_gpu/summary", lambda results: summary_table(results, SMOLLM2)),
     "step times, minilm": ("speed/results/step_time", lambda results: step_time.table(results["models"]["minilm"])),
     "step times, vit": ("speed/results/step_time", lambda results: step_time.table(results["models"]["vit"], 3)),
     "tagging": ("quality/compare/summary", lambda known: headline.by_method(known, "tags")),

@@ -109,7 +109,7 @@ class ActivationCache:
         self._front.grow(depth)
         self._state.watch(depth, self._front.patches)
         self._verdicts = Verdicts(self._front, self._state, self.savings)
-        self.checks.start()
+        self.checks.start(depth)
         if depth >= MIN_DEPTH:
             self._monitor.start()
 

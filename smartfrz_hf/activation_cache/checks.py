@@ -38,7 +38,8 @@ class SpotChecks:
         self.savings, self.kept_as = savings, kept_as
         self._times: deque[float] = deque(maxlen=TIMES)
         self._done: Counter[tuple] = Counter()
-        self._served, self._random = 0, random.Random(0)
+        self._depth = self._served = 0
+        self._random = random.Random(0)
         self._began = self._last = perf_counter()
 
     @property
@@ -46,10 +47,12 @@ class SpotChecks:
         """What the front takes for a row: the median of the last batches, `None` before the first."""
         return median(self._times) if self._times else None
 
-    def start(self) -> None:
-        """Begin anew, at another depth."""
+    def start(self, depth: int) -> None:
+        """Begin anew, with a front of `depth` units. What it takes is in proportion to its blocks until it is seen."""
+        blocks, before = max(1, depth - 1), max(1, self._depth - 1)
+        self._times = deque((seconds * blocks / before for seconds in self._times), maxlen=TIMES)
+        self._depth = depth
         self._done.clear()
-        self._times.clear()
 
     def time_rows(self, seconds: float, rows: int) -> None:
         """Note what the front has taken for some rows."""
@@ -113,7 +116,7 @@ class SpotChecks:
         same = agree(computed, hidden[rows], tolerance(front, call, self.kept_as), [spans[row] for row in rows])
         self._last = perf_counter()
         seconds = self._last - began
-        if count == call.rows or self.row_seconds is None:
+        if count == call.rows:  # a few rows take longer each
             self.time_rows(seconds, count)
         self.savings.checked_rows += count
         self.savings.check_seconds += seconds

@@ -14,6 +14,8 @@ logger = logging.get_logger(__name__)
 
 MIN_SNAPSHOTS = 3
 PILOT = 0.03  # fraction of the run
+# Of the compute, that a front which freezes from the start must save: the patch embedding of a ViT saves nothing, and may cost points.
+LEAST_SAVING = 0.01
 # Nothing freezes in this fraction of the run while the learning rate is at or above this fraction of its peak.
 EARLY, PEAK = 0.2, 0.8
 # Once a front has frozen from the start, no more does before this fraction of the run: at a third of it, a sixth of the blocks cost
@@ -32,7 +34,7 @@ class SmartFRZPolicy(Policy):
     unit on its own leaves out the units in front of it, so it is at least as high, and no run with such a unit frozen behind
     others that train was among those that it was trained on.
 
-    Once a front has frozen from the start of the run, nothing more freezes before 65 % of it. From then on the first five sixths of the
+    Once a block has frozen from the start of the run, nothing more freezes before 65 % of it. From then on the first five sixths of the
     blocks freeze at a threshold of their own.
 
     Where the model has a single output, or one for each token or frame, the threshold is at least that of `"conservative"`: the
@@ -96,7 +98,8 @@ class SmartFRZPolicy(Policy):
             self._started = self._raised = False
         if observation.pilot is not None:
             decision = self.start(observation, observation.pilot)
-            self._started = any(observation.trainable[depth : decision.depth])
+            # The stem alone, unit 0, tells nothing of the blocks.
+            self._started = any(observation.trainable[max(depth, 1) : decision.depth])
             # The lower threshold was measured for fronts only.
             measured = self._started and observation.order == "front"
             self._raised = measured and observation.pilot.rate_factor(decision.depth) >= MUCH_RAISED
@@ -205,6 +208,9 @@ class SmartFRZPolicy(Policy):
             if depth + 1 < len(beyond)
             else ""
         )
+        if depth > observation.depth and savings[depth] < LEAST_SAVING:
+            why = f"what may freeze from the start would save less than {LEAST_SAVING:.0%} of the compute"
+            return Decision(observation.depth, why, points_lost=lost)
         return Decision(
             depth,
             f"from the start: expected to save {savings[depth]:.0%} of the compute and to lose {lost[depth]:.1f} points{held}",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from training import Rows, train
+from transformers import BertConfig, BertForSequenceClassification
 
 from smartfrz_hf import Freezer, FreezingRun, SmartFRZConfig, SmartFRZTrainer, find_blocks
 from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
@@ -19,6 +20,7 @@ from smartfrz_hf.activation_cache.calls import Call, name_rows
 from smartfrz_hf.activation_cache.checks import SpotChecks
 from smartfrz_hf.activation_cache.monitor import CacheMonitor
 from smartfrz_hf.cost.ledger import CacheSavings
+from smartfrz_hf.policies import Decision, Policy
 
 # Its one block runs several times.
 REFUSED = {"albert"}
@@ -257,6 +259,42 @@ def test_one_slow_moment_is_not_taken_for_what_the_front_costs():
     for seconds in (0.01, 5.0, 0.01, 0.01):
         checks.time_rows(seconds, rows=10)
     assert checks.row_seconds == pytest.approx(0.001)
+
+
+def test_a_deeper_front_costs_in_proportion_until_it_is_timed():
+    checks = SpotChecks(CacheSavings(), "exact")
+    checks.start(depth=3)
+    assert checks.row_seconds is None
+    checks.time_rows(0.02, rows=10)
+    checks.start(depth=5)  # four blocks in place of two
+    assert checks.row_seconds == pytest.approx(0.004)
+
+
+class OneMore(Policy):
+    """Freezes one more unit in every tenth step."""
+
+    def decide(self, observation):
+        return Decision(min(2 + observation.step // 10, observation.units - 1), "told")
+
+
+def test_a_few_rows_do_not_tell_what_a_batch_takes():
+    """Two rows that were computed to compare them take as long as a batch of a tiny model: nine tenths of a run were said to be saved."""
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(num_hidden_layers=8, hidden_size=16, num_attention_heads=2, intermediate_size=16, vocab_size=99)
+    )
+    rows = [{"input_ids": ids, "labels": ids[:, 0] % 2} for ids in torch.randint(99, (5, 32, 8))]
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    began = time.perf_counter()
+    options = {"first_decision": 1, "decide_every": 10}
+    with FreezingRun(model, optimizer, 80, options, policy=OneMore(), steps_per_epoch=5) as run:
+        for step in range(80):
+            model(**rows[step % 5]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step()
+    assert run.ledger.cache.hits > 0
+    assert run.ledger.cache.seconds_saved < 0.5 * (time.perf_counter() - began)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.bool, torch.int16, torch.float64])

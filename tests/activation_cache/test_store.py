@@ -12,11 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import logging
 
+from smartfrz_hf.activation_cache import memory_tier
+from smartfrz_hf.activation_cache.memory_tier import DeviceTier
 from smartfrz_hf.activation_cache.store import ActivationStore
 
 PAGE = 4096
 AMPLE = 2**24
 TIERS = {"memory": {"memory_bytes": AMPLE}, "disk": {"memory_bytes": 0, "disk_bytes": AMPLE}}
+CPU = torch.device("cpu")
+
+
+def with_device(store, budget):
+    """The store with a tier for an accelerator, which is the CPU here."""
+    store._device = DeviceTier(CPU, budget)
+    store._device.budget = budget
+    return store
 
 
 def keys(count, first=0):
@@ -31,9 +41,12 @@ def assert_same(row, expected):
     assert torch.equal(one, other)
 
 
-@pytest.fixture(params=TIERS)
+@pytest.fixture(params=[*TIERS, "device"])
 def store(request, tmp_path):
-    store = ActivationStore(**TIERS[request.param], folder=tmp_path)
+    if request.param == "device":
+        store = with_device(ActivationStore(0), AMPLE)
+    else:
+        store = ActivationStore(**TIERS[request.param], folder=tmp_path)
     yield store
     store.close()
 
@@ -92,6 +105,42 @@ def test_disk_takes_what_memory_cannot(tmp_path):
     assert (len(store), store.memory_used, store.disk_used) == (0, 0, 0)
 
 
+def test_memory_takes_what_the_accelerator_cannot(tmp_path):
+    batch = torch.randn(10, 700)
+    store = with_device(ActivationStore(3 * 2800, 9 * PAGE), 2 * 2800)
+    assert store.put(keys(10), 2, batch) == 10
+    assert (store.device_used, store.memory_used) == (2 * 2800, 3 * 2800) and store.disk_used > 0
+    assert store.put(keys(10), 3, -batch) == 10  # each where it was
+    assert (store.device_used, store.memory_used) == (2 * 2800, 3 * 2800)
+    for (front, row), expected in zip(store.get(keys(10)), -batch, strict=True):
+        assert front == 3
+        assert_same(row, expected)
+    store.close()
+    assert (len(store), store.used, store.put(keys(2), 1, batch[:2])) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("share", "budget"), [(0.25, 250), (1.0, 1), (400.0, 400), (5000.0, 1000), (0.0, 0)])
+def test_the_accelerators_share_follows_what_is_free(monkeypatch, share, budget):
+    """Rows that are there count as free, so that they do not crowd themselves out."""
+    tier = DeviceTier(CPU, share)
+    monkeypatch.setattr(memory_tier, "free_bytes", lambda device: 1000 - tier.used)
+    tier.look()
+    assert tier.budget == budget
+    tier.used = budget
+    tier.look()
+    assert tier.budget == budget
+    monkeypatch.setattr(memory_tier, "free_bytes", lambda device: 0)  # training takes the rest
+    tier.look()
+    assert tier.budget <= budget and not tier.has_room(1)
+
+
+def test_a_cpu_has_no_accelerator(tmp_path):
+    store = ActivationStore(AMPLE, device_memory=0.5)
+    assert not store.has_room_beside(torch.ones(2, 3)) and memory_tier.free_bytes(CPU) == 0
+    with pytest.raises(ValueError, match="`device_memory` is -1"):
+        ActivationStore(AMPLE, device_memory=-1)
+
+
 def test_no_budget_stores_nothing_and_makes_no_file(tmp_path):
     store = ActivationStore(0, 0, tmp_path)
     assert store.put(keys(2), 1, torch.ones(2, 3)) == 0
@@ -134,14 +183,17 @@ ROWS = st.builds(
 
 
 @given(
+    st.none() | st.integers(0, 12000),
     st.integers(0, 12000),
     st.integers(0, 8 * PAGE),
     st.lists(st.dictionaries(st.sampled_from(keys(8)), ROWS, max_size=8), max_size=12),
 )
 @settings(max_examples=40, deadline=None)
-def test_behaves_like_a_dict_within_its_budgets(memory_bytes, disk_bytes, steps):
+def test_behaves_like_a_dict_within_its_budgets(device_bytes, memory_bytes, disk_bytes, steps):
     with tempfile.TemporaryDirectory() as folder:
         store = ActivationStore(memory_bytes, disk_bytes, folder)
+        if device_bytes is not None:
+            with_device(store, device_bytes)
         model: dict[bytes, tuple[int, torch.Tensor]] = {}
         for front, rows in enumerate(steps, start=1):
             kept = store.put(list(rows), front, list(rows.values()))
@@ -151,7 +203,9 @@ def test_behaves_like_a_dict_within_its_budgets(memory_bytes, disk_bytes, steps)
                 # Only a row that is bigger than the one before may be refused.
                 assert key in stored or key not in model or rows[key].nbytes > model[key][1].nbytes
             model |= {key: (front, rows[key]) for key in stored}
+            assert store.device_used <= (device_bytes or 0)
             assert store.memory_used <= memory_bytes and store.disk_used <= disk_bytes
+            assert store.used == store.device_used + store.memory_used + store.disk_used
             assert len(store) == len(model)
             for key, found in zip(keys(8), store.get(keys(8)), strict=True):
                 if key in model:

@@ -54,6 +54,19 @@ def test_the_deepest_front_within_the_limits(tmp_path, shares, point, points, de
     assert f"the rest trains at {5 / (5 - depth):.2f} times the learning rate" in stage.reason
 
 
+def test_what_would_save_nothing_trains(tmp_path, shares, monkeypatch):
+    """The patch embedding of a ViT, which saves next to nothing: a part of 1,000 in models of usual size, 5 % of this one."""
+    monkeypatch.setattr("smartfrz_hf.policies.smartfrz.LEAST_SAVING", 0.1)
+    callback = SmartFRZCallback(
+        SmartFRZConfig(activation_cache=False, operating_point="conservative"), predictor_that_loses(0.4)
+    )
+    model, rows = build("vit"), Rows(4 * STEPS, images=True)
+    train(tmp_path, [callback], model=model, dataset=rows, max_steps=STEPS, num_train_epochs=1)
+    start = callback.ledger.start
+    assert callback.ledger.depth == 0 and not callback.ledger.stages and start.rate_factor == 1
+    assert start.reason == "what may freeze from the start would save less than 10% of the compute"
+
+
 @pytest.mark.parametrize(("agreement", "freezes"), [(-0.11, False), (float("nan"), False), (-0.05, True)])
 def test_nothing_freezes_where_the_loss_clearly_rises(tmp_path, shares, monkeypatch, agreement, freezes):
     monkeypatch.setattr(PilotSignals, "agreement", agreement)
