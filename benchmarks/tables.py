@@ -65,6 +65,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "fewer steps": ("quality/compare/summary", headline.fewer_steps),
     "from scratch": ("quality/compare/summary", lambda known: headline.by_method(known, "scratch")),
     "gpu steps": ("speed/results/gpu", gpu.table),
+    "higher rate": ("quality/compare/higher_rate/summary", lambda known: headline.by_method(known, "fine-tuning")),
     "held-out families": ("predictor/results/predictor", lambda results: score_table(results["leave_one_family_out"])),
     "held-out tasks": ("predictor/results/predictor", lambda results: score_table(results["leave_one_task_out"])),
     "language models": ("quality/compare/summary", lambda known: headline.by_method(known, "language")),

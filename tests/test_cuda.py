@@ -11,7 +11,9 @@ from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks
 from smartfrz_hf.cost.flops import ComputeMeter
 from smartfrz_hf.policies import Decision, Policy
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device, and CUDA_VISIBLE_DEVICES=0"
+)
 STATIC = {"policy": "static", "static_depth": 2, "first_decision": 1}
 PRECISIONS = pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=["fp32", "bf16", "fp16"])
 

@@ -104,7 +104,9 @@ def run(name: str, depth: float | None, cache: bool) -> dict[str, Any]:
     timer = Timer()
     policy = {"policy": "static", "static_depth": depth} if depth else {"policy": "never"}
     # One decision: in a run of usual length, they are far apart.
-    config = SmartFRZConfig(**policy, first_decision=1, decide_every=10_000, activation_cache=cache, cache_memory="32GB")
+    config = SmartFRZConfig(
+        **policy, first_decision=1, decide_every=10_000, activation_cache=cache, cache_memory="32GB"
+    )
     callback = SmartFRZCallback(config)
     with TemporaryDirectory() as folder:
         args = TrainingArguments(

@@ -36,7 +36,9 @@ class PackedRow:
 
     def to(self, device: torch.device | str) -> "PackedRow":
         """The row on a device."""
-        return replace(self, values=self.values.to(device), scale=None if self.scale is None else self.scale.to(device))
+        return replace(
+            self, values=self.values.to(device), scale=None if self.scale is None else self.scale.to(device)
+        )
 
     def unpack(self) -> torch.Tensor:
         """The row in the dtype in which it was put. An exact one shares memory with `values`."""

@@ -90,13 +90,14 @@ def stack(
     whole = len(known) == len(rows) and (not padded or all(spans[row] == (0, call.length) for row in rows))
     make = torch.empty if whole else torch.zeros
     on_host = [i for i in known if at_hand[rows[i]].device.type == "cpu"]
+    beside = [i for i in known if at_hand[rows[i]].device.type != "cpu"]
     if on_host or call.device.type == "cpu":
         # Pinned memory is kept for the next batch, and several times as fast to copy from.
         batch = fill(make(shape, dtype=like.dtype, pin_memory=call.device.type == "cuda"), on_host)
         batch = batch.to(call.device, non_blocking=True)
     else:
         batch = make(shape, dtype=like.dtype, device=call.device)
-    return fill(batch, [i for i in known if i not in set(on_host)])
+    return fill(batch, beside)
 
 
 def cut(hidden: torch.Tensor, spans: list[Span], rows: Iterable[int]) -> list[torch.Tensor]:

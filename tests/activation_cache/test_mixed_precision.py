@@ -56,7 +56,7 @@ def test_frozen_under_autocast_with_and_without_the_cache(tmp_path, half, monkey
     assert_same_run(*runs)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and CUDA_VISIBLE_DEVICES=0")
 def test_the_scaler_of_float16_sees_active_gradients_only(tmp_path):
     """An overflow skips a step; what is frozen stays, and the run goes on and resumes."""
     settings = {"fp16": True, "use_cpu": False, "save_steps": 7, "max_steps": 14}
