@@ -33,7 +33,7 @@ SETTINGS = {
         "below 0.5",
         "to 25 % less",
     ],
-    "concepts": ["first 3 %", "0.1 % of its weights", "before 65 % of the run"],
+    "concepts": ["first 3 %", "less than 1 %", "0.1 % of its weights", "before 65 % of the run"],
     "distributed": ["1.15"],
     "images": ["0.5", "1.0"],
     "estimate": ["3 %"],
@@ -143,6 +143,19 @@ def figures():
     perplexity = f"{mean(run['points_lost'] for run in started):.0f} %"
     scratch = {arm: 1 - run["compute"] for arm, run in known["tasks"]["vgg.cifar10"]["arms"].items()}
     deit = {arm: 1 - run["compute"] for arm, run in known["tasks"]["deit.cifar10"]["arms"].items()}
+    gpu = results_of("speed/results/gpu")["models"]["llama"]
+    filling = max(gpu[f"{d} cached"]["first_epoch_ms"] / gpu[d]["first_epoch_ms"] for d in ("0.34", "0.5", "0.84"))
+    on_gpu = results_of("quality/compare/smollm2_gpu/summary")["tasks"]
+    doubled = [
+        mean(run["evaluations"][-1]["points"] for run in at_twice) - mean(run["evaluations"][-1]["points"] for run in at_once)
+        for at_twice, at_once in (
+            [
+                [results_of(f"quality/compare/{folder}/smollm2-12.{task}/full.{seed}") for seed in (1, 2, 3)]
+                for folder in ("higher_rate/results", "results")
+            ]
+            for task in ("emotion", "trec")
+        )
+    ]
     checks = [run["check_share"] for run in results_of("speed/results/cache_hits_minilm_grow")["runs"]]
     return {
         "language_models": [
@@ -193,6 +206,12 @@ def figures():
             f"they save {saved('minilm.sick', 'minilm.stsb', 'smollm2.stsb')} of the compute",
             f"the points are kept, and {saved(*(task for task in known['tasks'] if known['tasks'][task]['kind'] == 'tags'))} of the",
             f"saves {spread_of(at_balanced)}",
+            f"with a third of its units frozen a step takes {gpu['0.34 cached']['time']:.2f} of the time, with half of them "
+            f"{gpu['0.5 cached']['time']:.2f}",
+            f"takes up to {percent(filling - 1)} longer",
+            "gains {:.0f} and {:.0f} points from that".format(*doubled),
+            f"with {mean(task['arms']['lora-8']['compute'] for task in on_gpu.values()):.2f} of the compute",
+            f"AutoFreeze loses {mean(task['arms']['autofreeze']['points_lost']['mean'] for task in on_gpu.values()):.0f} points",
             f"MiniLM had lost {late_on('minilm.stsb')} points on STS-B, for which this was chosen, and {late_on('minilm.sick')} on SICK",
             f"at random times, the same number of frozen units costs "
             f"{peers['random']['its']['lost'] - peers['random']['ours']['lost']:.1f} points more",

@@ -14,7 +14,9 @@ MODELS = {
     "smollm2-30": "the whole of SmolLM2-135M",
     "bert-12": "a BERT of our own with 12 blocks",
     "bert-12-2": "a BERT of our own with 12 blocks",
-    "resnet": "a ResNet of our own",
+    "resnet": "a ResNet, a ViT and a DeiT of our own",
+    "vit-12": "a ResNet, a ViT and a DeiT of our own",
+    "deit-12": "a ResNet, a ViT and a DeiT of our own",
 }
 # Freezing rules of other papers.
 RULES = ("autofreeze", "egeria", "freezeout", "grades", "grades-by-unit", "linear", "self_cka")
