@@ -35,7 +35,7 @@ TWELVE_TASKS = {
     "smartfrz-balanced": "up to half of the blocks from the start",
     "smartfrz-aggressive": "up to 84 % of the blocks from the start",
 }
-SMOLLM2 = {
+NEW_TASKS = {
     "smartfrz-aggressive": "`aggressive`",
     "smartfrz-balanced": "`balanced`",
     "static-50-rate1.7": "the first half of the units frozen, 1.7 times the rate",
@@ -70,10 +70,11 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "held-out tasks": ("predictor/results/predictor", lambda results: score_table(results["leave_one_task_out"])),
     "language models": ("quality/compare/summary", lambda known: headline.by_method(known, "language")),
     "methods": ("quality/compare/summary", headline.methods),
+    "minilm on new data": ("quality/compare/minilm_new/summary", lambda results: summary_table(results, NEW_TASKS)),
     "operating points": ("predictor/results/predictor", lambda results: point_table(results["operating_points"])),
     "points by operating point": ("quality/compare/summary", headline.operating_points),
     "readme figures": ("quality/compare/summary", headline.figures),
-    "smollm2 on a gpu": ("quality/compare/smollm2_gpu/summary", lambda results: summary_table(results, SMOLLM2)),
+    "smollm2 on a gpu": ("quality/compare/smollm2_gpu/summary", lambda results: summary_table(results, NEW_TASKS)),
     "step times, minilm": ("speed/results/step_time", lambda results: step_time.table(results["models"]["minilm"])),
     "step times, vit": ("speed/results/step_time", lambda results: step_time.table(results["models"]["vit"], 3)),
     "tagging": ("quality/compare/summary", lambda known: headline.by_method(known, "tags")),

@@ -147,7 +147,8 @@ def figures():
     filling = max(gpu[f"{d} cached"]["first_epoch_ms"] / gpu[d]["first_epoch_ms"] for d in ("0.34", "0.5", "0.84"))
     on_gpu = results_of("quality/compare/smollm2_gpu/summary")["tasks"]
     doubled = [
-        mean(run["evaluations"][-1]["points"] for run in at_twice) - mean(run["evaluations"][-1]["points"] for run in at_once)
+        mean(run["evaluations"][-1]["points"] for run in at_twice)
+        - mean(run["evaluations"][-1]["points"] for run in at_once)
         for at_twice, at_once in (
             [
                 [results_of(f"quality/compare/{folder}/smollm2-12.{task}/full.{seed}") for seed in (1, 2, 3)]
