@@ -93,8 +93,8 @@ def stack(
     beside = [i for i in known if at_hand[rows[i]].device.type != "cpu"]
     if on_host or call.device.type == "cpu":
         # Pinned memory is kept for the next batch, and several times as fast to copy from.
-        batch = fill(make(shape, dtype=like.dtype, pin_memory=call.device.type == "cuda"), on_host)
-        batch = batch.to(call.device, non_blocking=True)
+        batch = make(shape, dtype=like.dtype, device="cpu", pin_memory=call.device.type == "cuda")
+        batch = fill(batch, on_host).to(call.device, non_blocking=True)
     else:
         batch = make(shape, dtype=like.dtype, device=call.device)
     return fill(batch, beside)
