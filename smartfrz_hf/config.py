@@ -97,7 +97,7 @@ class SmartFRZConfig:
         first_decision (`float`, *optional*, defaults to `0.05`):
             Time of the first freezing stage: below 1 a fraction of the run, else steps. The policy `"smartfrz"` freezes
             nothing in the first fifth of the run while the learning rate is near its peak, and nothing before 65 % of the run
-            once a front has frozen from the start.
+            once a block has frozen from the start.
         decide_every (`float`, *optional*, defaults to `0.05`):
             Time between freezing stages: below 1 a fraction of the run, else steps.
         probe_examples (`int`, *optional*, defaults to `16`):

@@ -238,13 +238,10 @@ class ActivationCache:
         hidden: list[torch.Tensor] = []
         marks = self.depth == len(self.stack)  # else nothing that the backbone returns need have a gradient
         # A copy, as what runs behind the boundary may write to what crosses it.
-        output = self._front.watch(call, lambda value: hidden.append(self._copied(value)), marks)
+        output = self._front.watch(call, lambda v: hidden.append(v.to(self.store.place_for(v), copy=True)), marks)
         self._padding.watch(call, output)
         self._pending = call, self._state.front, hidden[0]
         return output
-
-    def _copied(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.clone() if self.store.has_room_beside(hidden) else hidden.to("cpu", copy=True)
 
     def _keep_pending(self) -> None:
         pending, self._pending = self._pending, None
@@ -284,7 +281,7 @@ class ActivationCache:
         # Seen at once where all of it is finite; padding may hold anything.
         if not (self.checks.are_finite([hidden]) or self.checks.are_finite(cut(hidden, spans, rows))):
             raise WrongActivationError("the frozen front has returned a value that is not finite")
-        values = cut(hidden if self.store.has_room_beside(hidden) else hidden.cpu(), spans, rows)
+        values = cut(hidden.to(self.store.place_for(hidden)), spans, rows)
         self.store.put([keys[row] for row in rows], self._state.front, values)
         self._note_size()
 

@@ -104,14 +104,15 @@ class ActivationStore:
         """What other processes of this host attach by, if the store is shared."""
         return [tier.handle for tier in self._tiers if not isinstance(tier, MemoryTier)]
 
-    def has_room_beside(self, batch: torch.Tensor) -> bool:
-        """Whether a batch can stay on the accelerator that has computed it."""
-        if batch.device.type == "cpu" or not self._device_memory:
-            return False
-        if self._device is None:
-            self._device = DeviceTier(batch.device, self._device_memory)
-        self._device.look()
-        return batch.device == self._device.device and self._device.has_room(batch.nbytes)
+    def place_for(self, batch: torch.Tensor) -> torch.device:
+        """The device from which to store a batch: the one that has computed it where it has room there, else the CPU."""
+        if batch.device.type != "cpu" and self._device_memory:
+            if self._device is None:
+                self._device = DeviceTier(batch.device, self._device_memory)
+            self._device.look()
+            if batch.device == self._device.device and self._device.has_room(batch.nbytes):
+                return batch.device
+        return torch.device("cpu")
 
     @property
     def used(self) -> int:

@@ -134,9 +134,22 @@ def test_the_accelerators_share_follows_what_is_free(monkeypatch, share, budget)
     assert tier.budget <= budget and not tier.has_room(1)
 
 
+def test_a_batch_stays_on_its_accelerator_while_there_is_room(monkeypatch):
+    """Here that is the device of tensors without values."""
+    batch = torch.ones(4, 25, device="meta")  # 400 bytes
+    monkeypatch.setattr(memory_tier, "free_bytes", lambda device: 1000)
+    assert ActivationStore(AMPLE, device_memory=0.5).place_for(batch) == batch.device
+    assert ActivationStore(AMPLE, device_memory=0.25).place_for(batch) == CPU
+    assert ActivationStore(AMPLE).place_for(batch) == CPU
+    store = ActivationStore(AMPLE, device_memory=0.5)
+    assert store.place_for(batch) == batch.device
+    store.close()
+    assert store.place_for(batch) == CPU
+
+
 def test_a_cpu_has_no_accelerator(tmp_path):
     store = ActivationStore(AMPLE, device_memory=0.5)
-    assert not store.has_room_beside(torch.ones(2, 3)) and memory_tier.free_bytes(CPU) == 0
+    assert store.place_for(torch.ones(2, 3)) == CPU and not store.device_used and memory_tier.free_bytes(CPU) == 0
     with pytest.raises(ValueError, match="`device_memory` is -1"):
         ActivationStore(AMPLE, device_memory=-1)
 
