@@ -97,8 +97,11 @@ class ActivationCache:
             self._bypassed -= 1
 
     def freeze_to(self, depth: int) -> None:
-        """Follow the freezing of all units before `depth`. Rows that were kept at another depth move on when they come again."""
-        if self._closed:
+        """
+        Follow the freezing of all units before `depth`, if that pays. Rows that were kept at another depth move on when they
+        come again.
+        """
+        if self._closed or not self._pays(depth):
             return
         self._offload.wake()
         self._pending = None  # of another depth
@@ -112,6 +115,16 @@ class ActivationCache:
         self.checks.start(depth)
         if depth >= MIN_DEPTH:
             self._monitor.start()
+
+    def _pays(self, depth: int) -> bool:
+        """Whether leaving out more units, for rows that come twice from now on, saves more than trying whether it can be done."""
+        if self.depth < MIN_DEPTH or not self._monitor.rows_per_step:
+            return True  # what the cache does not do, it says later
+        rows, blocks, row_seconds = self._monitor.rows_to_find, self.depth - 1, self.checks.row_seconds
+        if self._ranks > 1 or row_seconds is None:  # times differ from process to process, which may share rows
+            return rows > 0
+        saved = rows * row_seconds * (depth - self.depth) / blocks
+        return saved > self._verdicts.trial_seconds * (depth - 1) / blocks
 
     def _enter(self, entry: nn.Module, weights: FrozenWeights | None) -> None:
         """Stand in for the forward pass of the module that runs the front."""

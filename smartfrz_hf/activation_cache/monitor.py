@@ -19,6 +19,7 @@ class CacheMonitor:
         self._counts_epochs = steps_per_epoch is not None
         self.steps_per_epoch = max(1.0, total_steps / 4 if steps_per_epoch is None else steps_per_epoch)
         self.step = self.rows = self.hits = 0
+        self.rows_per_step = self._rows_of_step = 0
         self._losses, self._judge_at = 0, float("inf")
         self._begun = False
         self._open_window()
@@ -34,6 +35,11 @@ class CacheMonitor:
         epochs = -(-self.total_steps // self.steps_per_epoch)
         return self._counts_epochs and self.step >= (epochs - 1) * self.steps_per_epoch
 
+    @property
+    def rows_to_find(self) -> float:
+        """Training rows that will come a second time, counted from now."""
+        return self.rows_per_step * max(0, self.steps_left - self.steps_per_epoch)
+
     def start(self) -> None:
         """Begin anew, at another depth. The first pass over the data is not judged: no row has come before."""
         wait = self.steps_per_epoch / 2 if self._begun else self.steps_per_epoch
@@ -45,6 +51,7 @@ class CacheMonitor:
     def count(self, rows: int, hits: int) -> None:
         """Note training rows that were looked up, and those that were found."""
         self.rows, self.hits = self.rows + rows, self.hits + hits
+        self._rows_of_step += rows
 
     def gain(self, seconds: float) -> None:
         """Note what a training batch has saved, or lost."""
@@ -53,6 +60,7 @@ class CacheMonitor:
     def end_of_step(self, step: int) -> bool:
         """Note how many optimizer steps are done. Returns whether a window has ended, which `loss` judges."""
         self.step = step
+        self.rows_per_step, self._rows_of_step = self._rows_of_step, 0
         return step >= self._judge_at
 
     def loss(self) -> str | None:

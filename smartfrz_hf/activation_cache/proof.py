@@ -63,11 +63,13 @@ class Verdicts:
 
     Attributes:
         known (`dict[Kind, Verdict | str]`): what was found by kind of call: why the front is not left out where that is so.
+        trial_seconds (`float`): what the last trial took.
     """
 
     def __init__(self, front: SkippableFront, state: FrontState, savings: CacheSavings):
         self._front, self._state, self._savings = front, state, savings
         self.known: dict[Kind, Verdict | str] = {}
+        self.trial_seconds = 0.0
 
     def reach(self, kind: Kind, call: Call, training: bool, steps_left: float) -> Verdict | str:
         """
@@ -93,7 +95,8 @@ class Verdicts:
                 if training:
                     raise
                 self.known[kind] = str(error)
-            self._savings.seconds_saved -= perf_counter() - began
+            self.trial_seconds = perf_counter() - began
+            self._savings.seconds_saved -= self.trial_seconds
         return self.known[kind]
 
 

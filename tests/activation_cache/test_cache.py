@@ -19,6 +19,7 @@ from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
 from smartfrz_hf.activation_cache.calls import Call, name_rows
 from smartfrz_hf.activation_cache.checks import SpotChecks
 from smartfrz_hf.activation_cache.monitor import CacheMonitor
+from smartfrz_hf.activation_cache.proof import Verdicts
 from smartfrz_hf.cost.ledger import CacheSavings
 from smartfrz_hf.policies import Decision, Policy
 
@@ -295,6 +296,42 @@ def test_a_few_rows_do_not_tell_what_a_batch_takes():
             run.step()
     assert run.ledger.cache.hits > 0
     assert run.ledger.cache.seconds_saved < 0.5 * (time.perf_counter() - began)
+
+
+class Twice(Policy):
+    """Freezes three units at once, and six at a later step."""
+
+    def __init__(self, later):
+        self.later = later
+
+    def decide(self, observation):
+        return Decision(6 if observation.step >= self.later else 3, "told")
+
+
+@pytest.mark.parametrize(
+    ("later", "trial_seconds", "depth"),
+    [(10, 0.0, 6), (10, 1e9, 3), (36, 0.0, 3)],
+    ids=["cheap", "dear", "no row comes twice"],
+)
+def test_follows_a_deeper_front_where_that_pays(later, trial_seconds, depth, monkeypatch, patient):
+    """Each trial takes ten passes; where those take as long as steps, short runs lost a third of their time to them."""
+    told = property(lambda verdicts: trial_seconds, lambda verdicts, seconds: None)
+    monkeypatch.setattr(Verdicts, "trial_seconds", told, raising=False)
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(num_hidden_layers=8, hidden_size=16, num_attention_heads=2, intermediate_size=16, vocab_size=99)
+    )
+    rows = [{"input_ids": ids, "labels": ids[:, 0] % 2} for ids in torch.randint(99, (5, 8, 16))]
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    options = {"first_decision": 1, "decide_every": 1}
+    with FreezingRun(model, optimizer, 40, options, policy=Twice(later), steps_per_epoch=5) as run:
+        for step in range(40):
+            model(**rows[step % 5]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step()
+        assert run.depth == 6 and run.front.cache.depth == depth
+    assert run.ledger.cache.off is None and run.ledger.cache.hits == 8 * 35, "all but those of the first pass"
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.bool, torch.int16, torch.float64])
