@@ -8,6 +8,7 @@ from training import Rows, arguments, assert_same_run, predictor_that_says, trai
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
 
 from smartfrz_hf import SmartFRZCallback, SmartFRZConfig, find_blocks
+from smartfrz_hf.activation_cache.monitor import CacheMonitor
 from smartfrz_hf.cost.flops import ComputeMeter
 from smartfrz_hf.policies import Decision, Policy
 
@@ -193,3 +194,15 @@ def test_the_cache_takes_the_accelerators_memory_first(tmp_path):
     assert 0 < narrow.bytes_device < beside.bytes_device
     assert same == pytest.approx(loss, rel=1e-2) and again == pytest.approx(loss, rel=1e-2)
     assert last == pytest.approx(loss, rel=3e-2)
+
+
+def test_the_cache_stays_on_with_convolutions(tmp_path, monkeypatch):
+    """In TF32 or not, depending on the rows of the batch, which must not pass for a wrong activation."""
+    monkeypatch.setattr(CacheMonitor, "loss", lambda self: None)
+    torch.use_deterministic_algorithms(False)
+    callback = SmartFRZCallback(SmartFRZConfig(**STATIC | {"static_depth": 3}))
+    options = {"num_train_epochs": 6, "per_device_train_batch_size": 32}
+    model = build("resnet")
+    train(tmp_path, [callback], model, dataset=Rows(96, images=True), use_cpu=False, **options)
+    cache = callback.ledger.cache
+    assert cache.off is None and cache.checked_rows > 0 and cache.hits > 0.5 * cache.rows

@@ -17,7 +17,7 @@ from .state import FrontState
 
 # Relative error, in the norm of a row, that the order of sums can make, by what the front computes in.
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
-# Matrix products of float32 with 10 bits of mantissa, as accelerators may compute them.
+# Of float32 with 10 bits of mantissa, as accelerators may multiply matrices, and as cuDNN computes convolutions unless told otherwise.
 ROUNDING_TF32 = 0.01
 # The same, of the format in which rows are kept.
 ROUNDING_KEPT = {"exact": 0.0, "float16": 0.002, "bfloat16": 0.01, "int8": 0.1}
@@ -103,11 +103,13 @@ class Verdicts:
 def tolerance(front: SkippableFront, call: Call, kept_as: str = "exact") -> float:
     """The relative error that rounding can make, in the norm of a row."""
     device = call.device.type
-    dtypes = {p.dtype for p in front.entry.parameters() if p.is_floating_point()} or {torch.float32}
+    weights = [p for p in front.entry.parameters() if p.is_floating_point()]
+    dtypes = {p.dtype for p in weights} or {torch.float32}
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
     worst = max(ROUNDING.get(dtype, 0.1) for dtype in dtypes)
-    if device != "cpu" and torch.get_float32_matmul_precision() != "highest":
+    convolves = any(p.ndim > 2 for p in weights)
+    if device != "cpu" and (convolves or torch.get_float32_matmul_precision() != "highest"):
         worst = max(worst, ROUNDING_TF32)
     return worst + ROUNDING_KEPT[kept_as]
 

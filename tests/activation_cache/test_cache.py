@@ -2,6 +2,7 @@
 
 import copy
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from smartfrz_hf.activation_cache import ActivationCache, ActivationStore
 from smartfrz_hf.activation_cache.calls import Call, name_rows
 from smartfrz_hf.activation_cache.checks import SpotChecks
 from smartfrz_hf.activation_cache.monitor import CacheMonitor
-from smartfrz_hf.activation_cache.proof import Verdicts
+from smartfrz_hf.activation_cache.proof import Verdicts, tolerance
 from smartfrz_hf.cost.ledger import CacheSavings
 from smartfrz_hf.policies import Decision, Policy
 
@@ -269,6 +270,20 @@ def test_a_deeper_front_costs_in_proportion_until_it_is_timed():
     checks.time_rows(0.02, rows=10)
     checks.start(depth=5)  # four blocks in place of two
     assert checks.row_seconds == pytest.approx(0.004)
+
+
+@pytest.mark.parametrize(
+    ("layer", "device", "allowed"),
+    [
+        (torch.nn.Conv2d(3, 4, 3), "cuda", 0.01),
+        (torch.nn.Linear(3, 4), "cuda", 1e-4),
+        (torch.nn.Conv2d(3, 4, 3), "cpu", 1e-4),
+    ],
+)
+def test_convolutions_of_accelerators_round_more(layer, device, allowed):
+    """cuDNN computes them in TF32, or not, depending on the rows of the batch: the cache took that for a wrong activation."""
+    front, call = SimpleNamespace(entry=layer), SimpleNamespace(device=torch.device(device))
+    assert tolerance(front, call) == allowed
 
 
 class OneMore(Policy):
