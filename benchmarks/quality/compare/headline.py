@@ -18,6 +18,8 @@ MODELS = {
     "vit-12": "a ResNet, a ViT and a DeiT of our own",
     "deit-12": "a ResNet, a ViT and a DeiT of our own",
 }
+# Tasks of more epochs have a table of their own.
+MOST_EPOCHS = 4
 # Freezing rules of other papers.
 RULES = ("autofreeze", "egeria", "freezeout", "grades", "grades-by-unit", "linear", "self_cka")
 # Ours, and full training with fewer steps at a higher rate, for about the same compute.
@@ -34,7 +36,7 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 def compared(known: dict, seen: bool = False) -> dict[str, dict[str, Any]]:
     """
-    By fine-tuning task, what the default settings took and lost, and the model.
+    By fine-tuning task of few epochs, what the default settings took and lost, and the model.
 
     Args:
         known (`dict`): of `summary.json`.
@@ -43,7 +45,10 @@ def compared(known: dict, seen: bool = False) -> dict[str, dict[str, Any]]:
     return {
         task: part["arms"][ARM] | {"model": part["model"], "epochs": part["epochs"]}
         for task, part in known["tasks"].items()
-        if part["kind"] == "fine-tuning" and part["seen"] == seen and ARM in part["arms"]
+        if part["kind"] == "fine-tuning"
+        and part["seen"] == seen
+        and part["epochs"] <= MOST_EPOCHS
+        and ARM in part["arms"]
     }
 
 
@@ -270,16 +275,18 @@ def is_equal(run: dict[str, Any]) -> bool:
     return run["seeds"] > 1 and lost["mean"] < MEAN_LOST and lost["high"] < MOST_LOST
 
 
-def by_method(known: dict, kind: str) -> str:
-    """One row for each method and each task of a kind, in Markdown; the one with the least compute first."""
+def by_method(known: dict, kind: str, times: bool = True, epochs: int = 0) -> str:
+    """One row for each method and each task of a kind with so many epochs or more, in Markdown; the least compute first."""
+    header = ["task", "method", "seeds", "points lost", "compute", "processor time"][: 6 if times else 5]
     rows: list[list[object]] = []
     for task, part in known["tasks"].items():
-        if part["kind"] != kind:
+        if part["kind"] != kind or part["epochs"] < epochs:
             continue
         for arm, run in sorted(part["arms"].items(), key=lambda entry: entry[1]["compute"]):
             if arm not in ("full", "hindsight"):
-                rows.append([f"`{task}`", f"`{arm}`", run["seeds"], points_lost(run), *costs(run)])
-    return markdown_table(["task", "method", "seeds", "points lost", "compute", "processor time"], rows)
+                row = [f"`{task}`", f"`{arm}`", run["seeds"], points_lost(run), *costs(run)]
+                rows.append(row[: len(header)])
+    return markdown_table(header, rows)
 
 
 def chart(known: dict, path: Path) -> None:
