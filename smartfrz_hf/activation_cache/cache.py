@@ -101,7 +101,7 @@ class ActivationCache:
         Follow the freezing of all units before `depth`, if that pays. Rows that were kept at another depth move on when they
         come again.
         """
-        if self._closed or not self._pays(depth):
+        if self._closed or not self._follows(depth):
             return
         self._offload.wake()
         self._pending = None  # of another depth
@@ -116,15 +116,13 @@ class ActivationCache:
         if depth >= MIN_DEPTH:
             self._monitor.start()
 
-    def _pays(self, depth: int) -> bool:
-        """Whether leaving out more units, for rows that come twice from now on, saves more than trying whether it can be done."""
-        if self.depth < MIN_DEPTH or not self._monitor.rows_per_step:
-            return True  # what the cache does not do, it says later
-        rows, blocks, row_seconds = self._monitor.rows_to_find, self.depth - 1, self.checks.row_seconds
-        if self._ranks > 1 or row_seconds is None:  # times differ from process to process, which may share rows
-            return rows > 0
-        saved = rows * row_seconds * (depth - self.depth) / blocks
-        return saved > self._verdicts.trial_seconds * (depth - 1) / blocks
+    def _follows(self, depth: int) -> bool:
+        """Whether to leave out more units than so far."""
+        if self.depth < MIN_DEPTH or self._offload.weights is not None:
+            return True  # what is left out can be offloaded, too
+        if depth == len(self.stack) and self._padding.unread is None:
+            return True  # with nothing behind it that trains, a gradient shows only there whether padding is read
+        return self._monitor.pays(self.depth, depth, len(self.stack))
 
     def _enter(self, entry: nn.Module, weights: FrozenWeights | None) -> None:
         """Stand in for the forward pass of the module that runs the front."""
@@ -170,6 +168,8 @@ class ActivationCache:
         if self._bypassed or front.busy or torch.compiler.is_compiling():
             return original(*args, **kwargs)
         training = front.entry.training
+        if not training:
+            self._monitor.count_evaluated()
         self._padding.settle()
         if self.depth < MIN_DEPTH and (self._padding.unread is not None or not training):
             return original(*args, **kwargs)

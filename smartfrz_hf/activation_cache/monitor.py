@@ -1,6 +1,11 @@
 """Whether the activation cache pays."""
 
+from math import isinf
 from statistics import median
+
+# Passes of a trial through the front, and through the whole model. Each has a few rows, but where steps wait for the host, as they
+# do on fast accelerators, it takes as long as that of a batch.
+FRONT_PASSES, MODEL_PASSES = 8, 2
 
 
 class CacheMonitor:
@@ -19,7 +24,7 @@ class CacheMonitor:
         self._counts_epochs = steps_per_epoch is not None
         self.steps_per_epoch = max(1.0, total_steps / 4 if steps_per_epoch is None else steps_per_epoch)
         self.step = self.rows = self.hits = 0
-        self.rows_per_step = self._rows_of_step = 0
+        self._evaluated = self._evaluations = self._batches = 0
         self._losses, self._judge_at = 0, float("inf")
         self._begun = False
         self._open_window()
@@ -35,10 +40,22 @@ class CacheMonitor:
         epochs = -(-self.total_steps // self.steps_per_epoch)
         return self._counts_epochs and self.step >= (epochs - 1) * self.steps_per_epoch
 
-    @property
-    def rows_to_find(self) -> float:
-        """Training rows that will come a second time, counted from now."""
-        return self.rows_per_step * max(0, self.steps_left - self.steps_per_epoch)
+    def pays(self, before: int, depth: int, units: int) -> bool:
+        """
+        Whether leaving out a deeper front saves more than trying whether it can be done. It is saved for rows that come twice from
+        now on: those of training after one more epoch, those of evaluations, if they go on as so far, after the next one.
+
+        Args:
+            before (`int`): units that are left out so far.
+            depth (`int`): units of the deeper front.
+            units (`int`): of the model.
+        """
+        if isinf(self.total_steps):
+            return True
+        evaluations = self._evaluations * self.steps_left / max(1, self.step)
+        first = self.steps_per_epoch if self._counts_epochs else 0
+        batches = max(0, self.steps_left - first) + max(0, evaluations - 1) * self._batches
+        return batches * (depth - before) > FRONT_PASSES * (depth - 1) + MODEL_PASSES * (units - 1)
 
     def start(self) -> None:
         """Begin anew, at another depth. The first pass over the data is not judged: no row has come before."""
@@ -51,7 +68,10 @@ class CacheMonitor:
     def count(self, rows: int, hits: int) -> None:
         """Note training rows that were looked up, and those that were found."""
         self.rows, self.hits = self.rows + rows, self.hits + hits
-        self._rows_of_step += rows
+
+    def count_evaluated(self) -> None:
+        """Note a batch of an evaluation."""
+        self._evaluated += 1
 
     def gain(self, seconds: float) -> None:
         """Note what a training batch has saved, or lost."""
@@ -60,7 +80,8 @@ class CacheMonitor:
     def end_of_step(self, step: int) -> bool:
         """Note how many optimizer steps are done. Returns whether a window has ended, which `loss` judges."""
         self.step = step
-        self.rows_per_step, self._rows_of_step = self._rows_of_step, 0
+        if self._evaluated:
+            self._evaluations, self._batches, self._evaluated = self._evaluations + 1, self._evaluated, 0
         return step >= self._judge_at
 
     def loss(self) -> str | None:

@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from ..cost.ledger import CacheSavings
 from ..model.generators import generators_left_as_found, random_state, random_states, set_random_state
@@ -23,6 +24,7 @@ ROUNDING_TF32 = 0.01
 ROUNDING_KEPT = {"exact": 0.0, "float16": 0.002, "bfloat16": 0.01, "int8": 0.1}
 # To try whether the front can be left out costs about as much as the front of a few batches.
 MIN_STEPS_LEFT = 8
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class DoesNotRunError(UnsupportedModelError):
@@ -63,13 +65,11 @@ class Verdicts:
 
     Attributes:
         known (`dict[Kind, Verdict | str]`): what was found by kind of call: why the front is not left out where that is so.
-        trial_seconds (`float`): what the last trial took.
     """
 
     def __init__(self, front: SkippableFront, state: FrontState, savings: CacheSavings):
         self._front, self._state, self._savings = front, state, savings
         self.known: dict[Kind, Verdict | str] = {}
-        self.trial_seconds = 0.0
 
     def reach(self, kind: Kind, call: Call, training: bool, steps_left: float) -> Verdict | str:
         """
@@ -95,20 +95,18 @@ class Verdicts:
                 if training:
                     raise
                 self.known[kind] = str(error)
-            self.trial_seconds = perf_counter() - began
-            self._savings.seconds_saved -= self.trial_seconds
+            self._savings.seconds_saved -= perf_counter() - began
         return self.known[kind]
 
 
 def tolerance(front: SkippableFront, call: Call, kept_as: str = "exact") -> float:
     """The relative error that rounding can make, in the norm of a row."""
     device = call.device.type
-    weights = [p for p in front.entry.parameters() if p.is_floating_point()]
-    dtypes = {p.dtype for p in weights} or {torch.float32}
+    dtypes = {p.dtype for p in front.entry.parameters() if p.is_floating_point()} or {torch.float32}
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
     worst = max(ROUNDING.get(dtype, 0.1) for dtype in dtypes)
-    convolves = any(p.ndim > 2 for p in weights)
+    convolves = any(isinstance(module, CONVOLUTIONS) for module in front.entry.modules())
     if device != "cpu" and (convolves or torch.get_float32_matmul_precision() != "highest"):
         worst = max(worst, ROUNDING_TF32)
     return worst + ROUNDING_KEPT[kept_as]
