@@ -177,7 +177,7 @@ def figures():
         "README": [
             f"with six epochs on MRPC, `aggressive` lost {mini['points_lost']['mean']:.1f} points with MiniLM, and gained "
             f"{-deep_mrpc['points_lost']['mean']:.1f} with SmolLM2",
-            f"Less time than compute: {percent(1 - alone['seconds'])} and {percent(1 - alone['compute'])} (SmolLM2, H100)",
+            f"Saves {percent(1 - alone['seconds'])} of the time, {percent(1 - alone['compute'])} of the compute (SmolLM2, H100)",
             f"65 % lost {shorter['its']['lost']:.1f} points on ten tasks, ours {shorter['ours']['lost']:.1f} in "
             f"{percent(1 - shorter['ours']['seconds'] / shorter['its']['seconds'])} less time",
             f"50 % lost {steps['full-50-rate1.7'][0]} points, `aggressive`, as fast, {steps['smartfrz-aggressive'][0]}",
@@ -242,7 +242,7 @@ def figures():
             f"On average they gain {-mean(run['points_lost']['mean'] for run in new.values()):.1f} points at "
             f"{mean(run['seconds'] for run in new.values()):.2f} of the time",
             f"`{gained_most}` gains {-new[gained_most]['points_lost']['mean']:.1f}, and without it "
-            f"{mean(run['points_lost']['mean'] for task, run in new.items() if task != gained_most):.1f} are lost",
+            f"{mean(run['points_lost']['mean'] for task, run in new.items() if task != gained_most):.2f} are lost",
             f"it saved {percent(1 - mean(run['compute'] for run in started))} of the compute of the reviews, and the perplexity rose by "
             f"{perplexity}",
             f"at 1.7 times the rate, take less time, and the perplexity falls by {-lost('smollm2.reviews', 'full-65-rate1.7'):.0f} %",

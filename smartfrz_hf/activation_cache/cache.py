@@ -168,8 +168,6 @@ class ActivationCache:
         if self._bypassed or front.busy or torch.compiler.is_compiling():
             return original(*args, **kwargs)
         training = front.entry.training
-        if not training:
-            self._monitor.count_evaluated()
         self._padding.settle()
         if self.depth < MIN_DEPTH and (self._padding.unread is not None or not training):
             return original(*args, **kwargs)
@@ -220,6 +218,8 @@ class ActivationCache:
         self.savings.hits += hits
         if training:
             self._monitor.count(call.rows, hits)
+        else:
+            self._monitor.count_evaluated()
         if groups is None:
             return self._compute(call, keys, spans, keep, perf_counter() - began)
         at_hand = {place: row[1] for place, row in enumerate(found) if row is not None and depths[place]}

@@ -70,7 +70,7 @@ class CacheMonitor:
         self.rows, self.hits = self.rows + rows, self.hits + hits
 
     def count_evaluated(self) -> None:
-        """Note a batch of an evaluation."""
+        """Note a batch of an evaluation whose rows were looked up."""
         self._evaluated += 1
 
     def gain(self, seconds: float) -> None:
